@@ -1,0 +1,40 @@
+"""The ``mlxspec`` command: one module a verb, and one place where errors become a line and an exit status."""
+
+import sys
+
+import click
+
+from mlxspec import MlxspecError, __version__
+from mlxspec.cli.generate import generate
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """Lossless speculative decoding on MLX, and training of the drafters that make it fast."""
+
+
+cli.add_command(generate)
+
+
+def main() -> None:
+    """Exit status: 0; 2 for what the user can put right, told in one line; 130 after Ctrl-C."""
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+    except click.ClickException as error:
+        fail(error.format_message())
+    except MlxspecError as error:
+        fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); leave nothing for the interpreter to flush into it.
+        sys.stdout = None
+        sys.exit(141)
+
+
+def fail(message: str) -> None:
+    click.secho(f"error: {message}", fg="red", err=True)
+    sys.exit(2)

@@ -1,0 +1,124 @@
+"""A KV cache whose length is an array, so that a block of decoding needs no host to rewind it.
+
+mlx-lm's models ask a layer's cache for three things: ``offset``, ``update_and_fetch`` and ``make_mask``. These answer
+with arrays over a buffer of fixed capacity; what lies behind the length is masked out and overwritten later.
+A sliding window is a mask too: the buffer keeps every position, hence rewinding is always possible.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxspec.errors import UnsupportedModelError
+from mlxspec.models.attention import attention_windows, model_type
+
+Buffers = list[tuple[mx.array, mx.array]]  # a layer each: keys, values, [1, H, capacity, D]
+
+# Attention over a buffer costs its capacity, not its length, and every new capacity is traced and compiled anew.
+CAPACITY_STEP = 256
+
+PREFILL_STEP = 512  # tokens in one forward pass over a prompt
+
+
+class KVCache:
+    """One layer's view of its buffers during one forward pass over the positions from ``length`` on.
+
+    ``buffers`` is None only while the shapes of a model's keys and values are being found out.
+    """
+
+    def __init__(self, buffers: tuple[mx.array, mx.array] | None, length: mx.array, window: int | None):
+        self.keys, self.values = buffers or (None, None)
+        self.offset = length
+        self.capacity = CAPACITY_STEP if buffers is None else buffers[0].shape[2]
+        self.window = window
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write [1, H, L, D] behind the valid positions; returns the whole buffers."""
+        if self.keys is None:
+            self.keys = mx.zeros((*keys.shape[:2], self.capacity, keys.shape[-1]), keys.dtype)
+            self.values = mx.zeros((*values.shape[:2], self.capacity, values.shape[-1]), values.dtype)
+        start = self.offset.reshape(1)
+        self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
+        self.values = mx.slice_update(self.values, values, start, axes=(2,))
+        self.offset = self.offset + keys.shape[2]
+        return self.keys, self.values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Row i sees the valid positions and the new ones up to its own, within the window: bool [N, capacity]."""
+        window = window_size or self.window
+        query = (self.offset + mx.arange(N))[:, None]
+        key = mx.arange(self.capacity)[None]
+        mask = key <= query
+        return mask if window is None else mask & (key > query - window)
+
+
+def capacity_for(length: int) -> int:
+    return max(1, -(-length // CAPACITY_STEP)) * CAPACITY_STEP
+
+
+def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
+    """The same positions in buffers with room for ``length``.
+
+    ``exactly`` also gives back what a longer text left behind, so that a short one does not pay for it.
+    """
+    capacity, present = capacity_for(length), buffers[0][0].shape[2]
+
+    def resized(buffer: mx.array) -> mx.array:
+        if capacity < present:
+            return mx.contiguous(buffer[:, :, :capacity])
+        more = mx.zeros((*buffer.shape[:2], capacity - present, buffer.shape[3]), buffer.dtype)
+        return mx.concatenate([buffer, more], axis=2)
+
+    if capacity == present or (capacity < present and not exactly):
+        return buffers
+    return [(resized(keys), resized(values)) for keys, values in buffers]
+
+
+class CachedModel:
+    """A model together with the shapes of its caches; every forward pass goes through here.
+
+    Raises UnsupportedModelError for a model that cannot run on caches whose length is an array.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.windows = attention_windows(model)
+        try:
+            # Traced and never evaluated: costs no forward pass, and fails just where the compiled block would.
+            logits, buffers = mx.compile(lambda token, length: self(token, None, length))(mx.array([0]), mx.array(0))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UnsupportedModelError(
+                f"{model_type(model)} cannot run on a cache whose length is an array, which a rewind without the host "
+                f"needs: {reason}"
+            ) from error
+        self.vocab_size = logits.shape[-1]
+        self.shapes = [[(buffer.shape, buffer.dtype) for buffer in layer] for layer in buffers]
+
+    def empty(self, length: int) -> Buffers:
+        """Buffers with room for ``length`` positions, none of them filled."""
+
+        def zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+            return mx.zeros((*shape[:2], capacity_for(length), shape[3]), dtype)
+
+        return [(zeros(*keys), zeros(*values)) for keys, values in self.shapes]
+
+    def __call__(self, tokens: mx.array, buffers: Buffers | None, length: mx.array) -> tuple[mx.array, Buffers]:
+        """tokens [L] behind ``length`` positions -> logits [L, V], buffers. Nothing is evaluated."""
+        layers = buffers or [None] * len(self.windows)
+        caches = [KVCache(layer, length, window) for layer, window in zip(layers, self.windows, strict=True)]
+        logits = self.model(tokens[None], cache=caches)[0]
+        return logits, [(cache.keys, cache.values) for cache in caches]
+
+    def prefill(self, tokens: list[int], buffers: Buffers, length: int, advanced: Callable[[int], None]) -> Buffers:
+        """Run ``tokens`` in chunks behind ``length`` positions; ``advanced`` is told the size of each chunk."""
+        buffers = with_room(buffers, length, exactly=True)
+        for start in range(0, len(tokens), PREFILL_STEP):
+            chunk = tokens[start : start + PREFILL_STEP]
+            buffers = with_room(buffers, length + len(chunk))
+            _, buffers = self(mx.array(chunk), buffers, mx.array(length))
+            mx.eval(buffers)
+            length += len(chunk)
+            advanced(len(chunk))
+        return buffers

@@ -1,0 +1,83 @@
+"""From logits to the distribution that tokens are drawn from, and the draw itself.
+
+Target and drafter go through the same ``Sampling``; speculative decoding is exact for whatever
+distribution comes out of it. The filters run in mlx-lm's order: top-p, min-p, top-k on the model's own
+probabilities, then temperature.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from mlxspec.errors import InvalidRequestError
+
+# mx.random.uniform can return a number so close to 1 that its product with a total rounds up to the total.
+LARGEST_UNIFORM = 1 - 2**-23
+
+
+def option(default: float | int | None, help: str):
+    """A dataclass field that carries the words its command-line option is explained with."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Raises InvalidRequestError for a value outside its range."""
+
+    temperature: float = option(0.0, "0 takes the most likely token; 1 draws from the model's own distribution.")
+    top_p: float = option(1.0, "Draw from the most likely tokens that together have this probability, in (0, 1].")
+    top_k: int = option(0, "Draw from this many of the most likely tokens; 0 means all.")
+    min_p: float = option(0.0, "Leave out tokens less likely than this fraction of the most likely one, in [0, 1].")
+    seed: int | None = option(None, "Runs with the same seed repeat exactly.")
+
+    def __post_init__(self):
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise InvalidRequestError(f"temperature is {self.temperature}; use a number of 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequestError(f"top-p is {self.top_p}; use a number in (0, 1]")
+        if self.top_k < 0:
+            raise InvalidRequestError(f"top-k is {self.top_k}; use 0 (all tokens) or more")
+        if not 0 <= self.min_p <= 1:
+            raise InvalidRequestError(f"min-p is {self.min_p}; use a number in [0, 1]")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InvalidRequestError(f"seed is {self.seed}; use a number in [0, 2**64)")
+
+    def probs(self, logits: mx.array) -> mx.array:
+        """logits [..., V] -> probabilities [..., V], float32. Temperature 0 is the one-hot of the largest logit."""
+        logits = logits.astype(mx.float32)
+        if self.temperature == 0:
+            return one_hot(mx.argmax(logits, axis=-1), logits.shape[-1])
+        if self.top_p < 1 or self.min_p > 0 or 0 < self.top_k < logits.shape[-1]:
+            logits = self._filtered(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        # Subtracting the maximum first keeps a tiny temperature from overflowing.
+        return mx.softmax((logits - mx.max(logits, axis=-1, keepdims=True)) / self.temperature, axis=-1)
+
+    def _filtered(self, logprobs: mx.array) -> mx.array:
+        if self.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.top_p)
+        if self.min_p > 0:
+            logprobs = apply_min_p(logprobs, self.min_p)
+        if 0 < self.top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, self.top_k)
+        return logprobs
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def one_hot(tokens: mx.array, vocab_size: int) -> mx.array:
+    """tokens [...] -> float32 [..., V]"""
+    return (tokens[..., None] == mx.arange(vocab_size)).astype(mx.float32)
+
+
+def draw(weights: mx.array, uniforms: mx.array) -> mx.array:
+    """Inverse-CDF draw: weights [..., V] >= 0, not normalised, uniforms [...] in [0, 1) -> token ids [...], int32.
+
+    A token of weight 0 is never drawn, however the cumulative sum rounds: its place in the sum counts as 0.
+    The resolution is float32's, 2**-24 of the total, as for every sampler that draws in float32.
+    """
+    cumulative = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
+    threshold = mx.minimum(uniforms, LARGEST_UNIFORM)[..., None] * mx.max(cumulative, axis=-1, keepdims=True)
+    return mx.argmax(cumulative > threshold, axis=-1).astype(mx.int32)

@@ -1,0 +1,58 @@
+"""What one answer cost: counted block by block, printed by the command line, compared by the benchmark."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class DecodingStats:
+    """Counts and times of one answer; times in seconds.
+
+    ``drafted`` and ``accepted`` are what the verification saw: in a block that max_tokens, EOS or a stop string cut
+    short they include tokens behind the cut. ``blocks`` is the number of target passes.
+    """
+
+    tokens: int = 0
+    blocks: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # how often draft position i was accepted
+    prompt_tokens: int = 0
+    prompt_tokens_reused: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def add(self, emitted: int, drafted: int, accepted: int) -> None:
+        """One more block, of which ``emitted`` tokens count."""
+        self.blocks += 1
+        self.tokens += emitted
+        self.drafted += drafted
+        self.accepted += accepted
+        self.accepted_at += [0] * (drafted - len(self.accepted_at))
+        for position in range(accepted):
+            self.accepted_at[position] += 1
+
+    @property
+    def block_efficiency(self) -> float:
+        """Tokens a target pass yields: accepted + 1, averaged over the blocks; 0 before the first."""
+        return (self.accepted + self.blocks) / self.blocks if self.blocks else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted of drafted tokens; 0 if none were drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens over decoding time, prompt excluded."""
+        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def draft_length(self) -> float:
+        """Tokens drafted a block, on average."""
+        return self.drafted / self.blocks if self.blocks else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("block_efficiency", "acceptance_rate", "tokens_per_second", "draft_length")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}

@@ -1,0 +1,25 @@
+"""The errors that mean "the request was wrong", as opposed to a bug in mlxspec.
+
+Every message is one line that names the thing, says what was expected and what to do.
+The command line catches ``MlxspecError`` in one place, prints the line and exits with 2.
+"""
+
+
+class MlxspecError(ValueError):
+    """Something the caller can put right: a wrong path, option, model or prompt."""
+
+
+class ModelLoadError(MlxspecError):
+    """A model folder or hub repository that cannot be read as a model."""
+
+
+class UnsupportedModelError(MlxspecError):
+    """A model that loads but cannot be decoded speculatively, with the reason."""
+
+
+class TokenizerMismatchError(MlxspecError):
+    """Target and drafter do not mean the same text by the same token ids."""
+
+
+class InvalidRequestError(MlxspecError):
+    """A prompt, sampling or decoding option outside its range."""

@@ -1,0 +1,171 @@
+"""From names to models in memory: a hub id or a folder in, a ``ModelPair`` out.
+
+Only this module touches huggingface_hub and mlx-lm's loader. Nothing found in a model folder is executed.
+"""
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, load_tokenizer
+
+from mlxspec.errors import MlxspecError, ModelLoadError
+from mlxspec.models.attention import attention_windows
+from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.pair import ModelPair
+from mlxspec.models.tokens import check_same_tokens
+
+DEMO = Path(__file__).parent.parent / "demo"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def load(
+    target: str | Path | None = None,
+    drafter: str | Path | PromptLookup | None = None,
+    dtype: mx.Dtype | None = None,
+) -> ModelPair:
+    """Load a target and what drafts for it.
+
+    ``target`` is a folder or a hub id; None is the embedded demo target. ``drafter`` is a folder, a hub id, "lookup"
+    (prompt lookup), "none", or None: the demo's own drafter for the demo target, nobody for any other.
+    ``dtype`` is the precision of weights and quantisation scales; by default float32 on the CPU back end, where 16 bits
+    are ten times slower, and 16 bits on a GPU.
+
+    Raises ModelLoadError, UnsupportedModelError or TokenizerMismatchError, each a line that says what to do.
+    """
+    if drafter is None and target is None:
+        drafter = DEMO / "drafter"
+    target_folder = resolved(DEMO / "target" if target is None else target)
+    drafter_folder = None if names_no_model(drafter) else resolved(drafter)
+
+    tokenizer = read_tokenizer(target_folder)
+    if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
+        check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
+    target_model = read_model(target_folder, dtype)
+    if drafter_folder:
+        return ModelPair(target_model, read_model(drafter_folder, dtype), tokenizer)
+    return ModelPair(target_model, model_free_drafter(drafter), tokenizer)
+
+
+def names_no_model(drafter: Any) -> bool:
+    return drafter in (None, "none", "lookup") or isinstance(drafter, PromptLookup)
+
+
+def model_free_drafter(drafter: str | PromptLookup | None) -> PromptLookup | None:
+    if isinstance(drafter, PromptLookup):
+        return drafter
+    return PromptLookup() if drafter == "lookup" else None
+
+
+def resolved(name: str | Path) -> Path:
+    """The local folder of a model: ``name`` itself, or the hub's snapshot of it, downloaded if need be."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelLoadError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if not HUB_ID.fullmatch(str(name)):
+        raise ModelLoadError(f"no such folder: {name}; give a model folder, or a hub id like owner/name")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise ModelLoadError(f"{name} is gated: accept its licence on the hub, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelLoadError(f"no folder and no hub repository is named {name}; check the spelling") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{name} is not a folder, not in the hub's local cache, and cannot be downloaded now "
+            f"({first_line(error)}); connect to the network once, or give a folder"
+        ) from None
+
+
+def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
+    """The model of a folder, in the precision that suits the device, refused if its cache cannot be rewound."""
+    config = read_config(folder)
+    for file in weight_files(folder):
+        check_safetensors(file)
+    try:
+        model, _ = load_model(folder, lazy=True)
+    except MlxspecError:
+        raise
+    except Exception as error:  # whatever a malformed folder makes the model code raise
+        raise ModelLoadError(f"{folder} cannot be read as a {config['model_type']}: {first_line(error)}") from error
+    attention_windows(model)
+    model.set_dtype(dtype or preferred_dtype(model))
+    mx.eval(model.parameters())
+    return model
+
+
+def preferred_dtype(model: nn.Module) -> mx.Dtype:
+    """float32 on the CPU back end; on a GPU the 16-bit type of the weights, bfloat16 where they are float32."""
+    if mx.default_device().type == mx.cpu:
+        return mx.float32
+    present = {parameter.dtype for _, parameter in tree_flatten(model.parameters())}
+    return mx.float16 if mx.float16 in present and mx.bfloat16 not in present else mx.bfloat16
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadError(f"{folder} has no config.json; give the folder of a model in the HF layout") from None
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {first_line(error)}; copy or download it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelLoadError(f"{path} names no model_type; give the folder of a model in the HF layout")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelLoadError(f"{folder} has no weights; expected model.safetensors or model-*.safetensors in it")
+    return files
+
+
+def check_safetensors(path: Path) -> None:
+    """A torn or mangled file is named here, before its missing bytes are read as weights.
+
+    The layout is 8 bytes of header length, a JSON header, then the tensors' bytes at the offsets that it gives.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        try:
+            if length > size - 8:
+                raise ValueError
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ModelLoadError(f"{path} is not a whole safetensors file; copy or download it again") from None
+    if 8 + length + end != size:
+        raise ModelLoadError(
+            f"{path} is torn: {size} bytes, {8 + length + end} by its header; copy or download it again"
+        )
+
+
+def read_tokenizer(folder: Path) -> Any:
+    config = read_config(folder)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ModelLoadError(f"{folder} has no tokenizer; expected tokenizer.json in it")
+    try:
+        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # whatever a malformed tokenizer file makes transformers raise
+        raise ModelLoadError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """One line of at most 200 characters from an error of a library; its type where it has no words."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__

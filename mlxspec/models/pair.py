@@ -1,0 +1,32 @@
+"""A target and what drafts for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from mlxspec.models.attention import context_length
+from mlxspec.models.drafter import PromptLookup
+
+
+@dataclass
+class ModelPair:
+    """Models that are in memory already; ``mlxspec.load`` makes one from names.
+
+    ``tokenizer`` may be None for work on token ids. ``context_length`` is what the target's config says, None if
+    nothing; set it to decode further or less far.
+    """
+
+    target: nn.Module
+    drafter: nn.Module | PromptLookup | None = None
+    tokenizer: Any = None
+    context_length: int | None = None
+
+    def __post_init__(self):
+        if self.context_length is None:
+            self.context_length = context_length(self.target)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """The tokens that end an answer; none without a tokenizer."""
+        return set(getattr(self.tokenizer, "eos_token_ids", ()))
