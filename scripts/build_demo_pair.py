@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -34,15 +33,16 @@ from mlxspec.models.drafter import Drafter, DrafterConfig
 
 BOS, EOS = "<s>", "</s>"
 VOCAB_SIZE = 2048
-LENGTH = 256  # positions in a training row
+LENGTH = 192  # positions in a training row
+BATCH = 16  # rows in a step
 DEMO = Path(__file__).parent.parent / "mlxspec" / "demo"
 
 TARGET = DrafterConfig(
     vocab_size=VOCAB_SIZE,
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=8,
-    num_attention_heads=6,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=4,
     max_position_embeddings=1024,
     tie_word_embeddings=True,
     bos_token_id=0,
@@ -127,9 +127,13 @@ def distillation_loss(target: nn.Module, model: nn.Module, rows: mx.array) -> mx
     return nn.losses.cross_entropy(model(rows[:, :-1]), target_probs, reduction="mean")
 
 
-def train(model: nn.Module, loss, rows: np.ndarray, minutes: float, peak: float, batch: int, seed: int) -> None:
-    """AdamW until the time is up: warm-up over 2 % of it, then a cosine down to a twentieth of ``peak``."""
-    optimizer = optim.AdamW(learning_rate=0.0, betas=[0.9, 0.98], weight_decay=0.05)
+def train(model: nn.Module, loss, rows: np.ndarray, steps: int, peak: float, seed: int) -> None:
+    """AdamW: warm-up over 2 % of the steps, then a cosine down to a twentieth of ``peak``."""
+    warm_up = max(1, steps // 50)
+    rate = optim.join_schedules(
+        [optim.linear_schedule(0, peak, warm_up), optim.cosine_decay(peak, steps - warm_up, peak / 20)], [warm_up]
+    )
+    optimizer = optim.AdamW(learning_rate=rate, betas=[0.9, 0.98], weight_decay=0.05)
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -139,24 +143,16 @@ def train(model: nn.Module, loss, rows: np.ndarray, minutes: float, peak: float,
         optimizer.update(model, gradient)
         return value
 
-    random = np.random.default_rng(seed)
-    order, position, average, start = random.permutation(len(rows)), 0, None, time.time()
-    optimizer.init(model.trainable_parameters())
-    for number in range(10**9):
-        done = (time.time() - start) / (60 * minutes)
-        if done >= 1:
-            break
-        cosine = 0.05 + 0.475 * (1 + math.cos(math.pi * done))
-        optimizer.learning_rate = peak * min(done / 0.02 + 0.01, cosine)
-        if position + batch > len(rows):
-            order, position = random.permutation(len(rows)), 0
-        value = step(mx.array(rows[order[position : position + batch]].astype(np.int32)))
-        position += batch
+    random, average, order = np.random.default_rng(seed), None, []
+    for number in range(1, steps + 1):
+        if len(order) < BATCH:
+            order = random.permutation(len(rows))
+        chosen, order = order[:BATCH], order[BATCH:]
+        value = step(mx.array(rows[chosen].astype(np.int32)))
         mx.eval(value, state)
         average = value.item() if average is None else 0.98 * average + 0.02 * value.item()
-        if number % 50 == 0:
-            click.echo(f"step {number}  {100 * done:.1f} %  loss {average:.3f}", err=True)
-    click.echo(f"{number} steps of {batch * LENGTH} positions, loss {average:.3f}", err=True)
+        if number % 20 == 0:
+            click.echo(f"step {number} of {steps}, {BATCH * LENGTH} positions each, loss {average:.3f}", err=True)
 
 
 def save(model: Drafter, folder: Path, tokenizer: Path, quantization: dict | None) -> None:
@@ -182,11 +178,11 @@ def save(model: Drafter, folder: Path, tokenizer: Path, quantization: dict | Non
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--stories", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--sample-tokens", default=6_000_000, help="Tokens to draw from the teacher, for each of two workers.")
-@click.option("--target-minutes", default=60.0)
-@click.option("--drafter-minutes", default=15.0)
+@click.option("--sample-tokens", default=4_000_000, help="Tokens to draw from the teacher, for each of two workers.")
+@click.option("--target-steps", default=1400)
+@click.option("--drafter-steps", default=800)
 @click.option("--only", type=click.Choice(["sample"]), help="Stop after this stage.")
-def main(teacher, stories, work, sample_tokens, target_minutes, drafter_minutes, only):
+def main(teacher, stories, work, sample_tokens, target_steps, drafter_steps, only):
     work.mkdir(parents=True, exist_ok=True)
     samples = [work / f"samples-{seed}.jsonl" for seed in (1, 2)]
     todo = [(teacher, seed, sample_tokens, out) for seed, out in enumerate(samples, 1) if not out.exists()]
@@ -207,7 +203,7 @@ def main(teacher, stories, work, sample_tokens, target_minutes, drafter_minutes,
     if not (work / "target" / "config.json").exists():
         mx.random.seed(0)
         target = Drafter(TARGET)
-        train(target, next_token_loss, rows, target_minutes, peak=2e-3, batch=16, seed=0)
+        train(target, next_token_loss, rows, target_steps, peak=2e-3, seed=0)
         click.echo(f"loss {evaluate(target, rows):.3f} in float32", err=True)
         nn.quantize(target, **quantization)
         click.echo(f"loss {evaluate(target, rows):.3f} in 4 bits", err=True)
@@ -219,7 +215,7 @@ def main(teacher, stories, work, sample_tokens, target_minutes, drafter_minutes,
     if not (work / "drafter" / "config.json").exists():
         mx.random.seed(1)
         drafter = Drafter(DRAFTER)
-        train(drafter, partial(distillation_loss, dequantized), rows, drafter_minutes, peak=4e-3, batch=16, seed=1)
+        train(drafter, partial(distillation_loss, dequantized), rows, drafter_steps, peak=4e-3, seed=1)
         save(drafter, work / "drafter", tokenizer_file, quantization=None)
 
     for name in ("target", "drafter"):

@@ -183,10 +183,13 @@ class SpeculativeDecoder:
     def _launch(self, in_flight: int) -> mx.array:
         """Queue one block; its result is an array that nothing has waited for."""
         longest = len(self._tokens) + (in_flight + 1) * (self.draft_length + 1)
-        state, self._state = self._state, None
+        state = self._state
         state["target"] = with_room(state["target"], longest)
         state["drafter"] = self._proposer.with_room(state["drafter"], longest)
-        result, self._state = self._compiled(state)
+        del state
+        # The new state replaces the old one before it is evaluated: a buffer that something else still refers to
+        # would be copied instead of written in place.
+        result, self._state = self._compiled(self._state)
         mx.async_eval(result, self._state)
         return result
 

@@ -107,7 +107,7 @@ class LookupProposer:
         best = mx.where(matched[best] > 0, best, committed - 2)
         # What follows may run into the end of the text; it then goes round from the match, as a repetition would.
         period = mx.maximum(committed - 1 - best, 1)
-        tokens = state[mx.maximum(best, 0) + 1 + mx.arange(uniforms.shape[0]) % period]
+        tokens = state[best + 1 + mx.arange(uniforms.shape[0]) % period]
         return tokens, one_hot(tokens, self.vocab_size), state
 
     def record(self, state, committed, emitted):

@@ -27,7 +27,9 @@ class StreamingText:
     """Decodes one token at a time; the pieces add up to what the tokenizer makes of all tokens at once.
 
     A piece is what the newest tokens add to the decoding of a short window before them, so that a tokenizer's rules
-    about leading spaces see the same context in both. Pieces that end inside a character are held back.
+    about leading spaces see the same context in both. Pieces that end inside a character are held back. (Bytes that
+    are no characters at all may come out as other replacement characters than in one piece: some tokenizers judge a
+    run of bytes as a whole.)
     """
 
     def __init__(self, tokenizer: Any):
@@ -66,10 +68,12 @@ class StopStrings:
     def add(self, text: str) -> str:
         """The text that is safe to show now."""
         self._held += text
-        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if hits:
+        # The stop string that is complete first counts, so that it does not matter how the text was cut up.
+        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
             self.found = True
-            safe, self._held = min(hits), self._held[: min(hits)]
+            safe = min(ends)[1]
+            self._held = self._held[:safe]
         else:
             safe = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[:safe], self._held[safe:]

@@ -1,0 +1,98 @@
+"""Models to test with: a real public one where it is at hand, and tiny random ones everywhere."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_map
+from mlx_lm.generate import generate_step
+from mlx_lm.models import llama
+from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.utils import load_model
+
+import mlxspec
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def shared(path: str) -> Path:
+    """A file of the data that lies beside the project; the test skips where there is none."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {path}, which lies beside the project and not in it")
+    return SHARED / path
+
+
+def random_llama(seed: int = 0, vocab_size: int = 8, scale: float = 1.0, **config) -> llama.Model:
+    """A tiny llama of mlx-lm's with random weights; ``scale`` above 1 makes its distributions peaked."""
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 16384,
+    }
+    mx.random.seed(seed)
+    model = llama.Model(llama.ModelArgs.from_dict({**shape, **config}))
+    model.lm_head.weight = model.lm_head.weight * scale
+    mx.eval(model.parameters())
+    return model
+
+
+class WindowedLlama(llama.Model):
+    """Every layer attends to the last ``window`` positions only, itself included."""
+
+    window = 2
+
+    def make_cache(self):
+        return [RotatingKVCache(max_size=self.window) for _ in self.layers]
+
+
+def noised(model: nn.Module, path: Path, amount: float) -> nn.Module:
+    """A copy of a stored model with noise on every weight, as large as ``amount`` times the weights' own spread."""
+    copy, _ = load_model(path)
+    mx.random.seed(7)
+    copy.update(tree_map(lambda w: w + amount * mx.std(w) * mx.random.normal(w.shape), model.parameters()))
+    mx.eval(copy.parameters())
+    return copy
+
+
+def plain_greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """mlx-lm's own plain greedy text: the oracle at temperature 0."""
+    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+
+def decoded(decoder: mlxspec.SpeculativeDecoder, prompt: list[int], count: int) -> list[int]:
+    return [token for block in decoder.blocks(prompt, count) for token in block.tokens]
+
+
+@pytest.fixture(scope="session")
+def stories_folder() -> Path:
+    return shared("models/stories260K")
+
+
+@pytest.fixture(scope="session")
+def stories(stories_folder) -> nn.Module:
+    model, _ = load_model(stories_folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def stories_greedy(stories) -> list[int]:
+    return plain_greedy(stories, [1], 500)
+
+
+@pytest.fixture(scope="session")
+def stories_drafters(stories, stories_folder) -> dict:
+    return {
+        "itself": stories,
+        "a noised copy": noised(stories, stories_folder, 0.1),
+        "a random one": random_llama(vocab_size=512),
+        "prompt lookup": mlxspec.PromptLookup(),
+        "none": None,
+    }

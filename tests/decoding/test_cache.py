@@ -1,0 +1,54 @@
+import mlx.core as mx
+import pytest
+
+from mlxspec.decoding.cache import CAPACITY_STEP, CachedModel, KVCache, capacity_for, with_room
+from tests.conftest import random_llama
+
+
+def filled(capacity: int) -> list:
+    buffer = mx.arange(capacity, dtype=mx.float32).reshape(1, 1, capacity, 1)
+    return [(buffer, buffer + 0.5)]
+
+
+def test_a_row_sees_the_valid_positions_and_the_new_ones_up_to_its_own():
+    mask = KVCache(filled(8)[0], mx.array(3), None).make_mask(2)
+    assert mask.astype(mx.int32).tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("how", ["the model's argument", "the layer's own window"])
+def test_a_sliding_window_hides_what_is_too_far_back(how):
+    own, argument = (None, 2) if how == "the model's argument" else (2, None)
+    mask = KVCache(filled(6)[0], mx.array(3), own).make_mask(2, window_size=argument)
+    assert mask.astype(mx.int32).tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
+
+
+def test_update_writes_behind_the_length_and_nowhere_else():
+    cache = KVCache(filled(6)[0], mx.array(2), None)
+    keys, values = cache.update_and_fetch(mx.full((1, 1, 2, 1), -1.0), mx.full((1, 1, 2, 1), -2.0))
+    assert keys.flatten().tolist() == [0, 1, -1, -1, 4, 5]
+    assert values.flatten().tolist() == [0.5, 1.5, -2, -2, 4.5, 5.5]
+    assert cache.offset.item() == 4
+
+
+def test_room_grows_in_steps_and_keeps_every_position():
+    buffers = with_room(filled(CAPACITY_STEP), CAPACITY_STEP + 1)
+    assert buffers[0][0].shape == (1, 1, 2 * CAPACITY_STEP, 1)
+    assert buffers[0][0].flatten()[:CAPACITY_STEP].tolist() == list(range(CAPACITY_STEP))
+    assert with_room(buffers, 5) is buffers
+    assert with_room(buffers, 5, exactly=True)[0][0].shape == (1, 1, CAPACITY_STEP, 1)
+
+
+@pytest.mark.parametrize(("length", "capacity"), [(0, 256), (1, 256), (256, 256), (257, 512)])
+def test_capacity_is_the_next_multiple_of_the_step(length, capacity):
+    assert capacity_for(length) == capacity
+
+
+def test_prefill_in_chunks_gives_the_keys_of_one_pass():
+    model = CachedModel(random_llama(vocab_size=50))
+    tokens = [n % 50 for n in range(1200)]
+    whole, _ = model(mx.array(tokens), model.empty(1200), mx.array(0))
+    told = []
+    buffers = model.prefill(tokens[:-1], model.empty(0), 0, told.append)
+    last, _ = model(mx.array(tokens[-1:]), buffers, mx.array(1199))
+    assert told == [512, 512, 175]
+    assert mx.allclose(last[0], whole[-1], atol=1e-4)

@@ -1,0 +1,356 @@
+import itertools
+from collections import Counter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models import mamba
+
+import mlxspec
+from mlxspec import ModelPair, Sampling, SpeculativeDecoder
+from mlxspec.decoding.cache import CAPACITY_STEP
+from mlxspec.decoding.verification import RULES
+from mlxspec.models.drafter import Drafter, DrafterConfig, PromptLookup
+from tests.conftest import WindowedLlama, decoded, plain_greedy, random_llama
+from tests.decoding.test_sampling import reference_probs
+
+DRAFTERS = ["itself", "a noised copy", "a random one", "prompt lookup", "none"]
+DRAFT_LENGTHS = [0, 1, 2, 4, 7, "auto"]
+
+
+def assert_greedy_equals_plain(stories, stories_drafters, expected, drafter, draft_length, rule):
+    pair = ModelPair(stories, stories_drafters[drafter])
+    decoder = SpeculativeDecoder(pair, draft_length=draft_length, verification=rule)
+    assert decoded(decoder, [1], 500) == expected
+    assert decoder.stats.tokens == 500
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_greedy_text_equals_plain_decoding_for_every_drafter(stories, stories_drafters, stories_greedy, drafter):
+    assert_greedy_equals_plain(stories, stories_drafters, stories_greedy, drafter, "auto", "block")
+
+
+@pytest.mark.parametrize("draft_length", DRAFT_LENGTHS)
+def test_greedy_text_equals_plain_decoding_for_every_length(stories, stories_drafters, stories_greedy, draft_length):
+    assert_greedy_equals_plain(stories, stories_drafters, stories_greedy, "a noised copy", draft_length, "block")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("drafter", "draft_length", "rule"), list(itertools.product(DRAFTERS, DRAFT_LENGTHS, RULES)), ids=str
+)
+def test_greedy_text_equals_plain_decoding(stories, stories_drafters, stories_greedy, drafter, draft_length, rule):
+    assert_greedy_equals_plain(stories, stories_drafters, stories_greedy, drafter, draft_length, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("drafter", "draft_length"), [("same", 3), ("random", 1), ("random", 7), ("lookup", 3), ("none", 0)]
+)
+def test_greedy_tokens_equal_mlx_lms_from_any_prompt(rule, drafter, draft_length):
+    target = random_llama(vocab_size=300, scale=4)
+    drafters = {"same": target, "random": random_llama(1, vocab_size=300), "lookup": PromptLookup(), "none": None}
+    decoder = SpeculativeDecoder(ModelPair(target, drafters[drafter]), None, draft_length, rule)
+    for prompt in ([5], [5, 6], list(range(3, 40)), [7, 8, 9] * 200):
+        assert decoded(decoder, prompt, 60) == plain_greedy(target, prompt, 60)
+
+
+SAMPLINGS = [
+    Sampling(1.0, seed=1),
+    Sampling(0.7, seed=2),
+    Sampling(1.3, top_p=0.8, seed=3),
+    Sampling(1.0, top_k=3, seed=4),
+    Sampling(1.0, min_p=0.2, seed=5),
+    Sampling(0.8, top_p=0.9, top_k=4, min_p=0.05, seed=6),
+]
+
+
+def markov_target() -> WindowedLlama:
+    """One layer that sees two positions: the next token depends on the last two tokens and nothing else."""
+    shape = random_llama(3, vocab_size=5, num_hidden_layers=1, scale=1.5)
+    target = WindowedLlama(shape.args)
+    target.update(shape.parameters())
+    return target
+
+
+def assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, count):
+    """Chi-square over the transitions of one long run, against the target run plainly in float64 filters."""
+    target = markov_target()
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), sampling, draft_length, rule)
+    tokens = decoded(decoder, [0, 1], count)
+    transitions = Counter(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    statistic = freedom = 0
+    for pair in itertools.product(range(5), repeat=2):
+        total = sum(transitions[*pair, token] for token in range(5))
+        expected = total * reference_probs(np.array(target(mx.array([pair]))[0, -1]), sampling)
+        observed = np.array([transitions[*pair, token] for token in range(5)])
+        assert not observed[expected == 0].any()  # what a filter removed never comes out
+        likely = expected > 5
+        if total and likely.sum() > 1:
+            statistic += float(((observed - expected)[likely] ** 2 / expected[likely]).sum())
+            freedom += int(likely.sum()) - 1
+    assert freedom > 10
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations; the seed is fixed
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_emitted_distribution_is_the_targets(rule):
+    drafter = random_llama(4, vocab_size=5, scale=2)
+    assert_emits_the_targets_distribution(rule, SAMPLINGS[0], drafter, 3, 2500)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[1:], ids=str)
+def test_emitted_distribution_is_the_filtered_targets(sampling):
+    drafter = random_llama(4, vocab_size=5, scale=2)
+    assert_emits_the_targets_distribution("block", sampling, drafter, 2, 2500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["model", "lookup"])
+@pytest.mark.parametrize("draft_length", [1, 4])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_emitted_distribution_is_the_targets_for_every_combination(rule, sampling, draft_length, drafter):
+    drafter = PromptLookup(2) if drafter == "lookup" else random_llama(4, vocab_size=5, scale=2)
+    assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, 8000)
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_a_target_drafting_for_itself_is_accepted_whole_at_temperature_1(stories, rule):
+    decoder = SpeculativeDecoder(ModelPair(stories, stories), Sampling(1.0, seed=0), 4, rule)
+    decoded(decoder, [1], 300)
+    assert decoder.stats.block_efficiency == 5
+    assert decoder.stats.acceptance_rate == 1
+    assert decoder.stats.accepted_at == [decoder.stats.blocks] * 4
+
+
+def test_block_accepts_at_least_what_token_does_and_match_less(stories, stories_drafters):
+    efficiency = {}
+    for rule in RULES:
+        pair = ModelPair(stories, stories_drafters["a noised copy"])
+        decoder = SpeculativeDecoder(pair, Sampling(1.0, seed=0), 4, rule)
+        decoded(decoder, [1], 500)
+        efficiency[rule] = decoder.stats.block_efficiency
+    assert efficiency["block"] > efficiency["token"] - 0.1  # equal or better but for the noise of 500 tokens
+    assert efficiency["token"] > efficiency["match"]
+
+
+def test_seeded_runs_repeat_exactly_and_unseeded_ones_differ():
+    target, drafter = random_llama(vocab_size=50), random_llama(1, vocab_size=50)
+
+    def answer(seed):
+        return decoded(SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=seed), 3), [1, 2, 3], 80)
+
+    assert answer(11) == answer(11)
+    assert answer(11) != answer(12)
+    assert answer(None) != answer(None)
+
+
+def count_host_reads(monkeypatch) -> Counter:
+    """Count everything that makes the host wait for an array."""
+    reads = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            reads[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    for name in ("tolist", "item", "__int__", "__float__", "__bool__", "__index__", "__array__", "__buffer__"):
+        if hasattr(mx.array, name):
+            counted(mx.array, name)
+    for name in ("eval", "synchronize"):
+        counted(mx, name)
+    return reads
+
+
+@pytest.mark.parametrize("draft_length", [0, 3])
+def test_one_host_read_per_block(monkeypatch, draft_length):
+    target, drafter = random_llama(vocab_size=50), random_llama(1, vocab_size=50)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=0), draft_length)
+    blocks = decoder.blocks([1, 2, 3], 400)
+    next(blocks)  # the prompt's prefill has reads of its own
+    reads = count_host_reads(monkeypatch)
+    count = sum(1 for _ in blocks)
+    assert count > 90
+    assert reads == {"tolist": count}
+
+
+def test_a_block_copies_no_cache_buffer():
+    """Memory that a block takes on top of what is resident must not grow by a buffer when the capacity does."""
+
+    def on_top(context: int) -> tuple[int, int]:
+        # Wide heads and few of them, so that a buffer dwarfs the attention scores over it.
+        model = random_llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
+        decoder = SpeculativeDecoder(ModelPair(model, model), None, 3)
+        blocks = decoder.blocks([1] * context, 100)
+        for _ in range(4):
+            next(blocks)
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        for _ in range(4):
+            next(blocks)
+        mx.synchronize()
+        return mx.get_peak_memory() - before, decoder._state["target"][0][0].nbytes
+
+    (small, small_buffer), (large, large_buffer) = on_top(CAPACITY_STEP - 60), on_top(8 * CAPACITY_STEP - 60)
+    assert large_buffer == 8 * small_buffer
+    assert large - small < (large_buffer - small_buffer) / 4
+
+
+def test_memory_beyond_the_cache_does_not_grow_with_the_answer():
+    assert_memory_is_bounded(count=2000)
+
+
+@pytest.mark.slow
+def test_memory_beyond_the_cache_does_not_grow_over_10000_tokens():
+    assert_memory_is_bounded(count=10_000)
+
+
+def assert_memory_is_bounded(count):
+    model = random_llama(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64)
+    decoder = SpeculativeDecoder(ModelPair(model, model), Sampling(1.0, seed=0), 4)
+    mx.clear_cache()
+    beyond = []
+    for _ in decoder.blocks([1, 2], count):
+        caches = [decoder._state["target"], decoder._state["drafter"]]
+        resident = sum(buffer.nbytes for cache in caches for layer in cache for buffer in layer)
+        beyond.append(mx.get_active_memory() - resident)
+    half = len(beyond) // 2
+    assert decoder.stats.tokens == count
+    assert max(beyond[half:]) <= max(beyond[:half]) + 64 * 1024
+
+
+def test_a_sliding_window_stays_equal_to_plain_decoding_past_the_window():
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    shape = {"num_hidden_layers": 3, "layer_types": layers, "sliding_window": 16, "vocab_size": 200, "scale": 4}
+    target, drafter = random_llama(**shape), random_llama(1, **shape)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), None, 4)
+    for prompt in ([3], list(range(1, 70))):
+        assert decoded(decoder, prompt, 120) == plain_greedy(target, prompt, 120)
+
+
+def test_a_second_prompt_on_the_same_decoder_equals_a_fresh_one():
+    target, drafter = random_llama(vocab_size=200), random_llama(1, vocab_size=200)
+    sampling = Sampling(1.0, seed=5)
+    used = SpeculativeDecoder(ModelPair(target, drafter), sampling, 3)
+    long, short = [n % 200 for n in range(300)], [9, 8, 7]
+    for prompt in (long, short, long[:250] + short, long, [1]):
+        fresh = SpeculativeDecoder(ModelPair(target, drafter), sampling, 3)
+        assert decoded(used, prompt, 90) == decoded(fresh, prompt, 90)
+        assert used.stats.block_efficiency == fresh.stats.block_efficiency
+
+
+def test_a_conversation_reuses_what_the_caches_hold():
+    target, drafter = random_llama(vocab_size=200), random_llama(1, vocab_size=200)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), None, 3)
+    first = list(range(50))
+    answer = decoded(decoder, first, 30)
+    longer = [*first, *answer, 5, 6, 7]
+    assert decoded(decoder, longer, 30) == plain_greedy(target, longer, 30)
+    assert decoder.stats.prompt_tokens_reused == 78
+
+
+def test_abandoning_a_stream_leaves_the_decoder_usable():
+    target, drafter = random_llama(vocab_size=200, scale=4), random_llama(1, vocab_size=200)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), None, 3)
+    for abandoned_after in (0, 1, 5):
+        blocks = decoder.blocks(list(range(20)), 200)
+        for _ in range(abandoned_after):
+            next(blocks)
+        blocks.close()
+        assert decoded(decoder, list(range(10)), 50) == plain_greedy(target, list(range(10)), 50)
+
+
+def test_a_stream_that_another_one_replaced_says_so():
+    target = random_llama(vocab_size=50)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 2)
+    first = decoder.blocks([1, 2], 100)
+    next(first)
+    next(decoder.blocks([3, 4], 100))
+    with pytest.raises(mlxspec.InvalidRequestError, match="another one was started"):
+        next(first)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6])
+def test_never_more_than_max_tokens(count):
+    target = random_llama(vocab_size=50)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 4)
+    tokens = decoded(decoder, [1, 2, 3], count)
+    assert tokens == plain_greedy(target, [1, 2, 3], 6)[:count]
+    assert decoder.stats.tokens == count
+
+
+def test_minus_one_goes_on_until_the_context_is_full():
+    target = random_llama(vocab_size=50, max_position_embeddings=40)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 4)
+    assert len(decoded(decoder, [1, 2, 3], -1)) == 37
+    assert len(decoded(decoder, [1, 2, 3], 1000)) == 37
+
+
+def test_the_longest_possible_prompt_leaves_room_for_one_token():
+    target = random_llama(vocab_size=50, max_position_embeddings=40)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 4)
+    assert len(decoded(decoder, [1] * 39, -1)) == 1
+    with pytest.raises(mlxspec.InvalidRequestError, match="40 tokens and the target's context holds 40"):
+        decoder.blocks([1] * 40)
+
+
+@pytest.mark.parametrize(("target_vocab", "drafter_vocab"), [(50, 64), (64, 50)])
+def test_a_padded_vocabulary_on_either_side_changes_nothing(target_vocab, drafter_vocab):
+    target, drafter = random_llama(vocab_size=target_vocab, scale=4), random_llama(1, vocab_size=drafter_vocab)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), None, 3)
+    assert decoded(decoder, [1, 2], 100) == plain_greedy(target, [1, 2], 100)
+    sampled = decoded(SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=0), 3), [1, 2], 300)
+    assert max(sampled) < target_vocab
+
+
+def test_a_drafter_trained_further_drafts_with_its_new_weights():
+    config = DrafterConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                           num_attention_heads=2)  # fmt: skip
+    target, drafter = Drafter(config), Drafter(config)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=0), 3)
+    decoded(decoder, [1, 2], 100)
+    assert decoder.stats.acceptance_rate < 0.99
+    drafter.update(target.parameters())
+    decoded(decoder, [1, 2], 100)
+    assert decoder.stats.acceptance_rate == 1
+
+
+def test_a_state_space_model_is_refused_with_the_reason():
+    args = mamba.ModelArgs.from_dict(
+        {
+            "model_type": "mamba", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "state_size": 4,
+            "num_hidden_layers": 1, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
+        }
+    )  # fmt: skip
+    with pytest.raises(mlxspec.MlxspecError, match=r"mamba keeps its past in a \w+, which cannot be rewound"):
+        SpeculativeDecoder(ModelPair(mamba.Model(args)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"draft_length": -1}, "draft length is -1"),
+        ({"draft_length": 1.5}, "draft length is 1.5"),
+        ({"draft_length": "long"}, "draft length is 'long'"),
+        ({"verification": "hope"}, "use one of block, token, match"),
+    ],
+)
+def test_a_bad_option_is_named(options, words):
+    target = random_llama()
+    with pytest.raises(mlxspec.InvalidRequestError, match=words):
+        SpeculativeDecoder(ModelPair(target, target), **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"), [([], 5, "empty"), ([1], -2, "max_tokens is -2"), ([1, 99], 5, "token id 99")]
+)
+def test_a_bad_request_is_named_before_anything_runs(prompt, max_tokens, words):
+    decoder = SpeculativeDecoder(ModelPair(random_llama()))
+    with pytest.raises(mlxspec.InvalidRequestError, match=words):
+        decoder.blocks(prompt, max_tokens)
