@@ -9,7 +9,7 @@ Stages, each skipped when its file is already in WORK_FOLDER:
 3. target     next-token training on both, then 4 bits, group 64                    target/
 4. drafter    trained on the same text against the 4-bit target's distribution      drafter/
 
-The result is copied to mlxspec/demo/ at the end. On Linux preload OpenBLAS (see CONTRIBUTING.md).
+The result is copied to mlxspec/demo/ (or --out) at the end. On Linux preload OpenBLAS (see CONTRIBUTING.md).
 """
 
 import json
@@ -24,9 +24,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mlxspec.models.drafter import Drafter, DrafterConfig
@@ -178,18 +177,16 @@ def save(model: Drafter, folder: Path, tokenizer: Path, quantization: dict | Non
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--stories", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), default=DEMO, show_default=True)
 @click.option("--sample-tokens", default=4_000_000, help="Tokens to draw from the teacher, for each of two workers.")
 @click.option("--target-steps", default=1400)
 @click.option("--drafter-steps", default=800)
-@click.option("--only", type=click.Choice(["sample"]), help="Stop after this stage.")
-def main(teacher, stories, work, sample_tokens, target_steps, drafter_steps, only):
+def main(teacher, stories, work, out, sample_tokens, target_steps, drafter_steps):
     work.mkdir(parents=True, exist_ok=True)
     samples = [work / f"samples-{seed}.jsonl" for seed in (1, 2)]
-    todo = [(teacher, seed, sample_tokens, out) for seed, out in enumerate(samples, 1) if not out.exists()]
+    todo = [(teacher, seed, sample_tokens, file) for seed, file in enumerate(samples, 1) if not file.exists()]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(sample_stories, todo)
-    if only == "sample":
-        return
 
     real, sampled = read_stories([stories]), read_stories(samples)
     tokenizer_file = work / "tokenizer.json"
@@ -219,7 +216,7 @@ def main(teacher, stories, work, sample_tokens, target_steps, drafter_steps, onl
         save(drafter, work / "drafter", tokenizer_file, quantization=None)
 
     for name in ("target", "drafter"):
-        shutil.copytree(work / name, DEMO / name, dirs_exist_ok=True)
+        shutil.copytree(work / name, out / name, dirs_exist_ok=True)
 
 
 def evaluate(model: nn.Module, rows: np.ndarray) -> float:
@@ -227,12 +224,9 @@ def evaluate(model: nn.Module, rows: np.ndarray) -> float:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    from mlx_lm.utils import dequantize_model
-
     model.set_dtype(mx.float32)
     model = dequantize_model(model)
     mx.eval(model.parameters())
-    assert not any(weight.dtype == mx.uint32 for _, weight in tree_flatten(model.parameters()))
     return model
 
 

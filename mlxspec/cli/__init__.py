@@ -29,10 +29,6 @@ def main() -> None:
         fail(str(error))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); leave nothing for the interpreter to flush into it.
-        sys.stdout = None
-        sys.exit(141)
 
 
 def fail(message: str) -> None:

@@ -111,9 +111,11 @@ class CachedModel:
         logits = self.model(tokens[None], cache=caches)[0]
         return logits, [(cache.keys, cache.values) for cache in caches]
 
-    def prefill(self, tokens: list[int], buffers: Buffers, length: int, advanced: Callable[[int], None]) -> Buffers:
+    def prefill(
+        self, tokens: list[int], buffers: Buffers | None, length: int, advanced: Callable[[int], None]
+    ) -> Buffers:
         """Run ``tokens`` in chunks behind ``length`` positions; ``advanced`` is told the size of each chunk."""
-        buffers = with_room(buffers, length, exactly=True)
+        buffers = with_room(buffers, length, exactly=True) if buffers else self.empty(length)
         for start in range(0, len(tokens), PREFILL_STEP):
             chunk = tokens[start : start + PREFILL_STEP]
             buffers = with_room(buffers, length + len(chunk))

@@ -17,7 +17,7 @@ from mlxspec.decoding.cache import CachedModel, with_room
 from mlxspec.decoding.drafting import proposer_for
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
-from mlxspec.decoding.text import Segment, StopStrings, StreamingText
+from mlxspec.decoding.text import AnswerText, Segment
 from mlxspec.decoding.verification import RULES
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.pair import ModelPair
@@ -151,31 +151,26 @@ class SpeculativeDecoder:
             raise InvalidRequestError("this pair has no tokenizer; use blocks() for token ids")
         if isinstance(prompt, str):
             prompt = encode_prompt(self.pair.tokenizer, prompt, system, raw)
-        return self._segments(self.blocks(prompt, max_tokens, progress), StopStrings(stop))
+        text = AnswerText(self.pair.tokenizer, self.pair.eos_token_ids, stop)
+        return self._segments(self.blocks(prompt, max_tokens, progress), text)
 
-    def _segments(self, blocks: Iterator[Block], stops: StopStrings) -> Iterator[Segment]:
-        text, consumed, finish_reason, drafted = StreamingText(self.pair.tokenizer), [], "length", False
+    def _segments(self, blocks: Iterator[Block], text: AnswerText) -> Iterator[Segment]:
+        consumed, drafted = [], False
         for block in blocks:
             for i, token in enumerate(block.tokens):
                 consumed.append(token)
                 drafted = i < block.accepted
-                ended = token in self.pair.eos_token_ids
-                shown = "" if ended else stops.add(text.add(token))
-                if ended or stops.found:
-                    finish_reason = "stop"
-                    self._forget(len(block.tokens) - i - 1)
+                shown = text.add(token)
+                if text.ended:
+                    self._uncommit(len(block.tokens) - i - 1)
+                    blocks.close()
+                    break
                 if shown:
                     yield Segment(shown, consumed, drafted)
                     consumed = []
-                if finish_reason == "stop":
-                    break
-            if finish_reason == "stop":
-                break
-        blocks.close()
-        rest = "" if stops.found else stops.add(text.finish()) + ("" if stops.found else stops.finish())
-        yield Segment(rest, consumed, drafted, finish_reason)
+        yield Segment(text.finish(), consumed, drafted, "stop" if text.ended else "length")
 
-    def _forget(self, count: int) -> None:
+    def _uncommit(self, count: int) -> None:
         """Take back the last ``count`` tokens, which a stop string cut off."""
         self.stats.tokens -= count
         del self._tokens[len(self._tokens) - count :]
@@ -197,8 +192,10 @@ class SpeculativeDecoder:
         """Bring both caches to the prompt, reusing what they share with it, and draw the keys anew."""
         mx.reset_peak_memory()
         start = time.perf_counter()
-        old = self._state or {"target": self._target.empty(0), "drafter": None}
-        reused = self._reusable(prompt) if self._state else 0
+        # Nothing but the prefill may refer to the old buffers, or they would be copied; and if it is interrupted, the
+        # next prompt starts from nothing.
+        old, self._state = self._state or {}, None
+        reused = self._reusable(prompt) if old else 0
         todo, done = 2 * (len(prompt) - reused), 0
 
         def advanced(tokens: int) -> None:
@@ -210,8 +207,8 @@ class SpeculativeDecoder:
         self._state = {
             "recent": mx.array(prompt[-2:], mx.int32),
             "committed": mx.array(len(prompt), mx.int32),
-            "target": self._target.prefill(prompt[reused:-1], old["target"], reused, advanced),
-            "drafter": self._proposer.start(old["drafter"], prompt, reused, advanced),
+            "target": self._target.prefill(prompt[reused:-1], old.pop("target", None), reused, advanced),
+            "drafter": self._proposer.start(old.pop("drafter", None), prompt, reused, advanced),
             "key": mx.random.key(seed),
         }
         mx.eval(self._state)

@@ -52,7 +52,7 @@ class ModelProposer:
         self.weights = model.state
 
     def start(self, state, tokens, reused, advanced):
-        return self.run.prefill(tokens[reused:-2], state or self.run.empty(reused), reused, advanced)
+        return self.run.prefill(tokens[reused:-2], state, reused, advanced)
 
     def with_room(self, state, length):
         return with_room(state, length)

@@ -23,6 +23,34 @@ class Segment:
     finish_reason: str | None = None
 
 
+class AnswerText:
+    """The text of an answer, token by token, until an EOS or a stop string ends it."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: set[int], stops: Sequence[str]):
+        self._text = StreamingText(tokenizer)
+        self._stops = StopStrings(stops)
+        self._eos_token_ids = eos_token_ids
+        self._rest = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """The text that has become certain; nothing once the answer has ended, what is left comes from ``finish``."""
+        if token in self._eos_token_ids:
+            self.ended = True
+            return ""
+        shown = self._stops.add(self._text.add(token))
+        if not self._stops.found:
+            return shown
+        self.ended, self._rest = True, shown
+        return ""
+
+    def finish(self) -> str:
+        """The end of the text, with what was held back if nothing came of it."""
+        if self._stops.found:
+            return self._rest
+        return self._stops.add(self._text.finish()) + self._stops.finish()
+
+
 class StreamingText:
     """Decodes one token at a time; the pieces add up to what the tokenizer makes of all tokens at once.
 

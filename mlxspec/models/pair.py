@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxspec.models.attention import context_length
 from mlxspec.models.drafter import PromptLookup
@@ -13,8 +14,8 @@ from mlxspec.models.drafter import PromptLookup
 class ModelPair:
     """Models that are in memory already; ``mlxspec.load`` makes one from names.
 
-    ``tokenizer`` may be None for work on token ids. ``context_length`` is what the target's config says, None if
-    nothing; set it to decode further or less far.
+    ``tokenizer`` is mlx-lm's or transformers', or None for work on token ids. ``context_length`` is what the target's
+    config says, None if nothing; set it to decode further or less far.
     """
 
     target: nn.Module
@@ -25,6 +26,8 @@ class ModelPair:
     def __post_init__(self):
         if self.context_length is None:
             self.context_length = context_length(self.target)
+        if self.tokenizer is not None and not isinstance(self.tokenizer, TokenizerWrapper):
+            self.tokenizer = TokenizerWrapper(self.tokenizer)
 
     @property
     def eos_token_ids(self) -> set[int]:

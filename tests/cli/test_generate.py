@@ -228,12 +228,11 @@ def test_ctrl_c_keeps_what_was_written_and_exits_with_130(mlxspec_process, as_js
 
 
 def test_a_reader_that_leaves_early_causes_no_traceback(mlxspec_process):
-    process = mlxspec_process("generate", "Once upon a time", "--max-tokens", "400", "--temperature", "1")
-    process.stdout.read(10)
-    process.stdout.close()
-    assert process.wait(timeout=60) != 1
-    assert process.stderr.read().count("Traceback") == 0
-    process.stderr.close()
+    with mlxspec_process("generate", "Once upon a time", "--max-tokens", "400", "--temperature", "1") as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(timeout=60) in (0, 1)  # 0: the whole story fitted into the pipe
+        assert process.stderr.read().count("\n") <= 1  # the summary or nothing
 
 
 def test_a_path_with_spaces_works(mlxspec_process, llama_folder):

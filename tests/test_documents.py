@@ -1,0 +1,65 @@
+"""What README.md and CONTRIBUTING.md say is run here or by .ci/run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README, CONTRIBUTING, CI = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run"))
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path) -> list[str]:
+    lines = "\n".join(code_blocks(path, "bash")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+def run_by_ci(command: str) -> bool:
+    return command == ".ci/run" or f'"{command}"' in CI.read_text().replace('\\"', '"')
+
+
+def test_the_two_commands_of_the_readme_are_run_by_ci():
+    install, test = code_blocks(README, "bash")[:2]
+    assert run_by_ci(install.strip())
+    assert run_by_ci(test.strip())
+
+
+@pytest.mark.parametrize("command", [command for command in commands(README) if " mlxspec " in f" {command}"])
+def test_a_command_of_the_readme_works(command, tmp_path):
+    if run_by_ci(command):
+        pytest.skip("run by .ci/run")
+    command = command.replace("mlxspec ", f"{Path(sys.executable).with_name('mlxspec')} ")
+    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("program", code_blocks(README, "python"))
+def test_a_program_of_the_readme_works(program, tmp_path):
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "tokens for each pass of the target" in result.stdout
+
+
+# What a maintainer runs by hand: measurements and training, whose small versions are in test_scripts.py.
+BY_HAND = ("export LD_PRELOAD", "python scripts/")
+
+
+@pytest.mark.parametrize("command", commands(CONTRIBUTING))
+def test_a_command_of_contributing_is_run_by_ci_or_by_a_test_of_the_scripts(command):
+    assert run_by_ci(command) or command.startswith(BY_HAND)
+    if command.startswith("python scripts/"):
+        assert (ROOT / command.split()[1]).exists()
+
+
+def test_every_path_that_the_documents_name_exists():
+    for path in (README, CONTRIBUTING):
+        for name in re.findall(r"`((?:mlxspec|scripts|tests)/[\w/.-]*)", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
