@@ -14,17 +14,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxspec.errors import MlxspecError, ModelLoadError
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
+from mlxspec.models.sentencepiece_bpe import fast_tokenizer
 from mlxspec.models.tokens import check_same_tokens
 
 DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors"]
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "weights*.npz"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -91,14 +94,19 @@ def resolved(name: str | Path) -> Path:
 def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
     """The model of a folder, in the precision that suits the device, refused if its cache cannot be rewound."""
     config = read_config(folder)
-    for file in weight_files(folder):
-        check_safetensors(file)
+    files = weight_files(folder, config)
     try:
-        model, _ = load_model(folder, lazy=True)
+        if is_old_config(config):
+            model = read_old_model(config, files)
+        else:
+            for file in files:
+                check_safetensors(file)
+            model, _ = load_model(folder, lazy=True)
     except MlxspecError:
         raise
     except Exception as error:  # whatever a malformed folder makes the model code raise
-        raise ModelLoadError(f"{folder} cannot be read as a {config['model_type']}: {first_line(error)}") from error
+        kind = config.get("model_type", "Llama in the old MLX layout")
+        raise ModelLoadError(f"{folder} cannot be read as a {kind}: {first_line(error)}") from error
     attention_windows(model)
     model.set_dtype(dtype or preferred_dtype(model))
     mx.eval(model.parameters())
@@ -121,15 +129,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelLoadError(f"{folder} has no config.json; give the folder of a model in the HF layout") from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read: {first_line(error)}; copy or download it again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config, dict) or not (isinstance(config.get("model_type"), str) or is_old_config(config)):
         raise ModelLoadError(f"{path} names no model_type; give the folder of a model in the HF layout")
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("model*.safetensors"))
+def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+    pattern = "weights*.npz" if is_old_config(config) else "model*.safetensors"
+    files = sorted(folder.glob(pattern))
     if not files:
-        raise ModelLoadError(f"{folder} has no weights; expected model.safetensors or model-*.safetensors in it")
+        others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
+        found = f"; it has {others}, which mlx-lm would not read either: rename them" if others else ""
+        raise ModelLoadError(f"{folder} has no weights: no file is named {pattern}{found}")
     return files
 
 
@@ -158,9 +169,13 @@ def check_safetensors(path: Path) -> None:
 def read_tokenizer(folder: Path) -> Any:
     config = read_config(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ModelLoadError(f"{folder} has no tokenizer; expected tokenizer.json in it")
+        raise ModelLoadError(f"{folder} has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} in it")
     try:
+        if not (folder / "tokenizer.json").exists():
+            return TokenizerWrapper(fast_tokenizer(folder / "tokenizer.model"))
         return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except MlxspecError:
+        raise
     except Exception as error:  # whatever a malformed tokenizer file makes transformers raise
         raise ModelLoadError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error
 

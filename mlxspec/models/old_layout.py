@@ -1,0 +1,85 @@
+"""The MLX layout of 2023: ``weights.npz``, a small config and a bare ``tokenizer.model``.
+
+mlx-lm does not read it any more, and the best known 4-bit Llama 2 Chat repository is stored in it. The names are those
+of Meta's release, and so is the order of the rows of q and k: rotary embedding pairs neighbours instead of halves,
+which mlx-lm's Llama calls ``rope_traditional``; hence no weight has to be moved.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama
+
+from mlxspec.errors import ModelLoadError
+
+LAYER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+LAYER_KEY = re.compile(r"layers\.(\d+)\.(.+)\.(weight|scales|biases)")
+OUTER_KEY = re.compile(r"(tok_embeddings|norm|output)\.(weight|scales|biases)")
+
+LLAMA2_CONTEXT = 4096  # the configs of the time do not say
+
+
+def is_old_config(config: dict[str, Any]) -> bool:
+    return "dim" in config and "n_layers" in config
+
+
+def read_old_model(config: dict[str, Any], files: list[Path]) -> nn.Module:
+    """The Llama of ``weights.npz``; nothing is read from the file before it is evaluated.
+
+    Raises ModelLoadError for a name that the layout does not have.
+    """
+    weights = {new_name(name): array for file in files for name, array in mx.load(str(file)).items()}
+    model = llama.Model(llama.ModelArgs.from_dict(new_config(config, weights)))
+    if quantization := config.get("quantization"):
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            class_predicate=lambda path, _: f"{path}.scales" in weights,
+        )
+    model.load_weights(list(weights.items()))
+    return model.eval()
+
+
+def new_name(name: str) -> str:
+    if match := LAYER_KEY.fullmatch(name):
+        layer, part, kind = match.groups()
+        if part in LAYER_NAMES:
+            return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
+    if match := OUTER_KEY.fullmatch(name):
+        return f"{OUTER_NAMES[match[1]]}.{match[2]}"
+    raise ModelLoadError(f"the old MLX layout has no weight named {name!r}; is this a Llama?")
+
+
+def new_config(config: dict[str, Any], weights: dict[str, mx.array]) -> dict[str, Any]:
+    """What mlx-lm's Llama wants to know; sizes that the old config leaves out are those of the tensors."""
+    vocab_size, _ = weights["model.embed_tokens.weight"].shape
+    return {
+        "model_type": "llama",
+        "hidden_size": config["dim"],
+        "num_hidden_layers": config["n_layers"],
+        "num_attention_heads": config["n_heads"],
+        "num_key_value_heads": config.get("n_kv_heads") or config["n_heads"],
+        "head_dim": config.get("head_dim"),
+        "intermediate_size": weights["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        "vocab_size": vocab_size,
+        "rms_norm_eps": config["norm_eps"],
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_traditional": True,
+        "max_position_embeddings": config.get("max_seq_len", LLAMA2_CONTEXT),
+        "tie_word_embeddings": "lm_head.weight" not in weights,
+    }
