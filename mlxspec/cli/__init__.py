@@ -6,6 +6,7 @@ import click
 
 from mlxspec import MlxspecError, __version__
 from mlxspec.cli.generate import generate
+from mlxspec.cli.models import models
 
 
 @click.group()
@@ -15,6 +16,7 @@ def cli() -> None:
 
 
 cli.add_command(generate)
+cli.add_command(models)
 
 
 def main() -> None:

@@ -40,8 +40,9 @@ class DraftLength(click.ParamType):
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--target", help="Folder or hub id of the model that answers.  [default: the embedded demo model]")
-@click.option("--drafter", help='Folder or hub id of its drafter, "lookup" or "none".  [default: the demo\'s own]')
+@click.option("--target", help="Folder, hub id or short name of the model.  [default: the embedded demo model]")
+@click.option("--drafter", help='The same for its drafter, or "lookup" or "none".  [default: the demo\'s own]')
+@click.option("--quantize", help="4, 8, mxfp4 or nvfp4: quantise the target, once, and keep the copy; none: do not.")
 @click.option("--max-tokens", default=256, show_default=True, help="-1: until the answer or the context ends.")
 @sampling_options
 @click.option(
@@ -54,12 +55,12 @@ class DraftLength(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @click.option("--stats", "details", is_flag=True, help="Print all statistics.")
 @click.option("--show-drafted", is_flag=True, help="Show accepted drafted tokens in green.")
-def generate(prompt, target, drafter, max_tokens, draft_length, verification, system, raw, stop, as_json, details,
-             show_drafted, **sampling):  # fmt: skip
+def generate(prompt, target, drafter, quantize, max_tokens, draft_length, verification, system, raw, stop, as_json,
+             details, show_drafted, **sampling):  # fmt: skip
     """Answer PROMPT. Without one, or with "-", it is read from standard input."""
     prompt = read_prompt(prompt)
     sampling = Sampling(**sampling)
-    pair = mlxspec.load(target, drafter)
+    pair = mlxspec.load(target, drafter, quantize=quantize)
     decoder = mlxspec.SpeculativeDecoder(pair, sampling, draft_length, verification)
     with tqdm(total=0, desc="prompt", unit="tok", disable=True if as_json else None, leave=False, delay=0.5) as bar:
 

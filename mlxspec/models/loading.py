@@ -20,37 +20,47 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlxspec.errors import MlxspecError, ModelLoadError
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.names import KNOWN_MODELS
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
+from mlxspec.models.quantizing import quantized_copy
 from mlxspec.models.sentencepiece_bpe import fast_tokenizer
-from mlxspec.models.tokens import check_same_tokens
+from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 
 DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "weights*.npz"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+LLAMA2_CHAT = re.compile(r"llama-?2-\d+b-chat", re.IGNORECASE)
 
 
 def load(
     target: str | Path | None = None,
     drafter: str | Path | PromptLookup | None = None,
     dtype: mx.Dtype | None = None,
+    quantize: str | None = None,
 ) -> ModelPair:
     """Load a target and what drafts for it.
 
-    ``target`` is a folder or a hub id; None is the embedded demo target. ``drafter`` is a folder, a hub id, "lookup"
-    (prompt lookup), "none", or None: the demo's own drafter for the demo target, nobody for any other.
+    ``target`` is a folder, a hub id or a short name (``mlxspec models`` lists them); None is the embedded demo target.
+    ``drafter`` is the same, or "lookup" (prompt lookup), "none", or None: the demo's own drafter for the demo target,
+    nobody for any other.
     ``dtype`` is the precision of weights and quantisation scales; by default float32 on the CPU back end, where 16 bits
     are ten times slower, and 16 bits on a GPU.
+    ``quantize`` the target to "4" or "8" bits, "mxfp4" or "nvfp4"; the copy is kept. None leaves it as it is stored,
+    but for short names that say otherwise; "none" for those too.
 
-    Raises ModelLoadError, UnsupportedModelError or TokenizerMismatchError, each a line that says what to do.
+    Raises ModelLoadError, UnsupportedModelError, InvalidRequestError or TokenizerMismatchError, a line each.
     """
     if drafter is None and target is None:
         drafter = DEMO / "drafter"
+    known = KNOWN_MODELS.get(str(target))
     target_folder = resolved(DEMO / "target" if target is None else target)
+    if (kind := quantize or (known.quantize if known else "none")) != "none":
+        target_folder = quantized_copy(target_folder, kind, read_lazily)
     drafter_folder = None if names_no_model(drafter) else resolved(drafter)
 
-    tokenizer = read_tokenizer(target_folder)
+    tokenizer = read_tokenizer(target_folder, str(target))
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     target_model = read_model(target_folder, dtype)
@@ -71,6 +81,8 @@ def model_free_drafter(drafter: str | PromptLookup | None) -> PromptLookup | Non
 
 def resolved(name: str | Path) -> Path:
     """The local folder of a model: ``name`` itself, or the hub's snapshot of it, downloaded if need be."""
+    if known := KNOWN_MODELS.get(str(name)):
+        name = known.hub_id
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -93,24 +105,31 @@ def resolved(name: str | Path) -> Path:
 
 def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
     """The model of a folder, in the precision that suits the device, refused if its cache cannot be rewound."""
+    model, _ = read_lazily(folder)
+    attention_windows(model)
+    model.set_dtype(dtype or preferred_dtype(model))
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        raise ModelLoadError(f"the weights of {folder} cannot be read: {first_line(error)}") from error
+    return model
+
+
+def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model whose weights are read when they are first used, and its config."""
     config = read_config(folder)
     files = weight_files(folder, config)
     try:
         if is_old_config(config):
-            model = read_old_model(config, files)
-        else:
-            for file in files:
-                check_safetensors(file)
-            model, _ = load_model(folder, lazy=True)
+            return read_old_model(config, files)
+        for file in files:
+            check_safetensors(file)
+        return load_model(folder, lazy=True)
     except MlxspecError:
         raise
     except Exception as error:  # whatever a malformed folder makes the model code raise
         kind = config.get("model_type", "Llama in the old MLX layout")
         raise ModelLoadError(f"{folder} cannot be read as a {kind}: {first_line(error)}") from error
-    attention_windows(model)
-    model.set_dtype(dtype or preferred_dtype(model))
-    mx.eval(model.parameters())
-    return model
 
 
 def preferred_dtype(model: nn.Module) -> mx.Dtype:
@@ -166,18 +185,24 @@ def check_safetensors(path: Path) -> None:
         )
 
 
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path, name: str = "") -> Any:
+    """mlx-lm's wrapper around the folder's tokenizer. ``name`` is what the user calls the model."""
     config = read_config(folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
         raise ModelLoadError(f"{folder} has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} in it")
     try:
-        if not (folder / "tokenizer.json").exists():
-            return TokenizerWrapper(fast_tokenizer(folder / "tokenizer.model"))
-        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        if (folder / "tokenizer.json").exists():
+            tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        else:
+            tokenizer = TokenizerWrapper(fast_tokenizer(folder / "tokenizer.model"))
     except MlxspecError:
         raise
     except Exception as error:  # whatever a malformed tokenizer file makes transformers raise
         raise ModelLoadError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error
+    if not tokenizer.has_chat_template and LLAMA2_CHAT.search(f"{name} {folder}"):
+        tokenizer.chat_template = LLAMA2_TEMPLATE
+        tokenizer.has_chat_template = True
+    return tokenizer
 
 
 def first_line(error: Exception) -> str:

@@ -37,14 +37,16 @@ def is_old_config(config: dict[str, Any]) -> bool:
     return "dim" in config and "n_layers" in config
 
 
-def read_old_model(config: dict[str, Any], files: list[Path]) -> nn.Module:
-    """The Llama of ``weights.npz``; nothing is read from the file before it is evaluated.
+def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module, dict[str, Any]]:
+    """The Llama of ``weights.npz`` and its config in Hugging Face's terms; nothing is read before it is evaluated.
 
     Raises ModelLoadError for a name that the layout does not have.
     """
     weights = {new_name(name): array for file in files for name, array in mx.load(str(file)).items()}
-    model = llama.Model(llama.ModelArgs.from_dict(new_config(config, weights)))
+    translated = new_config(config, weights)
+    model = llama.Model(llama.ModelArgs.from_dict(translated))
     if quantization := config.get("quantization"):
+        translated["quantization"] = quantization
         nn.quantize(
             model,
             group_size=quantization["group_size"],
@@ -52,7 +54,7 @@ def read_old_model(config: dict[str, Any], files: list[Path]) -> nn.Module:
             class_predicate=lambda path, _: f"{path}.scales" in weights,
         )
     model.load_weights(list(weights.items()))
-    return model.eval()
+    return model.eval(), translated
 
 
 def new_name(name: str) -> str:

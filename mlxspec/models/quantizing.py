@@ -1,0 +1,63 @@
+"""Quantised copies of models: made once, kept beside the hub's cache, found again by what they were made of."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.nn as nn
+from mlx_lm.utils import quantize_model, save_config, save_model
+
+from mlxspec.errors import InvalidRequestError
+
+# --quantize's values -> bits, group size and mode, as mlx-lm has them.
+QUANTIZATIONS = {
+    "4": {"bits": 4, "group_size": 64, "mode": "affine"},
+    "8": {"bits": 8, "group_size": 64, "mode": "affine"},
+    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+    "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
+}
+COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+          "generation_config.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+
+
+def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Module, dict[str, Any]]]) -> Path:
+    """The folder of ``folder``'s model quantised as ``kind``; made by ``read`` (lazily) and written if it is not there.
+
+    It is written aside and renamed, so that an interrupted run leaves nothing behind that looks whole.
+    Raises InvalidRequestError for an unknown kind or a model that is quantised already.
+    """
+    if kind not in QUANTIZATIONS:
+        raise InvalidRequestError(f"quantize is {kind!r}; use one of {', '.join(QUANTIZATIONS)}, none")
+    copy = cache_folder() / f"{folder.resolve().name[:40]}-{fingerprint(folder)}-{kind}"
+    if copy.is_dir():
+        return copy
+    model, config = read(folder)
+    if "quantization" in config:
+        raise InvalidRequestError(f"{folder} is quantised already; leave --quantize out")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".writing-") as scratch:
+        aside = Path(scratch) / "model"
+        model, config = quantize_model(model, config, **QUANTIZATIONS[kind])
+        save_model(aside, model, donate_model=True)  # the copy is read back from the disk, not kept twice
+        save_config(config, aside / "config.json")
+        for name in COPIED:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, aside / name)
+        os.replace(aside, copy)
+    return copy
+
+
+def cache_folder() -> Path:
+    return Path(huggingface_hub.constants.HF_HOME) / "mlxspec"
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes when the folder is another one or a file of weights in it has been replaced."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.*"))]
+    return hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()[:12]

@@ -1,0 +1,66 @@
+import json
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import mlxspec
+from mlxspec import Drafter, DrafterConfig
+from mlxspec.models.loading import DEMO, read_lazily
+from mlxspec.models.quantizing import QUANTIZATIONS, quantized_copy
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf" / "mlxspec"
+
+
+@pytest.fixture
+def plain_folder(tmp_path):
+    config = DrafterConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    Drafter(config).save(tmp_path / "plain")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "plain" / name).write_bytes((DEMO / "target" / name).read_bytes())
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_target_is_quantised_once_and_found_again(plain_folder, cache, kind):
+    pair = mlxspec.load(plain_folder, quantize=kind)
+    assert mx.uint32 in {weight.dtype for _, weight in tree_flatten(pair.target.parameters())}
+    [copy] = cache.iterdir()
+    assert json.loads((copy / "config.json").read_text())["quantization"]["bits"] == QUANTIZATIONS[kind]["bits"]
+    written = (copy / "model.safetensors").stat().st_mtime_ns
+    first = mlxspec.generate(pair, "Once upon a time", max_tokens=5)
+    again = mlxspec.generate(mlxspec.load(plain_folder, quantize=kind), "Once upon a time", max_tokens=5)
+    assert again.tokens == first.tokens
+    assert (copy / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in cache.iterdir()] == [copy.name]
+
+
+def test_other_weights_in_the_same_folder_get_another_copy(plain_folder, cache):
+    mlxspec.load(plain_folder, quantize="4")
+    Drafter.load(plain_folder).save(plain_folder)
+    mlxspec.load(plain_folder, quantize="4")
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_an_interrupted_copy_leaves_nothing_behind(plain_folder, cache, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxspec.models.quantizing.save_config", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantized_copy(plain_folder, "4", read_lazily)
+    assert list(cache.iterdir()) == []
+
+
+def test_an_unknown_kind_and_a_quantised_model_are_named(plain_folder):
+    with pytest.raises(mlxspec.MlxspecError, match="quantize is '3'; use one of 4, 8, mxfp4, nvfp4, none"):
+        mlxspec.load(plain_folder, quantize="3")
+    with pytest.raises(mlxspec.MlxspecError, match="quantised already"):
+        mlxspec.load(DEMO / "target", quantize="4")
