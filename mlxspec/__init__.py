@@ -1,5 +1,6 @@
 """Lossless speculative decoding on MLX, and the training of the drafters that make it fast."""
 
+from mlxspec.decoding.conversation import Conversation
 from mlxspec.decoding.decoder import Block, SpeculativeDecoder
 from mlxspec.decoding.generation import Generation, generate
 from mlxspec.decoding.sampling import Sampling
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "Conversation",
     "DecodingStats",
     "Drafter",
     "DrafterConfig",

@@ -3,9 +3,7 @@
 Only this module touches huggingface_hub and mlx-lm's loader. Nothing found in a model folder is executed.
 """
 
-import json
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from mlxspec.models.names import KNOWN_MODELS
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.quantizing import quantized_copy
+from mlxspec.models.safety import check_folder, check_numbers, check_safetensors, read_json
 from mlxspec.models.sentencepiece_bpe import fast_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 
@@ -31,6 +30,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "weights*.npz"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+NO_CODE = {"trust_remote_code": False}  # said outright, or transformers may ask on the terminal
 LLAMA2_CHAT = re.compile(r"llama-?2-\d+b-chat", re.IGNORECASE)
 
 
@@ -99,7 +99,7 @@ def resolved(name: str | Path) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelLoadError(
             f"{name} is not a folder, not in the hub's local cache, and cannot be downloaded now "
-            f"({first_line(error)}); connect to the network once, or give a folder"
+            f"({in_one_line(error)}); connect to the network once, or give a folder"
         ) from None
 
 
@@ -108,28 +108,32 @@ def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
     model, _ = read_lazily(folder)
     attention_windows(model)
     model.set_dtype(dtype or preferred_dtype(model))
-    try:
-        mx.eval(model.parameters())
-    except RuntimeError as error:
-        raise ModelLoadError(f"the weights of {folder} cannot be read: {first_line(error)}") from error
+    for name, weight in tree_flatten(model.parameters()):
+        try:
+            spoilt = mx.issubdtype(weight.dtype, mx.floating) and mx.isnan(weight).any().item()
+        except RuntimeError as error:
+            raise ModelLoadError(f"the weights of {folder} cannot be read: {in_one_line(error)}") from error
+        if spoilt:
+            raise ModelLoadError(f"{name} in {folder} is not a number (NaN) in places; copy or download it again")
+    mx.eval(model.parameters())
     return model
 
 
 def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A model whose weights are read when they are first used, and its config."""
+    check_folder(folder)
     config = read_config(folder)
     files = weight_files(folder, config)
     try:
         if is_old_config(config):
             return read_old_model(config, files)
-        for file in files:
-            check_safetensors(file)
+        check_numbers(config, folder / "config.json", tensors=sum(check_safetensors(file) for file in files))
         return load_model(folder, lazy=True)
     except MlxspecError:
         raise
     except Exception as error:  # whatever a malformed folder makes the model code raise
         kind = config.get("model_type", "Llama in the old MLX layout")
-        raise ModelLoadError(f"{folder} cannot be read as a {kind}: {first_line(error)}") from error
+        raise ModelLoadError(f"{folder} cannot be read as a {kind}: {in_one_line(error)}") from error
 
 
 def preferred_dtype(model: nn.Module) -> mx.Dtype:
@@ -141,15 +145,11 @@ def preferred_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelLoadError(f"{folder} has no config.json; give the folder of a model in the HF layout") from None
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {first_line(error)}; copy or download it again") from None
-    if not isinstance(config, dict) or not (isinstance(config.get("model_type"), str) or is_old_config(config)):
-        raise ModelLoadError(f"{path} names no model_type; give the folder of a model in the HF layout")
+    if not (folder / "config.json").exists():
+        raise ModelLoadError(f"{folder} has no config.json; give the folder of a model in the HF layout")
+    config = read_json(folder / "config.json")
+    if not (isinstance(config.get("model_type"), str) or is_old_config(config)):
+        raise ModelLoadError(f"{folder / 'config.json'} names no model_type; give a model's folder in the HF layout")
     return config
 
 
@@ -163,49 +163,27 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     return files
 
 
-def check_safetensors(path: Path) -> None:
-    """A torn or mangled file is named here, before its missing bytes are read as weights.
-
-    The layout is 8 bytes of header length, a JSON header, then the tensors' bytes at the offsets that it gives.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        try:
-            if length > size - 8:
-                raise ValueError
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise ModelLoadError(f"{path} is not a whole safetensors file; copy or download it again") from None
-    if 8 + length + end != size:
-        raise ModelLoadError(
-            f"{path} is torn: {size} bytes, {8 + length + end} by its header; copy or download it again"
-        )
-
-
 def read_tokenizer(folder: Path, name: str = "") -> Any:
     """mlx-lm's wrapper around the folder's tokenizer. ``name`` is what the user calls the model."""
+    check_folder(folder)
     config = read_config(folder)
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         raise ModelLoadError(f"{folder} has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} in it")
     try:
         if (folder / "tokenizer.json").exists():
-            tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+            tokenizer = load_tokenizer(folder, NO_CODE, eos_token_ids=config.get("eos_token_id"))
         else:
             tokenizer = TokenizerWrapper(fast_tokenizer(folder / "tokenizer.model"))
     except MlxspecError:
         raise
     except Exception as error:  # whatever a malformed tokenizer file makes transformers raise
-        raise ModelLoadError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error
+        raise ModelLoadError(f"the tokenizer of {folder} cannot be read: {in_one_line(error)}") from error
     if not tokenizer.has_chat_template and LLAMA2_CHAT.search(f"{name} {folder}"):
         tokenizer.chat_template = LLAMA2_TEMPLATE
         tokenizer.has_chat_template = True
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """One line of at most 200 characters from an error of a library; its type where it has no words."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+    return " ".join(str(error).split())[:200].rstrip(".: ") or type(error).__name__

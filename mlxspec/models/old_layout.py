@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from mlxspec.errors import ModelLoadError
+from mlxspec.models.safety import check_numbers
 
 LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -43,6 +44,7 @@ def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module
     Raises ModelLoadError for a name that the layout does not have.
     """
     weights = {new_name(name): array for file in files for name, array in mx.load(str(file)).items()}
+    check_numbers(config, files[0].parent / "config.json", tensors=len(weights))
     translated = new_config(config, weights)
     model = llama.Model(llama.ModelArgs.from_dict(translated))
     if quantization := config.get("quantization"):

@@ -67,14 +67,17 @@ def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
 
     Raises InvalidRequestError for text that is not Unicode or a conversation that the template refuses.
     """
-    texts = [message["content"] for message in messages]
-    for text in texts:
-        check_unicode(text)
+    return encode_rendered(tokenizer, render(tokenizer, messages), [message["content"] for message in messages])
+
+
+def render(tokenizer: Any, messages: list[Message]) -> str:
+    """The conversation as the chat template writes it, up to where the answer begins."""
+    for message in messages:
+        check_unicode(message["content"])
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates are code of the model's, and refuse by raising what they like
         raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from None
-    return encode_rendered(tokenizer, rendered, texts)
 
 
 def encode_rendered(tokenizer: Any, rendered: str, texts: list[str]) -> list[int]:

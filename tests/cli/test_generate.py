@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 import mlxspec
 from mlxspec import Drafter, DrafterConfig
-from mlxspec.models.loading import DEMO, check_safetensors
+from mlxspec.models.loading import DEMO
+from mlxspec.models.safety import check_safetensors
 
 SUMMARY = re.compile(r"^\d+ tokens, [\d.]+ tokens/s, block efficiency [\d.]+, acceptance rate [\d.]+$")
 

@@ -1,0 +1,83 @@
+"""``mlxspec chat``: a conversation in the terminal; both caches are kept between turns."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mlxspec import Conversation, InvalidRequestError
+from mlxspec.cli.generate import Answer
+from mlxspec.cli.options import decoder_from, decoder_options, detailed, prefill_bar
+
+HELP = """\
+/reset         start anew
+/system TEXT   start anew with this system prompt
+/stats         what the last answer cost
+/save FILE     write the conversation as JSON, {"messages": [...]}
+/exit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
+
+
+@click.command()
+@decoder_options
+@click.option("--max-tokens", default=-1, show_default=True, help="-1: until the answer or the context ends.")
+@click.option("--system", help="System prompt.")
+def chat(max_tokens, system, **decoder_settings):
+    """Talk to a chat model. /help lists what can be typed besides messages."""
+    conversation = Conversation(decoder_from(**decoder_settings), system)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  importing it gives input() the arrow keys
+    click.echo("/help for help", err=True)
+    while (line := read_line()) is not None:
+        try:
+            if line.startswith("/"):
+                if not run(line, conversation):
+                    return
+            elif line:
+                with prefill_bar(quiet=False) as progress:
+                    Answer(conversation.say(line, max_tokens, progress))
+                click.echo()
+        except InvalidRequestError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+
+
+def read_line() -> str | None:
+    """The next line, stripped; None at the end of the input. Ctrl-C gives up the line and not the chat."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        except UnicodeDecodeError:
+            raise InvalidRequestError("standard input is not valid UTF-8; convert it first") from None
+        except KeyboardInterrupt:
+            click.echo("\n(/exit or Ctrl-D to leave)", err=True)
+
+
+def run(line: str, conversation: Conversation) -> bool:
+    """Run a command that begins with "/"; False if it was to leave."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if command in ("/exit", "/quit"):
+        return False
+    if command == "/reset":
+        conversation.reset()
+    elif command == "/system" and argument:
+        conversation.reset(argument)
+    elif command == "/stats":
+        click.echo(detailed(conversation.decoder.stats), err=True)
+    elif command == "/save" and argument:
+        save(conversation, Path(argument).expanduser())
+    else:
+        click.echo(HELP, err=True)
+    return True
+
+
+def save(conversation: Conversation, file: Path) -> None:
+    system = [{"role": "system", "content": conversation.system}] if conversation.system is not None else []
+    try:
+        file.write_text(json.dumps({"messages": [*system, *conversation.messages]}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InvalidRequestError(f"cannot write {file}: {error.strerror}; choose another file") from None
+    click.echo(f"saved {len(conversation.messages)} messages to {file}", err=True)

@@ -1,0 +1,100 @@
+"""Options that several verbs share, and the decoder that they describe."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+import mlxspec
+from mlxspec import DecodingStats, Sampling, SpeculativeDecoder
+from mlxspec.decoding.decoder import Progress
+from mlxspec.decoding.verification import RULES
+
+LONG_PROMPT = 512  # tokens from which a progress bar is worth its flicker
+
+
+class DraftLength(click.ParamType):
+    name = "int|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f'{value!r} is neither a number nor "auto"', param, ctx)
+
+
+MODEL_OPTIONS = [
+    click.option("--target", help="Folder, hub id or short name of the model.  [default: the embedded demo model]"),
+    click.option("--drafter", help='The same for its drafter, or "lookup" or "none".  [default: the demo\'s own]'),
+    click.option(
+        "--quantize", help="4, 8, mxfp4 or nvfp4: quantise the target, once, and keep the copy; none: do not."
+    ),
+    click.option(
+        "--draft-length", type=DraftLength(), default="auto", show_default=True, help="Tokens drafted a block; 0: none."
+    ),
+    click.option("--verification", type=click.Choice(list(RULES)), default="block", show_default=True),
+]
+# The fields of ``Sampling``: name, type, default and help are the dataclass's.
+SAMPLING_OPTIONS = [
+    click.option(
+        f"--{field.name.replace('_', '-')}",
+        type=float if field.type is float else int,
+        default=field.default,
+        show_default=True,
+        help=field.metadata["help"],
+    )
+    for field in fields(Sampling)
+]
+
+
+def decoder_options(command: Callable) -> Callable:
+    for option in reversed([*MODEL_OPTIONS, *SAMPLING_OPTIONS]):
+        command = option(command)
+    return command
+
+
+def decoder_from(target, drafter, quantize, draft_length, verification, **sampling) -> SpeculativeDecoder:
+    """What the options of ``decoder_options`` ask for; the cheap ones are checked before anything is loaded."""
+    sampling = Sampling(**sampling)
+    pair = mlxspec.load(target, drafter, quantize=quantize)
+    return SpeculativeDecoder(pair, sampling, draft_length, verification)
+
+
+@contextmanager
+def prefill_bar(quiet: bool) -> Iterator[Progress]:
+    """A progress bar for long prompts, on standard error if that is a terminal."""
+    with tqdm(total=0, desc="prompt", unit="tok", disable=True if quiet else None, leave=False, delay=0.5) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if total >= LONG_PROMPT:
+                bar.total = total
+                bar.update(done - bar.n)
+                if done == total:
+                    bar.close()
+
+        yield progress
+
+
+def summary(stats: DecodingStats) -> str:
+    return (
+        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"block efficiency {stats.block_efficiency:.2f}, acceptance rate {stats.acceptance_rate:.2f}"
+    )
+
+
+def detailed(stats: DecodingStats) -> str:
+    by_position = [f"{count / stats.blocks:.2f}" for count in stats.accepted_at]
+    reused = f", {stats.prompt_tokens_reused} of them known already" if stats.prompt_tokens_reused else ""
+    return "\n".join([
+        summary(stats),
+        f"prompt           {stats.prompt_tokens} tokens in {stats.prompt_seconds:.2f} s{reused}",
+        f"decoding         {stats.blocks} blocks in {stats.decode_seconds:.2f} s",
+        f"drafted          {stats.drafted} tokens, {stats.draft_length:.1f} a block; {stats.accepted} accepted",
+        f"by position      {' '.join(by_position) or '-'}",
+        f"peak memory      {stats.peak_memory_bytes / 1e6:.0f} MB",
+    ])  # fmt: skip

@@ -1,0 +1,94 @@
+import json
+import os
+import pty
+import select
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlxspec.models.loading import DEMO
+from tests.decoding.test_conversation import CHATML
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """The demo target with a chat template: it answers every message with a story, but it does answer."""
+    folder = tmp_path / "chat model"
+    shutil.copytree(DEMO / "target", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHATML}))
+    return str(folder)
+
+
+def typed(*lines: str) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def test_a_conversation_is_answered_turn_by_turn_and_saved(mlxspec_command, chat_model, tmp_path):
+    saved = tmp_path / "a file.json"
+    outcome = mlxspec_command(
+        "chat", "--target", chat_model, "--max-tokens", "12", "--system", "Tell stories.",
+        stdin=typed("Once upon a time", "/stats", "And then?", "/stats", f"/save {saved}", "/exit", "never read"),
+    )  # fmt: skip
+    assert outcome.status == 0
+    assert "of them known already" in outcome.err
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert outcome.out == "".join(message["content"] + "\n" for message in messages if message["role"] == "assistant")
+
+
+def test_commands_reset_and_explain(mlxspec_command, chat_model):
+    lines = typed("Once upon a time", "/reset", "Once upon a time", "/system Be kind.", "/unknown")
+    outcome = mlxspec_command("chat", "--target", chat_model, "--max-tokens", "12", stdin=lines)
+    first, second = outcome.out.splitlines()[:1], outcome.out.splitlines()[-1:]
+    assert first == second
+    assert "/save FILE" in outcome.err
+
+
+def test_a_line_that_cannot_be_answered_does_not_end_the_chat(mlxspec_command, chat_model):
+    lines = typed("word " * 2000, "/save /no/such/folder/file", "Once upon a time")
+    outcome = mlxspec_command("chat", "--target", chat_model, "--max-tokens", "12", stdin=lines)
+    assert outcome.status == 0
+    assert outcome.err.count("error: ") == 2
+    assert outcome.out.strip()
+
+
+def test_a_model_without_a_template_is_refused(mlxspec_command):
+    outcome = mlxspec_command("chat", stdin=typed("Hello"))
+    assert outcome.status == 2
+    assert "no chat template" in outcome.err
+
+
+def read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
+    seen, end = "", time.monotonic() + seconds
+    while wanted not in seen:
+        assert time.monotonic() < end, seen
+        if select.select([terminal], [], [], 0.2)[0]:
+            seen += os.read(terminal, 1000).decode(errors="replace")
+    return seen
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(chat_model):
+    command = [str(Path(sys.executable).with_name("mlxspec")), "chat", "--target", chat_model, "--temperature", "1"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(command[0], command)
+    try:
+        read_until(terminal, "> ")
+        os.write(terminal, b"Once upon a time\n")
+        read_until(terminal, "time\r\n")
+        time.sleep(1.5)  # the answer has begun, or is over on a fast machine
+        os.write(terminal, b"\x03")
+        read_until(terminal, "> ")
+        os.write(terminal, b"\x1b[A")  # arrow up: the last message is back on the line
+        read_until(terminal, "Once upon a time")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "> ")
+        os.write(terminal, b"/exit\n")
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        os.close(terminal)
