@@ -20,7 +20,12 @@ LAYERS = {
     "models": {"models"},
 }
 ONLY_IN_CLI = {"click", "tqdm"}
-READERS_OF_MODELS = {"loading.py", "quantizing.py", "safety.py"}  # only these touch the hub and mlx-lm's loader
+READERS_OF_MODELS = {
+    "loading.py",
+    "quantizing.py",
+    "safety.py",
+    "sharing.py",
+}  # only these touch the hub and mlx-lm's loader
 
 
 def imports(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ from mlxspec import MlxspecError, __version__
 from mlxspec.cli.chat import chat
 from mlxspec.cli.generate import generate
 from mlxspec.cli.models import models
+from mlxspec.cli.share import export_command, push_command
 
 
 @click.group()
@@ -19,6 +20,8 @@ def cli() -> None:
 cli.add_command(chat)
 cli.add_command(generate)
 cli.add_command(models)
+cli.add_command(export_command)
+cli.add_command(push_command)
 
 
 def main() -> None:

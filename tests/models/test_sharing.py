@@ -1,0 +1,152 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.utils import load_model
+
+import mlxspec
+from mlxspec.models.loading import DEMO
+from mlxspec.models.sharing import CardFacts, export, files_to_push
+from tests.models.test_old_layout import write_old_layout
+
+pytest_plugins = ["tests.cli.conftest"]
+
+TOKENS = mx.array([[0, 5, 9, 300, 7]])
+
+
+def logits(folder: Path) -> mx.array:
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    return model(TOKENS)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    facts = CardFacts(licence="mit", base="the demo target", block_efficiency="2.5 at γ=4, T=0")
+    export(DEMO / "drafter", tmp_path / "a drafter", facts=facts)
+    return tmp_path / "a drafter"
+
+
+def test_mlx_lm_loads_it_with_the_same_logits(exported):
+    model, tokenizer = mlx_lm_load(str(exported))
+    assert tokenizer.encode("Once upon a time")[0] == 0
+    model.set_dtype(mx.float32)
+    assert mx.array_equal(model(TOKENS), logits(DEMO / "drafter"))
+    assert json.loads((exported / "generation_config.json").read_text()) == {"bos_token_id": 0, "eos_token_id": 1}
+
+
+def test_the_card_tells_what_is_known_and_what_is_not(exported):
+    card = (exported / "README.md").read_text()
+    assert "license: mit" in card
+    assert "2.5 at γ=4, T=0" in card
+    assert "| training data | not recorded |" in card
+
+
+def test_mlx_lm_generate_takes_it_as_its_draft_model(exported):
+    command = [
+        Path(sys.executable).with_name("mlx_lm.generate"),
+        "--model",
+        DEMO / "target",
+        "--prompt",
+        "Once upon a time",
+    ]
+    command += ["--max-tokens", "30", "--temp", "0", "--ignore-chat-template"]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    drafted = subprocess.run(
+        [*command, "--draft-model", exported], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert plain.split("==========")[1] == drafted.split("==========")[1]
+
+
+@pytest.mark.parametrize("quantize", ["4", "mxfp4"])
+def test_it_can_be_quantised_and_still_drafts(tmp_path, quantize):
+    export(DEMO / "target", tmp_path / "q", quantize)
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]["bits"] == 4
+    pair = mlxspec.load(DEMO / "target", tmp_path / "q")
+    assert mlxspec.generate(pair, "Once upon a time", max_tokens=40).stats.acceptance_rate > 0.5
+
+
+def test_a_quantised_model_is_exported_plain(tmp_path):
+    export(DEMO / "target", tmp_path / "plain")
+    assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert mx.allclose(logits(tmp_path / "plain"), logits(DEMO / "target"), rtol=1e-2, atol=5e-2)
+
+
+def test_the_old_layout_is_exported_in_hugging_faces_order(tmp_path, stories_folder):
+    write_old_layout(stories_folder, tmp_path / "old", mx.float32, quantized=False)
+    export(tmp_path / "old", tmp_path / "new")
+    assert "rope_traditional" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    assert mx.allclose(logits(tmp_path / "new"), logits(stories_folder), atol=1e-4)
+    theirs, ours = (mlxspec.load(folder).tokenizer for folder in (stories_folder, tmp_path / "new"))
+    assert ours.encode("Once upon a time") == theirs.encode("Once upon a time")
+
+
+def test_nothing_is_left_behind_or_overwritten(tmp_path, exported, monkeypatch):
+    with pytest.raises(mlxspec.MlxspecError, match="exists"):
+        export(DEMO / "drafter", exported)
+    monkeypatch.setattr("mlxspec.models.sharing.model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(DEMO / "drafter", tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == [exported.name]
+
+
+def test_a_dry_run_of_push_shows_what_would_be_sent(mlxspec_command, exported):
+    outcome = mlxspec_command("push", str(exported), "somebody/a-drafter", "--dry-run")
+    assert outcome.status == 0
+    assert len(outcome.out.splitlines()) == len(files_to_push(exported)) == len(list(exported.iterdir()))
+    assert "nothing was sent" in outcome.err
+
+
+def test_export_prints_the_files(mlxspec_command, tmp_path):
+    outcome = mlxspec_command("export", str(DEMO / "drafter"), str(tmp_path / "x"), "--licence", "mit")
+    assert outcome.status == 0
+    assert "model.safetensors" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "/no/such", "{tmp}/x"], "no such folder"),
+        (["export", str(DEMO / "drafter"), "{tmp}"], "exists"),
+        (["export", str(DEMO / "drafter"), "{tmp}/x", "--quantize", "5"], "quantize is '5'"),
+        (["push", "{tmp}", "somebody/x"], "has no config.json"),
+        (["push", "{tmp}", "somebody/x", "--dry-run"], "has no config.json"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(mlxspec_command, tmp_path, arguments, words):
+    outcome = mlxspec_command(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert outcome.status == 2
+    assert words in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_push_without_a_network_ends_in_one_line(mlxspec_command, exported, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    outcome = mlxspec_command("push", str(exported), "somebody/a-drafter")
+    assert outcome.status == 2
+    assert "cannot upload to somebody/a-drafter" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("which", ["demo drafter", "stories260K"])
+def test_transformers_computes_the_same_logits(tmp_path, which, request):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    source = DEMO / "drafter" if which == "demo drafter" else request.getfixturevalue("stories_folder")
+    export(source, tmp_path / "x")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS.tolist())).logits.numpy()
+    difference = np.abs(np.array(logits(tmp_path / "x")) - expected).max()
+    print(f"{which}: largest difference {difference:.1e}")
+    assert difference < 1e-4
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").encode("Once upon") == mlxspec.load(source).tokenizer.encode(
+        "Once upon"
+    )
