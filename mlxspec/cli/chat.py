@@ -25,7 +25,7 @@ HELP = """\
 @click.option("--system", help="System prompt.")
 def chat(max_tokens, system, **decoder_settings):
     """Talk to a chat model. /help lists what can be typed besides messages."""
-    conversation = Conversation(decoder_from(**decoder_settings), system)
+    conversation = Conversation(decoder_from(max_tokens, **decoder_settings), system)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  importing it gives input() the arrow keys
     click.echo("/help for help", err=True)

@@ -25,7 +25,7 @@ INTERRUPTED = 130
 def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_drafted, **decoder_settings):
     """Answer PROMPT. Without one, or with "-", it is read from standard input."""
     prompt = read_prompt(prompt)
-    decoder = decoder_from(**decoder_settings)
+    decoder = decoder_from(max_tokens, **decoder_settings)
     with prefill_bar(quiet=as_json) as progress:
         segments = decoder.stream(prompt, max_tokens, stop, system, raw, progress)
         answer = Answer(segments, quiet=as_json, colour=show_drafted)

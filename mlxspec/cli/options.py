@@ -58,10 +58,10 @@ def decoder_options(command: Callable) -> Callable:
     return command
 
 
-def decoder_from(target, drafter, quantize, draft_length, verification, **sampling) -> SpeculativeDecoder:
+def decoder_from(max_tokens, target, drafter, quantize, draft_length, verification, **sampling) -> SpeculativeDecoder:
     """What the options of ``decoder_options`` ask for; the cheap ones are checked before anything is loaded."""
     sampling = Sampling(**sampling)
-    pair = mlxspec.load(target, drafter, quantize=quantize)
+    pair = mlxspec.load(target, drafter, quantize=quantize, context=max_tokens if max_tokens > 0 else None)
     return SpeculativeDecoder(pair, sampling, draft_length, verification)
 
 

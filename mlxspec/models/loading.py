@@ -13,11 +13,12 @@ import mlx.nn as nn
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
 from mlxspec.errors import MlxspecError, ModelLoadError
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.memory import check_memory
 from mlxspec.models.names import KNOWN_MODELS
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
@@ -39,6 +40,7 @@ def load(
     drafter: str | Path | PromptLookup | None = None,
     dtype: mx.Dtype | None = None,
     quantize: str | None = None,
+    context: int | None = None,
 ) -> ModelPair:
     """Load a target and what drafts for it.
 
@@ -49,6 +51,8 @@ def load(
     are ten times slower, and 16 bits on a GPU.
     ``quantize`` the target to "4" or "8" bits, "mxfp4" or "nvfp4"; the copy is kept. None leaves it as it is stored,
     but for short names that say otherwise; "none" for those too.
+    ``context`` is the number of tokens whose cache must fit into memory beside the weights, by default the models' own
+    context but no more than 4096; decoding is not limited by it.
 
     Raises ModelLoadError, UnsupportedModelError, InvalidRequestError or TokenizerMismatchError, a line each.
     """
@@ -59,6 +63,9 @@ def load(
     if (kind := quantize or (known.quantize if known else "none")) != "none":
         target_folder = quantized_copy(target_folder, kind, read_lazily)
     drafter_folder = None if names_no_model(drafter) else resolved(drafter)
+    folders = [folder for folder in (target_folder, drafter_folder) if folder]
+    check_memory([(folder, read_config(folder)) for folder in folders], context, dtype)
+    maybe_set_recommended_wired_limit()
 
     tokenizer = read_tokenizer(target_folder, str(target))
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):

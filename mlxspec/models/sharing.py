@@ -41,7 +41,7 @@ class CardFacts:
 def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: CardFacts = CardFacts()) -> list[Path]:
     """Write ``drafter`` (folder, hub id or short name) to the new folder ``out``; returns the files.
 
-    Without ``quantize`` the weights are plain, in the 16 or 32 bits they are stored in; quantised they are for MLX only.
+    Without ``quantize`` the weights are plain, in the bits they are stored in; quantised they are for MLX only.
     Raises ModelLoadError, or InvalidRequestError for a model that is no Llama or an ``out`` that is there already.
     """
     if out.exists():

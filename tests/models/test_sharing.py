@@ -74,7 +74,8 @@ def test_it_can_be_quantised_and_still_drafts(tmp_path, quantize):
 def test_a_quantised_model_is_exported_plain(tmp_path):
     export(DEMO / "target", tmp_path / "plain")
     assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert mx.allclose(logits(tmp_path / "plain"), logits(DEMO / "target"), rtol=1e-2, atol=5e-2)
+    expected = logits(DEMO / "target")
+    assert mx.abs(logits(tmp_path / "plain") - expected).max() < 0.01 * mx.abs(expected).max()
 
 
 def test_the_old_layout_is_exported_in_hugging_faces_order(tmp_path, stories_folder):

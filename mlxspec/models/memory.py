@@ -1,0 +1,68 @@
+"""Will it fit? Asked before anything is loaded, since the answer of an operating system is to swap."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxspec.errors import ModelLoadError
+
+WEIGHTS = ("model*.safetensors", "weights*.npz")
+DEFAULT_CONTEXT = 4096  # tokens whose keys and values are counted if nobody says how many
+
+
+def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None) -> None:
+    """Raise ModelLoadError if the weights and the caches of ``models`` (folder, config) do not fit into the device."""
+    weights = sum(weight_bytes(folder, config, dtype) for folder, config in models)
+    tokens = context or min(DEFAULT_CONTEXT, *(declared_context(config) for _, config in models))
+    caches = sum(cache_bytes_per_token(config, dtype) * tokens for _, config in models)
+    limit = device_limit()
+    if weights + caches > limit:
+        names = " and ".join(folder.name for folder, _ in models)
+        raise ModelLoadError(
+            f"{names} need {gigabytes(weights)} for weights and {gigabytes(caches)} for {tokens} tokens, and this "
+            f"device has {gigabytes(limit)}; quantise (--quantize 4), use a smaller model, or fewer --max-tokens"
+        )
+
+
+def declared_context(config: dict[str, Any]) -> int:
+    declared = config.get("max_position_embeddings")
+    return declared if isinstance(declared, int) and declared > 0 else DEFAULT_CONTEXT
+
+
+def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> int:
+    """What the files hold; twice that for 16-bit weights that become float32. Quantised ones keep their size."""
+    stored = sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
+    stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    widened = stored_in_16_bits and "quantization" not in config and bytes_per_number(dtype) == 4
+    return stored * (2 if widened else 1)
+
+
+def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int:
+    """Keys and values of one position in all layers; 0 for a config that does not say enough."""
+    try:
+        layers = config.get("num_hidden_layers") or config["n_layers"]
+        heads = config.get("num_attention_heads") or config["n_heads"]
+        kv_heads = config.get("num_key_value_heads") or config.get("n_kv_heads") or heads
+        head_dim = config.get("head_dim") or (config.get("hidden_size") or config["dim"]) // heads
+        return int(2 * layers * kv_heads * head_dim * bytes_per_number(dtype))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return 0
+
+
+def bytes_per_number(dtype: mx.Dtype | None) -> int:
+    if dtype is not None:
+        return dtype.size
+    return 4 if mx.default_device().type == mx.cpu else 2
+
+
+def device_limit() -> int:
+    """Bytes that arrays may take: what Metal recommends, or the machine's memory."""
+    info = mx.device_info()
+    known = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
+    return int(known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

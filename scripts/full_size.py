@@ -1,0 +1,119 @@
+"""Does the full size work? A Llama 2 7B of random weights in 4 bits, in both layouts, with the 115M drafter.
+
+    python scripts/full_size.py --tokenizer LLAMA2_TOKENIZER.model --work WORK_FOLDER
+
+Writes about 8 GB into WORK_FOLDER, then loads each layout in a process of its own, drafts for a few tokens, and prints
+load time, peak memory and peak memory relative to the weights. The text is noise; the sizes are real.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+import mlxspec
+from mlxspec.models.old_layout import LAYER_NAMES, OUTER_NAMES
+
+LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 32, 4096, 11008, 32000
+QUANTIZATION = {"group_size": 64, "bits": 4}
+
+
+def random_linear(name: str, rows: int, columns: int) -> dict[str, mx.array]:
+    """Random 4-bit values with scales that keep the products in range."""
+    groups = (rows, columns // QUANTIZATION["group_size"])
+    packed = mx.random.randint(0, 2**31 - 1, (rows, columns // 8)).astype(mx.uint32)
+    scales = mx.full(groups, 0.3 / columns**0.5, mx.float16)
+    return {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": -7.5 * scales}
+
+
+def random_llama() -> dict[str, mx.array]:
+    """Names of the Hugging Face layout -> arrays that are made when they are written."""
+    shapes = {
+        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+        **{f"self_attn.{part}_proj": (HIDDEN, HIDDEN) for part in "qkvo"},
+    }
+    weights = {"model.embed_tokens.weight": mx.random.normal((VOCAB, HIDDEN)).astype(mx.float16)}
+    for layer in range(LAYERS):
+        for name, shape in shapes.items():
+            weights |= random_linear(f"model.layers.{layer}.{name}", *shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{norm}.weight"] = mx.ones(HIDDEN, mx.float16)
+    weights["model.norm.weight"] = mx.ones(HIDDEN, mx.float16)
+    return weights | random_linear("lm_head", VOCAB, HIDDEN)
+
+
+def old_name(name: str) -> str:
+    for new, old in {new: old for old, new in {**LAYER_NAMES, **OUTER_NAMES}.items()}.items():
+        name = name.replace(f"{new}.", f"{old}.")
+    return name.removeprefix("model.")
+
+
+def write_models(work: Path, tokenizer: Path) -> dict[str, Path]:
+    folders = {name: work / name for name in ("hf", "old", "drafter")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    if not (folders["hf"] / "config.json").exists():
+        mx.save_safetensors(str(folders["hf"] / "model.safetensors"), random_llama())
+        write_config(folders["hf"], model_type="llama", hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
+                     num_hidden_layers=LAYERS, num_attention_heads=32, rms_norm_eps=1e-5, vocab_size=VOCAB,
+                     max_position_embeddings=4096, tie_word_embeddings=False)  # fmt: skip
+    if not (folders["old"] / "config.json").exists():
+        weights = mx.load(str(folders["hf"] / "model.safetensors"))
+        mx.savez(str(folders["old"] / "weights.npz"), **{old_name(name): array for name, array in weights.items()})
+        write_config(folders["old"], dim=HIDDEN, n_layers=LAYERS, n_heads=32, norm_eps=1e-5, vocab_size=-1)
+    if not (folders["drafter"] / "config.json").exists():
+        drafter = mlxspec.Drafter(mlxspec.DrafterConfig.llama2_chat_115m())
+        drafter.set_dtype(mx.float16)
+        drafter.save(folders["drafter"])
+    return folders
+
+
+def write_config(folder: Path, **config) -> None:
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": QUANTIZATION}, indent=2) + "\n")
+
+
+def load_and_decode(target: Path, drafter: Path, tokens: int) -> None:
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    pair = mlxspec.load(target, drafter)
+    seconds = time.perf_counter() - start
+    models = (pair.target, pair.drafter)
+    weights = sum(weight.nbytes for model in models for _, weight in tree_flatten(model.parameters()))
+    peak_load = mx.get_peak_memory()
+    answer = mlxspec.generate(pair, "Once upon a time", max_tokens=tokens)
+    peak = answer.stats.peak_memory_bytes
+    click.echo(
+        f"{target.name:4s} weights {weights / 1e9:.2f} GB, loaded in {seconds:.1f} s, peak while loading "
+        f"{peak_load / weights:.3f}x, while decoding {peak / weights:.3f}x; {len(answer.tokens)} tokens, "
+        f"{answer.stats.tokens_per_second:.2f} tokens/s, block efficiency {answer.stats.block_efficiency:.2f}"
+    )
+    if max(peak_load, peak) > 1.15 * weights:
+        raise click.ClickException("peak memory is more than 1.15 times the weights")
+
+
+@click.command()
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--tokens", default=6, show_default=True)
+@click.option("--only", type=click.Choice(["hf", "old"]), help="Load this layout in this process.")
+def main(tokenizer, work, tokens, only):
+    if only:
+        load_and_decode(work / only, work / "drafter", tokens)
+        return
+    write_models(work, tokenizer)
+    for layout in ("hf", "old"):
+        options = ["--tokenizer", tokenizer, "--work", work, "--tokens", str(tokens), "--only", layout]
+        subprocess.run([sys.executable, __file__, *options], check=True)
+
+
+if __name__ == "__main__":
+    main()
