@@ -1,11 +1,14 @@
 """What README.md and CONTRIBUTING.md say is run here or by .ci/run."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mlxspec.models.names import KNOWN_MODELS
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING, CI = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run"))
@@ -34,11 +37,19 @@ def test_the_two_commands_of_the_readme_are_run_by_ci():
 def test_a_command_of_the_readme_works(command, tmp_path):
     if run_by_ci(command):
         pytest.skip("run by .ci/run")
-    command = command.replace("mlxspec ", f"{Path(sys.executable).with_name('mlxspec')} ")
-    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    needs_the_hub = any(name in command for name in KNOWN_MODELS)
+    command = command.replace("mlxspec ", f"{Path(sys.executable).with_name('mlxspec')} ", 1)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=offline, input=""
+    )
     assert "Traceback" not in result.stderr
+    if needs_the_hub:  # as far as the hub's empty cache, then
+        assert result.returncode == 2
+        assert "not in the hub's local cache" in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip()
 
 
 @pytest.mark.parametrize("program", code_blocks(README, "python"))

@@ -1,0 +1,86 @@
+"""From names to models in memory: the hub's cache, offline, and what a folder may hold."""
+
+import shutil
+import time
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import mlxspec
+from mlxspec import PromptLookup
+from mlxspec.models.loading import DEMO
+from mlxspec.models.tokens import LLAMA2_TEMPLATE
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A hub cache that holds the demo drafter as somebody/a-model, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--a-model"
+    commit = "0" * 40
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    for i, file in enumerate(sorted((DEMO / "drafter").iterdir())):
+        shutil.copyfile(file, repository / "blobs" / str(i))
+        (repository / "snapshots" / commit / file.name).symlink_to(repository / "blobs" / str(i))
+    return tmp_path
+
+
+def test_a_cached_model_loads_without_a_network(hub_cache):
+    pair = mlxspec.load(drafter="somebody/a-model", target=DEMO / "target")
+    assert mlxspec.generate(pair, "Once upon a time", max_tokens=10).stats.drafted > 0
+
+
+def test_an_uncached_one_fails_within_seconds_and_says_what_to_do(hub_cache):
+    start = time.monotonic()
+    with pytest.raises(mlxspec.MlxspecError, match="connect to the network once, or give a folder"):
+        mlxspec.load("somebody/another-model")
+    assert time.monotonic() - start < 5
+
+
+def test_a_short_name_stands_for_its_repository(hub_cache):
+    with pytest.raises(mlxspec.MlxspecError, match="mlx-community/Llama-2-7b-chat-4-bit is not a folder"):
+        mlxspec.load("llama2-7b-chat")
+
+
+def test_drafters_that_are_no_models_go_by_name():
+    assert mlxspec.load(drafter="lookup").drafter == PromptLookup()
+    assert mlxspec.load(drafter=PromptLookup(2)).drafter == PromptLookup(2)
+    assert mlxspec.load(drafter="none").drafter is None
+    assert mlxspec.load(DEMO / "target").drafter is None
+    assert mlxspec.load().drafter is not None
+
+
+def test_weights_are_float32_on_the_cpu_back_end_and_as_asked_otherwise():
+    pair = mlxspec.load()
+    kinds = {weight.dtype for _, weight in tree_flatten(pair.target.parameters())}
+    assert kinds == {mx.float32, mx.uint32} or mx.default_device().type != mx.cpu
+    half = mlxspec.load(dtype=mx.float16)
+    assert {weight.dtype for _, weight in tree_flatten(half.drafter.parameters())} == {mx.float16}
+
+
+def test_a_drafter_without_a_tokenizer_is_trusted_to_have_the_targets(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(DEMO / "drafter" / name, tmp_path / name)
+    assert mlxspec.load(DEMO / "target", tmp_path).drafter is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "chats"), [("Llama-2-7b-chat-mlx", True), ("llama2-13b-chat", True), ("llama", False)]
+)
+def test_a_llama_2_chat_model_without_a_template_gets_metas(tmp_path, name, chats):
+    shutil.copytree(DEMO / "target", tmp_path / name)
+    tokenizer = mlxspec.load(tmp_path / name).tokenizer
+    assert tokenizer.has_chat_template is chats
+    assert (tokenizer.chat_template == LLAMA2_TEMPLATE) is chats
+
+
+def test_weights_under_another_name_are_explained(tmp_path):
+    shutil.copytree(DEMO / "target", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "weights.00.safetensors")
+    with pytest.raises(mlxspec.MlxspecError, match=r"it has weights\.00\.safetensors, which mlx-lm would not read"):
+        mlxspec.load(tmp_path / "model")
