@@ -23,3 +23,8 @@ class TokenizerMismatchError(MlxspecError):
 
 class InvalidRequestError(MlxspecError):
     """A prompt, sampling or decoding option outside its range."""
+
+
+def in_one_line(error: Exception) -> str:
+    """At most 200 characters of what an error of a library says; its type where it has no words."""
+    return " ".join(str(error).split())[:200].rstrip(".: ") or type(error).__name__

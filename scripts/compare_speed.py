@@ -83,8 +83,7 @@ def engines(target, drafter, temperature: float, draft_length: int, tokens: int)
         )
 
         def decode(seed: int) -> list[int]:
-            decoder.sampling = replace(decoder.sampling, seed=seed)
-            return [token for block in decoder.blocks(prompt.tolist(), tokens) for token in block.tokens]
+            return [token for block in decoder.blocks(prompt.tolist(), tokens, seed=seed) for token in block.tokens]
 
         decode.decoder = decoder
         return decode

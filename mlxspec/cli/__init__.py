@@ -36,6 +36,8 @@ def main() -> None:
         fail(str(error))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+    except OSError as error:  # a full disk, an unwritable folder
+        fail(f"{error.filename or 'output'}: {error.strerror or error}; free some space or choose another place")
 
 
 def fail(message: str) -> None:

@@ -50,7 +50,7 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
 def read_prompt(prompt: str | None) -> str:
     if prompt not in (None, "-"):
         return prompt
-    if prompt is None and sys.stdin.isatty():
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise InvalidRequestError('no prompt; give one, as in: mlxspec generate "Once upon a time"')
     try:
         # The newline that ends a line of a shell is not part of what was meant.

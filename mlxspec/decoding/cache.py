@@ -112,15 +112,15 @@ class CachedModel:
         return logits, [(cache.keys, cache.values) for cache in caches]
 
     def prefill(
-        self, tokens: list[int], buffers: Buffers | None, length: int, advanced: Callable[[int], None]
+        self, tokens: mx.array, buffers: Buffers | None, length: int, advanced: Callable[[int], None]
     ) -> Buffers:
-        """Run ``tokens`` in chunks behind ``length`` positions; ``advanced`` is told the size of each chunk."""
+        """Run ``tokens`` [L] in chunks behind ``length`` positions; ``advanced`` is told the size of each chunk."""
         buffers = with_room(buffers, length, exactly=True) if buffers else self.empty(length)
-        for start in range(0, len(tokens), PREFILL_STEP):
+        for start in range(0, tokens.size, PREFILL_STEP):
             chunk = tokens[start : start + PREFILL_STEP]
-            buffers = with_room(buffers, length + len(chunk))
-            _, buffers = self(mx.array(chunk), buffers, mx.array(length))
+            buffers = with_room(buffers, length + chunk.size)
+            _, buffers = self(chunk, buffers, mx.array(length))
             mx.eval(buffers)
-            length += len(chunk)
-            advanced(len(chunk))
+            length += chunk.size
+            advanced(chunk.size)
         return buffers

@@ -7,7 +7,7 @@ from typing import Any
 from mlxspec.decoding.decoder import Progress, SpeculativeDecoder
 from mlxspec.decoding.text import Segment
 from mlxspec.errors import InvalidRequestError
-from mlxspec.models.tokens import Message, encode_conversation, encode_rendered, render
+from mlxspec.models.tokens import Message, encode_conversation, encode_rendered, rendered_with_spans
 
 
 @dataclass
@@ -61,23 +61,25 @@ class Conversation:
         if self.system is not None:
             system = [{"role": "system", "content": self.system}]
         if self._tokens:
-            rest = after_answer(tokenizer, [*system, *messages], self._tokens[-1])
+            rest = tokens_after_answer(tokenizer, [*system, *messages], self._tokens[-1])
             if rest is not None:
-                return [*self._tokens, *encode_rendered(tokenizer, rest, [messages[-1]["content"]])]
+                return [*self._tokens, *rest]
         return encode_conversation(tokenizer, [*system, *messages])
 
 
-def after_answer(tokenizer: Any, messages: list[Message], last_token: int) -> str | None:
+def tokens_after_answer(tokenizer: Any, messages: list[Message], last_token: int) -> list[int] | None:
     """What the template writes behind the last answer, less an EOS that was decoded already.
 
-    None if the answer does not stand in it as it was said.
+    None if the template rewrites messages, so that it cannot be said where the answer ends.
     """
-    rendered, answer = render(tokenizer, messages), messages[-2]["content"].strip()
-    start = rendered.rfind(answer, 0, len(rendered) - len(messages[-1]["content"].strip())) if answer else -1
-    if start < 0:
+    rendered, spans = rendered_with_spans(tokenizer, messages)
+    if spans is None:
         return None
-    rest = rendered[start + len(answer) :]
-    if last_token not in tokenizer.eos_token_ids:
-        return rest
-    _, ended, behind = rest.partition(tokenizer.convert_ids_to_tokens(last_token))
-    return behind if ended else None
+    (_, start), (low, high) = spans[-2:]
+    if last_token in tokenizer.eos_token_ids:
+        eos = tokenizer.convert_ids_to_tokens(last_token)
+        at = rendered.find(eos, start, low)
+        if at < 0:
+            return None
+        start = at + len(eos)
+    return encode_rendered(tokenizer, rendered[start:], [(low - start, high - start)])

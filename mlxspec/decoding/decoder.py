@@ -1,7 +1,6 @@
-"""Speculative decoding: a block is one compiled graph, and its result is read once.
+"""Speculative decoding: keep two blocks in flight, read the result of each once, cut what comes out of them.
 
-Read ``SpeculativeDecoder._block`` first: it is the algorithm. The rest of the class keeps two blocks in flight and
-cuts what comes out of them.
+What happens inside a block is in ``block.py``.
 """
 
 import os
@@ -9,10 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlxspec.decoding.block import BlockParts, CompiledBlock, State
 from mlxspec.decoding.cache import CachedModel, with_room
 from mlxspec.decoding.drafting import proposer_for
 from mlxspec.decoding.sampling import Sampling
@@ -24,6 +24,7 @@ from mlxspec.models.pair import ModelPair
 from mlxspec.models.tokens import encode_prompt
 
 DEFAULT_DRAFT_LENGTH = 4  # 5 rows are the cheap zone of Metal's quantised kernels
+LONGEST_DRAFT = 64  # a block is unrolled when it is compiled
 BLOCKS_IN_FLIGHT = 2
 
 Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
@@ -57,63 +58,53 @@ class SpeculativeDecoder:
         draft_length: int | str = "auto",
         verification: str = "block",
     ):
-        self.pair = pair
-        self.sampling = sampling or Sampling()
-        self.draft_length = checked_draft_length(draft_length) if pair.drafter is not None else 0
         if verification not in RULES:
             raise InvalidRequestError(f"verification is {verification!r}; use one of {', '.join(RULES)}")
+        self.pair = pair
         self.stats = DecodingStats()
-        self._verify = RULES[verification]
-        self._target = CachedModel(pair.target)
-        drafter = pair.drafter if self.draft_length else None
-        self._proposer = proposer_for(drafter, self.sampling, self._target.vocab_size)
-        # Weights are inputs: a compiled function would keep those it closed over as they were when it was traced.
-        weights = [pair.target.state, self._proposer.weights]
-        self._compiled = mx.compile(partial(self._block, self.draft_length), inputs=weights)
-        self._state = None
+        sampling, draft_length = sampling or Sampling(), checked_draft_length(draft_length)
+        drafter = pair.drafter if draft_length else None
+        target = CachedModel(pair.target)
+        proposer = proposer_for(drafter, sampling, target.vocab_size)
+        self._parts = BlockParts(target, proposer, RULES[verification], sampling, draft_length if drafter else 0)
+        self._block = CompiledBlock(self._parts, [m for m in (pair.target, drafter) if isinstance(m, nn.Module)])
+        self._state: State | None = None
         self._tokens: list[int] = []  # committed: prompt and answer
         self._stream = 0  # which call of ``blocks`` owns the state
 
-    def _block(self, draft_length: int, state: dict) -> tuple[mx.array, dict]:
-        """Draft, verify, commit; all lazy. -> result [γ+2] (γ+1 tokens and the accepted count), the next state.
+    @property
+    def sampling(self) -> Sampling:
+        """Fixed, as it is compiled into the block."""
+        return self._parts.sampling
 
-        The target's cache covers ``committed − 1`` tokens, the drafter's ``committed − len(recent)``: what a rejected
-        draft left behind them is rewound by nothing more than ``committed`` growing less.
-        """
-        recent, committed = state["recent"], state["committed"]
-        key, subkey = mx.random.split(state["key"])
-        uniforms = mx.random.uniform(shape=(2 * draft_length + 1,), key=subkey)
+    @property
+    def draft_length(self) -> int:
+        """Tokens drafted a block; fixed, as it is compiled into the block."""
+        return self._parts.draft_length
 
-        drafted, q, drafter = self._proposer.propose(state["drafter"], recent, committed, uniforms[:draft_length])
-        rows = mx.concatenate([recent[-1:], drafted])  # [γ+1]
-        logits, target = self._target(rows, state["target"], committed - 1)
-        p = self.sampling.probs(logits)  # [γ+1, V]
-        accepted, next_token = self._verify(p, q, drafted, uniforms[draft_length:])
-
-        padded = mx.concatenate([drafted, mx.zeros(1, mx.int32)])
-        emitted = mx.where(mx.arange(draft_length + 1) < accepted, padded, next_token)  # [γ+1]
-        last_two = recent.shape[0] + accepted - 1 + mx.arange(2)
-        return mx.concatenate([emitted, accepted.reshape(1)]), {
-            "recent": mx.concatenate([recent, emitted])[last_two],
-            "committed": committed + accepted + 1,
-            "target": target,
-            "drafter": self._proposer.record(drafter, committed, emitted),
-            "key": key,
-        }
-
-    def blocks(self, prompt: Sequence[int], max_tokens: int = 256, progress: Progress | None = None) -> Iterator[Block]:
+    def blocks(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 256,
+        progress: Progress | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Block]:
         """Decode token ids; the concatenated ``Block.tokens`` are the answer, an EOS included.
 
-        ``max_tokens`` −1 goes on until an EOS or a full context. ``progress`` is told of the prompt's prefill.
-        Raises InvalidRequestError at once for an empty prompt or one that leaves no room in the context.
+        ``max_tokens`` −1 goes on until an EOS or a full context. ``progress`` is told of the prompt's prefill. ``seed``
+        takes the place of the sampling's. Raises InvalidRequestError at once for an empty prompt or one that leaves no
+        room in the context, and later if another stream is started on this decoder.
         """
         prompt = [int(token) for token in prompt]
         budget = self._budget(prompt, max_tokens)
+        seed = self.sampling.seed if seed is None else seed
+        key = mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
         self._stream += 1
-        return self._run(prompt, budget, progress or (lambda done, total: None), self._stream)
+        return self._run(prompt, budget, progress or (lambda done, total: None), key, self._stream)
 
-    def _run(self, prompt: list[int], budget: float, progress: Progress, stream: int) -> Iterator[Block]:
-        self._prefill(prompt, progress)
+    def _run(self, prompt: list[int], budget: float, progress: Progress, key: mx.array, stream: int) -> Iterator[Block]:
+        self._check_owner(stream)
+        self._prefill(prompt, progress, key)
         eos, in_flight, start = self.pair.eos_token_ids, deque(), time.perf_counter()
         while self.stats.tokens < budget:
             # Each block in flight yields at least one token: never start one that is sure to be thrown away.
@@ -130,8 +121,7 @@ class SpeculativeDecoder:
             yield Block(tokens, self.draft_length, accepted)
             if end is not None:
                 return
-            if self._stream != stream:
-                raise InvalidRequestError("this stream has ended: another one was started on the same decoder")
+            self._check_owner(stream)
 
     def stream(
         self,
@@ -152,9 +142,14 @@ class SpeculativeDecoder:
         if isinstance(prompt, str):
             prompt = encode_prompt(self.pair.tokenizer, prompt, system, raw)
         text = AnswerText(self.pair.tokenizer, self.pair.eos_token_ids, stop)
-        return self._segments(self.blocks(prompt, max_tokens, progress), text)
+        blocks = self.blocks(prompt, max_tokens, progress)
+        return self._segments(blocks, text, self._stream)
 
-    def _segments(self, blocks: Iterator[Block], text: AnswerText) -> Iterator[Segment]:
+    def _check_owner(self, stream: int) -> None:
+        if self._stream != stream:
+            raise InvalidRequestError("this stream has ended: another one was started on the same decoder")
+
+    def _segments(self, blocks: Iterator[Block], text: AnswerText, stream: int) -> Iterator[Segment]:
         consumed, drafted = [], False
         for block in blocks:
             for i, token in enumerate(block.tokens):
@@ -162,6 +157,7 @@ class SpeculativeDecoder:
                 drafted = i < block.accepted
                 shown = text.add(token)
                 if text.ended:
+                    self._check_owner(stream)
                     self._uncommit(len(block.tokens) - i - 1)
                     blocks.close()
                     break
@@ -178,41 +174,44 @@ class SpeculativeDecoder:
     def _launch(self, in_flight: int) -> mx.array:
         """Queue one block; its result is an array that nothing has waited for."""
         longest = len(self._tokens) + (in_flight + 1) * (self.draft_length + 1)
-        state = self._state
-        state["target"] = with_room(state["target"], longest)
-        state["drafter"] = self._proposer.with_room(state["drafter"], longest)
-        del state
-        # The new state replaces the old one before it is evaluated: a buffer that something else still refers to
-        # would be copied instead of written in place.
-        result, self._state = self._compiled(self._state)
+        # Nothing may refer to the old state when the new one is evaluated: a buffer that somebody else holds would be
+        # copied instead of written in place.
+        result, self._state = self._block(self._state_with_room(longest))
         mx.async_eval(result, self._state)
         return result
 
-    def _prefill(self, prompt: list[int], progress: Progress) -> None:
-        """Bring both caches to the prompt, reusing what they share with it, and draw the keys anew."""
+    def _state_with_room(self, length: int) -> State:
+        """The state, taken from the decoder: if the block fails, the next prompt starts from nothing."""
+        state, self._state = self._state, None
+        state["target"] = with_room(state["target"], length)
+        state["drafter"] = self._parts.proposer.with_room(state["drafter"], length)
+        return state
+
+    def _prefill(self, prompt: list[int], progress: Progress, key: mx.array) -> None:
+        """Bring both caches to the prompt, reusing what they share with it."""
         mx.reset_peak_memory()
         start = time.perf_counter()
-        # Nothing but the prefill may refer to the old buffers, or they would be copied; and if it is interrupted, the
-        # next prompt starts from nothing.
+        # Taken from the decoder for the same reasons as above; and caches of other weights are of no use.
         old, self._state = self._state or {}, None
-        reused = self._reusable(prompt) if old else 0
-        todo, done = 2 * (len(prompt) - reused), 0
+        reused = self._reusable(prompt) if self._block.note_weights() and old else 0
+        proposer, new, done = self._parts.proposer, len(prompt) - reused, 0
 
         def advanced(tokens: int) -> None:
             nonlocal done
             done += tokens
-            progress(reused + done * (len(prompt) - reused) // todo, len(prompt))
+            progress(reused + min(done // (1 + proposer.prefills), new - 1), len(prompt))
 
-        seed = self.sampling.seed if self.sampling.seed is not None else int.from_bytes(os.urandom(8), "big")
-        self._state = {
+        to_target = mx.array(prompt[reused:-1], mx.int32)
+        state = {
             "recent": mx.array(prompt[-2:], mx.int32),
             "committed": mx.array(len(prompt), mx.int32),
-            "target": self._target.prefill(prompt[reused:-1], old.pop("target", None), reused, advanced),
-            "drafter": self._proposer.start(old.pop("drafter", None), prompt, reused, advanced),
-            "key": mx.random.key(seed),
+            "target": self._parts.target.prefill(to_target, old.pop("target", None), reused, advanced),
+            "drafter": proposer.start(old.pop("drafter", None), prompt, reused, advanced),
+            "key": key,
         }
-        mx.eval(self._state)
-        self._tokens = list(prompt)
+        mx.eval(state)
+        self._state, self._tokens = state, list(prompt)
+        progress(len(prompt), len(prompt))
         seconds = time.perf_counter() - start
         self.stats = DecodingStats(prompt_tokens=len(prompt), prompt_tokens_reused=reused, prompt_seconds=seconds)
 
@@ -227,10 +226,11 @@ class SpeculativeDecoder:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         if max_tokens < -1:
             raise InvalidRequestError(f"max_tokens is {max_tokens}; use 0 or more, or -1 for as many as fit")
-        outside = next((token for token in prompt if not 0 <= token < self._target.vocab_size), None)
+        vocab_size = self._parts.target.vocab_size
+        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise InvalidRequestError(
-                f"token id {outside} in the prompt is outside the target's vocabulary of {self._target.vocab_size}"
+                f"token id {outside} in the prompt is outside the target's vocabulary of {vocab_size}"
             )
         context = self.pair.context_length or float("inf")
         if len(prompt) >= context:
@@ -244,6 +244,8 @@ class SpeculativeDecoder:
 def checked_draft_length(draft_length: int | str) -> int:
     if draft_length == "auto":
         return DEFAULT_DRAFT_LENGTH
-    if isinstance(draft_length, bool) or not isinstance(draft_length, int) or draft_length < 0:
-        raise InvalidRequestError(f'draft length is {draft_length!r}; use 0 (no drafting) or more, or "auto"')
+    if type(draft_length) is not int or not 0 <= draft_length <= LONGEST_DRAFT:
+        raise InvalidRequestError(
+            f'draft length is {draft_length!r}; use 0 (no drafting) to {LONGEST_DRAFT}, or "auto"'
+        )
     return draft_length

@@ -25,9 +25,9 @@ Proposal = tuple[mx.array, mx.array, Any]  # tokens [γ] int32, q [γ, V] float3
 
 
 class Proposer(Protocol):
-    """What the decoder asks of a drafter. ``weights`` are the arrays that its graph reads besides the arguments."""
+    """What the decoder asks of a drafter."""
 
-    weights: Any
+    prefills: bool  # whether ``start`` runs over the prompt, and tells of it
 
     def start(self, state: Any, tokens: list[int], reused: int, advanced: Callable[[int], None]) -> Any:
         """The state for a prompt whose first ``reused`` tokens ``state`` covers already (None: there is none)."""
@@ -45,14 +45,15 @@ class Proposer(Protocol):
 class ModelProposer:
     """Drafts with a language model, whose vocabulary may be padded differently from the target's."""
 
+    prefills = True
+
     def __init__(self, model: nn.Module, sampling: Sampling, vocab_size: int):
         self.run = CachedModel(model)
         self.sampling = sampling
         self.vocab_size = vocab_size
-        self.weights = model.state
 
     def start(self, state, tokens, reused, advanced):
-        return self.run.prefill(tokens[reused:-2], state, reused, advanced)
+        return self.run.prefill(self._known(mx.array(tokens[reused:-2], mx.int32)), state, reused, advanced)
 
     def with_room(self, state, length):
         return with_room(state, length)
@@ -61,8 +62,7 @@ class ModelProposer:
         tokens, probs = [], []
         feed, length = recent, committed - recent.shape[0]
         for i in range(uniforms.shape[0]):
-            # A target with the larger vocabulary may emit a token that the drafter has no embedding for.
-            logits, state = self.run(mx.minimum(feed, self.run.vocab_size - 1), state, length)
+            logits, state = self.run(self._known(feed), state, length)
             length = length + feed.shape[0]
             probs.append(self.sampling.probs(fitted(logits[-1], self.vocab_size)))
             feed = draw(probs[-1], uniforms[i]).reshape(1)
@@ -72,6 +72,10 @@ class ModelProposer:
     def record(self, state, committed, emitted):
         return state
 
+    def _known(self, tokens: mx.array) -> mx.array:
+        """A target with the larger vocabulary has tokens that the drafter has no embedding for: its last one, then."""
+        return mx.minimum(tokens, self.run.vocab_size - 1)
+
 
 class LookupProposer:
     """Drafts what followed the longest suffix of the text, of at most ``ngram`` tokens, when it last occurred.
@@ -80,7 +84,7 @@ class LookupProposer:
     has to be of fixed length, and any draft is exact.
     """
 
-    weights = None
+    prefills = False
 
     def __init__(self, lookup: PromptLookup, vocab_size: int):
         self.lookup = lookup
@@ -117,7 +121,7 @@ class LookupProposer:
 class NobodyProposer:
     """Drafts nothing: plain decoding through the same loop."""
 
-    weights = None
+    prefills = False
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

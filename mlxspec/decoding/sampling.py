@@ -5,13 +5,14 @@ distribution comes out of it. The filters run in mlx-lm's order: top-p, min-p, t
 probabilities, then temperature.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mlxspec.errors import InvalidRequestError
+
+COLDEST, HOTTEST = 1e-4, 1e4  # beyond, float32 logits divided by it are all infinite or all equal
 
 # mx.random.uniform can return a number so close to 1 that its product with a total rounds up to the total.
 LARGEST_UNIFORM = 1 - 2**-23
@@ -33,8 +34,10 @@ class Sampling:
     seed: int | None = option(None, "Runs with the same seed repeat exactly.")
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise InvalidRequestError(f"temperature is {self.temperature}; use a number of 0 or more")
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise InvalidRequestError(
+                f"temperature is {self.temperature}; use 0, or a number from {COLDEST} to {HOTTEST}"
+            )
         if not 0 < self.top_p <= 1:
             raise InvalidRequestError(f"top-p is {self.top_p}; use a number in (0, 1]")
         if self.top_k < 0:
@@ -51,8 +54,7 @@ class Sampling:
             return one_hot(mx.argmax(logits, axis=-1), logits.shape[-1])
         if self.top_p < 1 or self.min_p > 0 or 0 < self.top_k < logits.shape[-1]:
             logits = self._filtered(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        # Subtracting the maximum first keeps a tiny temperature from overflowing.
-        return mx.softmax((logits - mx.max(logits, axis=-1, keepdims=True)) / self.temperature, axis=-1)
+        return mx.softmax(logits / self.temperature, axis=-1)
 
     def _filtered(self, logprobs: mx.array) -> mx.array:
         if self.top_p < 1:

@@ -100,10 +100,32 @@ class DrafterConfig:
         (mlx-lm ties the embeddings of a Llama config that does not say, Hugging Face does not.)
         """
         known = {f.name for f in fields(cls)}
+        settings = {key: value for key, value in config.items() if key in known}
+        rope = config.get("rope_parameters") or {}
+        settings["rope_theta"] = rope.get("rope_theta", settings.get("rope_theta", cls.rope_theta))
+        for name in ("bos_token_id", "eos_token_id"):
+            if isinstance(settings.get(name), list):
+                settings[name] = settings[name][0]
         try:
-            return cls(**{key: value for key, value in config.items() if key in known})
+            drafter_config = cls(**settings)
         except TypeError as error:
             raise ModelLoadError(f"not a Llama config: {error}") from None
+        expected = {
+            "head_dim": drafter_config.head_dim,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": None,
+        }
+        for name, value in expected.items():
+            if config.get(name, value) not in (value, None):
+                raise ModelLoadError(
+                    f"a drafter cannot have {name} {config[name]!r}; load it with mlxspec.load instead"
+                )
+        if rope.get("rope_type", "default") != "default":
+            raise ModelLoadError(
+                f"a drafter cannot have rope_type {rope['rope_type']!r}; load it with mlxspec.load instead"
+            )
+        return drafter_config
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` that transformers, mlx-lm and llama.cpp's converter read."""

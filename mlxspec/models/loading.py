@@ -14,11 +14,12 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
+from tokenizers import AddedToken
 
-from mlxspec.errors import MlxspecError, ModelLoadError
+from mlxspec.errors import MlxspecError, ModelLoadError, in_one_line
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.drafter import PromptLookup
-from mlxspec.models.memory import check_memory
+from mlxspec.models.memory import check_memory, declared_context
 from mlxspec.models.names import KNOWN_MODELS
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
@@ -68,12 +69,12 @@ def load(
     maybe_set_recommended_wired_limit()
 
     tokenizer = read_tokenizer(target_folder, str(target))
+    context_length = declared_context(read_config(target_folder))
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     target_model = read_model(target_folder, dtype)
-    if drafter_folder:
-        return ModelPair(target_model, read_model(drafter_folder, dtype), tokenizer)
-    return ModelPair(target_model, model_free_drafter(drafter), tokenizer)
+    drafting = read_model(drafter_folder, dtype) if drafter_folder else model_free_drafter(drafter)
+    return ModelPair(target_model, drafting, tokenizer, context_length)
 
 
 def names_no_model(drafter: Any) -> bool:
@@ -90,11 +91,14 @@ def resolved(name: str | Path) -> Path:
     """The local folder of a model: ``name`` itself, or the hub's snapshot of it, downloaded if need be."""
     if known := KNOWN_MODELS.get(str(name)):
         name = known.hub_id
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelLoadError(f"{name} is a file; give the folder that holds config.json and the weights")
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise ModelLoadError(f"{name} is a file; give the folder that holds config.json and the weights")
+    except (OSError, RuntimeError) as error:  # a name too long for a file, or an unknown ~user
+        raise ModelLoadError(f"no such folder: {str(name)[:80]} ({in_one_line(error)}); give a model folder") from None
     if not HUB_ID.fullmatch(str(name)):
         raise ModelLoadError(f"no such folder: {name}; give a model folder, or a hub id like owner/name")
     try:
@@ -178,9 +182,9 @@ def read_tokenizer(folder: Path, name: str = "") -> Any:
         raise ModelLoadError(f"{folder} has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} in it")
     try:
         if (folder / "tokenizer.json").exists():
-            tokenizer = load_tokenizer(folder, NO_CODE, eos_token_ids=config.get("eos_token_id"))
+            tokenizer = load_tokenizer(folder, NO_CODE, eos_token_ids=eos_token_ids(folder, config))
         else:
-            tokenizer = TokenizerWrapper(fast_tokenizer(folder / "tokenizer.model"))
+            tokenizer = TokenizerWrapper(bare_tokenizer(folder), eos_token_ids=eos_token_ids(folder, config))
     except MlxspecError:
         raise
     except Exception as error:  # whatever a malformed tokenizer file makes transformers raise
@@ -191,6 +195,25 @@ def read_tokenizer(folder: Path, name: str = "") -> Any:
     return tokenizer
 
 
-def in_one_line(error: Exception) -> str:
-    """One line of at most 200 characters from an error of a library; its type where it has no words."""
-    return " ".join(str(error).split())[:200].rstrip(".: ") or type(error).__name__
+def bare_tokenizer(folder: Path) -> Any:
+    """From ``tokenizer.model``, with the chat template and the further tokens that lie beside it."""
+    tokenizer = fast_tokenizer(folder / "tokenizer.model")
+    if (folder / "added_tokens.json").exists():
+        added = sorted(read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token, _ in added])
+        if any(tokenizer.convert_tokens_to_ids(token) != token_id for token, token_id in added):
+            raise ModelLoadError(f"{folder / 'added_tokens.json'} does not fit tokenizer.model; check both files")
+    if (folder / "chat_template.jinja").exists():
+        tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "tokenizer_config.json").exists():
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer
+
+
+def eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int] | None:
+    """The ids that end an answer: generation_config.json's word counts before config.json's."""
+    file = folder / "generation_config.json"
+    named = (read_json(file) if file.exists() else {}).get("eos_token_id", config.get("eos_token_id"))
+    ids = named if isinstance(named, list) else [named]
+    return [token for token in ids if type(token) is int] or None

@@ -15,7 +15,8 @@ DEFAULT_CONTEXT = 4096  # tokens whose keys and values are counted if nobody say
 def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None) -> None:
     """Raise ModelLoadError if the weights and the caches of ``models`` (folder, config) do not fit into the device."""
     weights = sum(weight_bytes(folder, config, dtype) for folder, config in models)
-    tokens = context or min(DEFAULT_CONTEXT, *(declared_context(config) for _, config in models))
+    declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
+    tokens = min(context or DEFAULT_CONTEXT, *declared)
     caches = sum(cache_bytes_per_token(config, dtype) * tokens for _, config in models)
     limit = device_limit()
     if weights + caches > limit:
@@ -26,9 +27,14 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
         )
 
 
-def declared_context(config: dict[str, Any]) -> int:
-    declared = config.get("max_position_embeddings")
-    return declared if isinstance(declared, int) and declared > 0 else DEFAULT_CONTEXT
+def declared_context(config: dict[str, Any]) -> int | None:
+    """The positions that a model was made for, under the names that configs have for it; None if it does not say."""
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(part.get(name), int) and part[name] > 0:
+                return part[name]
+    return None
 
 
 def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> int:

@@ -35,7 +35,7 @@ LLAMA2_CONTEXT = 4096  # the configs of the time do not say
 
 
 def is_old_config(config: dict[str, Any]) -> bool:
-    return "dim" in config and "n_layers" in config
+    return "dim" in config and "n_layers" in config and "model_type" not in config
 
 
 def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Quantised copies of models: made once, kept beside the hub's cache, found again by what they were made of."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +45,7 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".writing-") as scratch:
         aside = Path(scratch) / "model"
-        model, config = quantize_model(model, config, **QUANTIZATIONS[kind])
+        model, config = quantized(model, config, kind)
         save_model(aside, model, donate_model=True)  # the copy is read back from the disk, not kept twice
         save_config(config, aside / "config.json")
         for name in COPIED:
@@ -51,6 +53,11 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
                 shutil.copyfile(folder / name, aside / name)
         os.replace(aside, copy)
     return copy
+
+
+def quantized(model: nn.Module, config: dict[str, Any], kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints the bits per weight
+        return quantize_model(model, config, **QUANTIZATIONS[kind])
 
 
 def cache_folder() -> Path:

@@ -33,8 +33,8 @@ def check_folder(folder: Path) -> None:
             raise ModelLoadError(f"{path} is a link to a file outside of the model's folder; copy the file into it")
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    asks = "model_file" in config or any("AutoTokenizer" in (part.get("auto_map") or {}) for part in (settings, config))
-    if asks:
+    maps = [part.get("auto_map") for part in (settings, config)]
+    if "model_file" in config or any(isinstance(one, dict) and "AutoTokenizer" in one for one in maps):
         raise ModelLoadError(
             f"{folder} asks for code of its own to be run, which mlxspec never does; use another model"
         )

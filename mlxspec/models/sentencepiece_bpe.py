@@ -5,11 +5,12 @@ from what the file says: pieces, their scores and kinds, and how text is normali
 """
 
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import sentencepiece_model_pb2_new as schema
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from mlxspec.errors import ModelLoadError
 
@@ -21,7 +22,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.
 
 def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """Raises ModelLoadError for a file that is no BPE model of SentencePiece's."""
-    model = schema.ModelProto()
+    # transformers' own choice of schema: protobuf allows a process only one.
+    model = import_protobuf().ModelProto()
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(file))  # checks the whole file
         model.ParseFromString(file.read_bytes())
@@ -63,7 +65,7 @@ def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def merges(model: schema.ModelProto) -> list[tuple[str, str]]:
+def merges(model: Any) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, best score first: SentencePiece merges the pair whose piece scores best.
 
     Only normal pieces are merged into: text that happens to read "<0x0A>" or "</s>" stays text.
@@ -78,7 +80,7 @@ def merges(model: schema.ModelProto) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(pairs)]
 
 
-def normalizer(spec: schema.NormalizerSpec) -> normalizers.Normalizer:
+def normalizer(spec: Any) -> normalizers.Normalizer:
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), "")]
@@ -90,19 +92,19 @@ def normalizer(spec: schema.NormalizerSpec) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def without_dummy_prefix(spec: schema.NormalizerSpec) -> list[decoders.Decoder]:
+def without_dummy_prefix(spec: Any) -> list[decoders.Decoder]:
     """One space at the start is the dummy; where extra white space is removed, any number is."""
     if not spec.add_dummy_prefix:
         return []
     return [decoders.Strip(" ", LONGEST_RUN if spec.remove_extra_whitespaces else 1, 0)]
 
 
-def add_special(tokenizer: Tokenizer, model: schema.ModelProto) -> None:
+def add_special(tokenizer: Tokenizer, model: Any) -> None:
     special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
 
 
-def piece_or_none(model: schema.ModelProto, index: int) -> str | None:
+def piece_or_none(model: Any, index: int) -> str | None:
     return model.pieces[index].piece if 0 <= index < len(model.pieces) else None

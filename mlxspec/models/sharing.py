@@ -17,12 +17,12 @@ import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model, quantize_model
+from mlx_lm.utils import dequantize_model
 
-from mlxspec.errors import InvalidRequestError, ModelLoadError
+from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.models.attention import model_type
-from mlxspec.models.loading import TOKENIZER_FILES, in_one_line, read_lazily, read_tokenizer, resolved
-from mlxspec.models.quantizing import COPIED, QUANTIZATIONS
+from mlxspec.models.loading import TOKENIZER_FILES, read_lazily, read_tokenizer, resolved
+from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
 
 MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
 
@@ -54,7 +54,7 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
         raise InvalidRequestError(f"{drafter} is a {model_type(model)}; only Llama drafters can be exported")
     model, config = plain(model, config)
     if quantize:
-        model, config = quantize_model(model, config, **QUANTIZATIONS[quantize])
+        model, config = quantized(model, config, quantize)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as scratch:
         aside = Path(scratch) / "drafter"

@@ -7,9 +7,11 @@ control token. Only ``raw`` prompts, which are a whole template of the caller's 
 import re
 from typing import Any
 
-from mlxspec.errors import InvalidRequestError, TokenizerMismatchError
+from mlxspec.errors import InvalidRequestError, TokenizerMismatchError, in_one_line
 
 Message = dict[str, str]  # role and content
+Span = tuple[int, int]  # start and end in a string
+MARK = "\ue000"  # a private-use character, which no template and no change of case alters
 
 # Meta's template, for Llama 2 Chat repositories that come without one.
 LLAMA2_TEMPLATE = (
@@ -59,7 +61,9 @@ def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: b
         )
     check_unicode(prompt)
     starts_with_bos = raw and tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    return list(tokenizer.encode(prompt, add_special_tokens=not starts_with_bos, split_special_tokens=not raw))
+    return list(
+        tokenizer.encode(prompt, add_special_tokens=not starts_with_bos, split_special_tokens=not raw, verbose=False)
+    )
 
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -67,7 +71,15 @@ def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
 
     Raises InvalidRequestError for text that is not Unicode or a conversation that the template refuses.
     """
-    return encode_rendered(tokenizer, render(tokenizer, messages), [message["content"] for message in messages])
+    rendered, spans = rendered_with_spans(tokenizer, messages)
+    if spans is not None:
+        return encode_rendered(tokenizer, rendered, spans)
+    if any(name in message["content"] for name in control_tokens(tokenizer) for message in messages):
+        raise InvalidRequestError(
+            "the conversation spells a control token of this model, and its chat template rewrites messages, so that "
+            "the two cannot be told apart; take the control token out"
+        )
+    return encode_rendered(tokenizer, rendered, [])
 
 
 def render(tokenizer: Any, messages: list[Message]) -> str:
@@ -77,24 +89,25 @@ def render(tokenizer: Any, messages: list[Message]) -> str:
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates are code of the model's, and refuse by raising what they like
-        raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from None
+        raise InvalidRequestError(
+            f"the model's chat template refuses this conversation: {in_one_line(error)}"
+        ) from None
 
 
-def encode_rendered(tokenizer: Any, rendered: str, texts: list[str]) -> list[int]:
-    """Token ids of a rendered template; control tokens count where the template wrote them and not inside ``texts``."""
-    control = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if not any(name in text for name in control for text in texts):
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
+def encode_rendered(tokenizer: Any, rendered: str, theirs: list[Span]) -> list[int]:
+    """Token ids of what a template made; control tokens count except in the spans of it that users wrote."""
+    control = control_tokens(tokenizer)
+    if not any(name in rendered[low:high] for name in control for low, high in theirs):
+        return list(tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
     names = re.compile("|".join(re.escape(name) for name in sorted(control, key=len, reverse=True)))
-    theirs = spans(rendered, [text.strip() for text in texts])
     tokens, start = [], 0
 
     def add_text(end: int) -> None:
-        text = rendered[start:end]
-        tokens.extend(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else [])
+        if text := rendered[start:end]:
+            tokens.extend(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
     for match in names.finditer(rendered):
-        if not any(low <= match.start() < high for low, high in theirs):
+        if not any(low < match.end() and match.start() < high for low, high in theirs):
             add_text(match.start())
             tokens.append(control[match[0]])
             start = match.end()
@@ -102,19 +115,26 @@ def encode_rendered(tokenizer: Any, rendered: str, texts: list[str]) -> list[int
     return tokens
 
 
-def spans(rendered: str, texts: list[str]) -> list[tuple[int, int]]:
-    """Where the texts stand in what the template made of them, in order."""
-    found, position = [], 0
-    for text in texts:
-        start = rendered.find(text, position)
-        if start < 0:
-            raise InvalidRequestError(
-                "the conversation spells a control token of this model, and its chat template rewrites messages, so "
-                "that the two cannot be told apart; take the control token out"
-            )
-        position = start + len(text)
-        found.append((start, position))
-    return found
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def rendered_with_spans(tokenizer: Any, messages: list[Message]) -> tuple[str, list[Span] | None]:
+    """The conversation as the chat template writes it, up to where the answer begins, and where the messages are in it.
+
+    The messages are found by rendering marks in their place; None where the template does more to them than strip.
+    """
+    rendered = render(tokenizer, messages)
+    frame = render(tokenizer, [{**message, "content": MARK} for message in messages]).split(MARK)
+    position, spans = len(frame[0]), []
+    texts = [message["content"] for message in messages]
+    for text, behind in zip(texts, frame[1:], strict=False):
+        shown = next((one for one in (text, text.strip()) if rendered.startswith(one + behind, position)), None)
+        if shown is None:
+            return rendered, None
+        spans.append((position, position + len(shown)))
+        position += len(shown) + len(behind)
+    return rendered, spans if position == len(rendered) and len(spans) == len(messages) else None
 
 
 def check_unicode(text: str) -> None:

@@ -93,3 +93,16 @@ def test_a_model_without_a_template_cannot_chat():
 def test_an_empty_message_is_named(decoder):
     with pytest.raises(mlxspec.InvalidRequestError, match="message is empty"):
         Conversation(decoder).say(" \n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [("four", "four is not enough, explain"), ("4", "Why 4?"), ("", "Why?")]
+)
+def test_an_answer_that_the_next_message_repeats_is_not_taken_for_it(decoder, answer, message):
+    tokenizer = decoder.pair.tokenizer
+    conversation = Conversation(decoder)
+    said(conversation, "What is 2 + 2?")
+    conversation.messages[-1]["content"] = answer
+    conversation._tokens = [*conversation._tokens[:-1], *tokenizer.encode(answer, add_special_tokens=False), 1]
+    said(conversation, message, 5)
+    assert message in tokenizer.decode(conversation._tokens)

@@ -1,4 +1,6 @@
+import gc
 import itertools
+import weakref
 from collections import Counter
 
 import mlx.core as mx
@@ -275,6 +277,80 @@ def test_a_stream_that_another_one_replaced_says_so():
         next(first)
 
 
+def test_a_stream_that_was_replaced_before_it_began_leaves_the_new_one_alone():
+    target = random_llama(vocab_size=200, scale=4)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 2)
+    first, second = decoder.blocks([1, 2], 40), decoder.blocks([3, 4], 40)
+    tokens = next(second).tokens
+    with pytest.raises(mlxspec.InvalidRequestError, match="another one was started"):
+        next(first)
+    assert tokens + [token for block in second for token in block.tokens] == plain_greedy(target, [3, 4], 40)
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_an_interruption_while_a_block_is_traced_spoils_neither_models_nor_decoder(monkeypatch, when):
+    target, drafter = random_llama(vocab_size=200, scale=4), random_llama(1, vocab_size=200)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), None, 3)
+    original, traced = Sampling.probs, 0
+
+    def interrupted(self, logits):
+        nonlocal traced
+        traced += 1
+        if traced == 4 * when:  # three drafted tokens and the target's rows a trace
+            raise KeyboardInterrupt
+        return original(self, logits)
+
+    monkeypatch.setattr(Sampling, "probs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(decoder, [1, 2], 400)  # traces again when the capacity grows
+    monkeypatch.undo()
+    assert decoded(decoder, [1, 2], 40) == plain_greedy(target, [1, 2], 40)
+    assert decoded(SpeculativeDecoder(ModelPair(target, drafter)), [1, 2], 40) == plain_greedy(target, [1, 2], 40)
+
+
+def test_caches_of_other_weights_are_not_reused():
+    target = random_llama(vocab_size=200, scale=4)
+    decoder = SpeculativeDecoder(ModelPair(target, PromptLookup()), None, 3)
+    prompt = list(range(100))
+    decoded(decoder, prompt, 10)
+    target.update(random_llama(5, vocab_size=200, scale=4).parameters())
+    assert decoded(decoder, prompt, 60) == plain_greedy(target, prompt, 60)
+    assert decoder.stats.prompt_tokens_reused == 0
+
+
+def test_a_decoder_that_nobody_refers_to_frees_its_caches_at_once():
+    target = random_llama(vocab_size=50)
+    gc.disable()
+    try:
+        decoder = SpeculativeDecoder(ModelPair(target, target), None, 3)
+        decoded(decoder, [1] * 600, 20)
+        held = weakref.ref(decoder)
+        del decoder
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("drafter", "length"), [("model", 1300), ("lookup", 1300), ("none", 3)])
+def test_progress_goes_up_and_reaches_the_end_of_the_prompt(drafter, length):
+    target = random_llama(vocab_size=50)
+    drafters = {"model": target, "lookup": PromptLookup(), "none": None}
+    told = []
+    decoder = SpeculativeDecoder(ModelPair(target, drafters[drafter]), None, 2)
+    for _ in decoder.blocks([1] * length, 5, lambda *numbers: told.append(numbers)):
+        pass
+    assert told == sorted(told)
+    assert told[-1] == (length, length)
+    assert all(done < length for done, _ in told[:-1])
+
+
+def test_a_seed_of_its_own_makes_a_run_repeatable():
+    target = random_llama(vocab_size=50)
+    decoder = SpeculativeDecoder(ModelPair(target, target), Sampling(1.0), 2)
+    runs = [[t for block in decoder.blocks([1, 2], 40, seed=seed) for t in block.tokens] for seed in (3, 4, 3)]
+    assert runs[0] == runs[2] != runs[1]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 6])
 def test_never_more_than_max_tokens(count):
     target = random_llama(vocab_size=50)
@@ -299,11 +375,12 @@ def test_the_longest_possible_prompt_leaves_room_for_one_token():
         decoder.blocks([1] * 40)
 
 
-@pytest.mark.parametrize(("target_vocab", "drafter_vocab"), [(50, 64), (64, 50)])
+@pytest.mark.parametrize(("target_vocab", "drafter_vocab"), [(50, 64), (64, 50), (20_000, 50)])
 def test_a_padded_vocabulary_on_either_side_changes_nothing(target_vocab, drafter_vocab):
     target, drafter = random_llama(vocab_size=target_vocab, scale=4), random_llama(1, vocab_size=drafter_vocab)
     decoder = SpeculativeDecoder(ModelPair(target, drafter), None, 3)
-    assert decoded(decoder, [1, 2], 100) == plain_greedy(target, [1, 2], 100)
+    for prompt in ([1, 2], [1, target_vocab - 1, 2, target_vocab - 1, 3]):
+        assert decoded(decoder, prompt, 100) == plain_greedy(target, prompt, 100)
     sampled = decoded(SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=0), 3), [1, 2], 300)
     assert max(sampled) < target_vocab
 
@@ -335,6 +412,7 @@ def test_a_state_space_model_is_refused_with_the_reason():
     ("options", "words"),
     [
         ({"draft_length": -1}, "draft length is -1"),
+        ({"draft_length": 1000}, "draft length is 1000"),
         ({"draft_length": 1.5}, "draft length is 1.5"),
         ({"draft_length": "long"}, "draft length is 'long'"),
         ({"verification": "hope"}, "use one of block, token, match"),

@@ -8,7 +8,7 @@ from mlx_lm.sample_utils import make_sampler
 import mlxspec
 from mlxspec import Sampling
 from mlxspec.decoding import sampling as sampling_module
-from mlxspec.decoding.sampling import draw
+from mlxspec.decoding.sampling import COLDEST, HOTTEST, draw
 
 
 def reference_probs(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -40,7 +40,7 @@ CASES = [
     Sampling(0.5, min_p=0.1),
     Sampling(0.9, top_p=0.9, top_k=5, min_p=0.05),
     Sampling(1.0, top_k=1),
-    Sampling(1e-6),
+    Sampling(1e-4),
     Sampling(50.0),
 ]
 
@@ -66,9 +66,9 @@ def test_temperature_zero_is_one_hot_even_when_logits_tie():
     assert Sampling().probs(mx.array([1.0, 3.0, 3.0])).tolist() == [0, 1, 0]
 
 
-def test_a_tiny_temperature_does_not_overflow():
-    probs = Sampling(1e-40).probs(mx.array([1e4, 2e4, -1e4]))
-    assert probs.tolist() == [0, 1, 0]
+def test_the_coldest_and_hottest_temperatures_do_not_overflow():
+    assert Sampling(COLDEST).probs(mx.array([1e4, 2e4, -1e4])).tolist() == [0, 1, 0]
+    assert Sampling(HOTTEST, top_p=0.9).probs(mx.array([1.0, 2.0, 3.0])).sum().item() == pytest.approx(1)
 
 
 def test_draw_follows_the_weights():
@@ -91,6 +91,8 @@ def test_draw_never_takes_a_token_of_weight_zero(uniform):
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 1e-46),
+        ("temperature", 1e39),
         ("top_p", 0),
         ("top_p", 1.1),
         ("top_k", -1),

@@ -1,6 +1,8 @@
 """From names to models in memory: the hub's cache, offline, and what a folder may hold."""
 
 import shutil
+import subprocess
+import sys
 import time
 
 import mlx.core as mx
@@ -84,3 +86,30 @@ def test_weights_under_another_name_are_explained(tmp_path):
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "weights.00.safetensors")
     with pytest.raises(mlxspec.MlxspecError, match=r"it has weights\.00\.safetensors, which mlx-lm would not read"):
         mlxspec.load(tmp_path / "model")
+
+
+def test_eos_tokens_of_the_generation_config_count(tmp_path):
+    shutil.copytree(DEMO / "target", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 432]}')
+    assert mlxspec.load(tmp_path / "model").eos_token_ids == {1, 432}
+
+
+def test_the_context_is_the_configs_even_if_the_model_class_drops_it():
+    assert mlxspec.load().context_length == 1024
+
+
+def test_a_bare_tokenizer_takes_the_template_and_tokens_that_lie_beside_it(tmp_path, stories_folder):
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        shutil.copyfile(stories_folder / name, tmp_path / name)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 513, "<|im_start|>": 512}')
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    tokenizer = mlxspec.load(tmp_path).tokenizer
+    assert tokenizer.has_chat_template
+    assert tokenizer.encode("<|im_start|>", add_special_tokens=False) == [512]
+
+
+def test_importing_mlxspec_leaves_mlx_lm_able_to_load_a_bare_tokenizer(tmp_path, stories_folder):
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        shutil.copyfile(stories_folder / name, tmp_path / name)
+    program = "import sys, mlxspec, mlx_lm; mlxspec.load(sys.argv[1]); mlx_lm.load(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, timeout=60)

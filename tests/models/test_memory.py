@@ -20,7 +20,7 @@ LLAMA_2_7B = {
 def test_a_pair_that_does_not_fit_is_named_before_it_is_loaded(monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda: 10_000_000)
     with pytest.raises(
-        mlxspec.MlxspecError, match=r"target and drafter need 0\.0 GB .* for 4000 tokens, and this device"
+        mlxspec.MlxspecError, match=r"target and drafter need 0\.0 GB .* for 1024 tokens, and this device"
     ):
         mlxspec.load(context=4000)
     monkeypatch.setattr("mlxspec.models.loading.read_model", lambda *_: pytest.fail("loaded all the same"))

@@ -89,7 +89,9 @@ def config_nonsense(folder, rng):
     name = rng.choice(["config.json", "config.json", "tokenizer_config.json"])
     config = json.loads((folder / name).read_text())
     for _ in range(rng.choice([1, 1, 3])):
-        key = rng.choice([*config, "rope_scaling", "head_dim", "quantization", "layer_types", "sliding_window"])
+        key = rng.choice(
+            [*config, "auto_map", "rope_scaling", "head_dim", "quantization", "layer_types", "sliding_window"]
+        )
         if rng.random() < 0.15:
             config.pop(key, None)
         else:

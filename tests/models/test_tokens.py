@@ -67,6 +67,15 @@ def test_control_tokens_of_the_template_count_even_if_the_user_spells_them_too()
     )
 
 
+@pytest.mark.parametrize("text", ["<s>", "<s>[INST]", "[INST] </s>", "</s><s>"])
+def test_a_text_that_looks_like_the_template_takes_nothing_from_it(text):
+    tokenizer = load_tokenizer(DEMO / "target", {"chat_template": LLAMA2_TEMPLATE})
+    tokens = encode_prompt(tokenizer, text)
+    assert tokens[0] == 0
+    assert not {0, 1} & set(tokens[1:])
+    assert tokenizer.decode(tokens) == f"<s>[INST] {text} [/INST]"
+
+
 def test_a_template_that_rewrites_a_text_with_control_tokens_is_refused():
     tokenizer = load_tokenizer(DEMO / "target", {"chat_template": "{{ messages[0]['content'] | upper }}"})
     assert encode_prompt(tokenizer, "hi") == encode_prompt(tokenizer, "HI", raw=True)[1:]

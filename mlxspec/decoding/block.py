@@ -1,0 +1,110 @@
+"""A block of speculative decoding as one graph: draft, verify, commit, with nothing read on the host.
+
+``block_graph`` is the algorithm. ``CompiledBlock`` compiles it together with the models' weights.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxspec.decoding.cache import CachedModel
+from mlxspec.decoding.drafting import Proposer
+from mlxspec.decoding.sampling import Sampling
+from mlxspec.decoding.verification import Rule
+
+State = dict[str, Any]  # recent, committed, target, drafter, key: what one block hands to the next
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """What a block is made of; fixed for a decoder."""
+
+    target: CachedModel
+    proposer: Proposer
+    verify: Rule
+    sampling: Sampling
+    draft_length: int
+
+
+def block_graph(parts: BlockParts, state: State) -> tuple[mx.array, State]:
+    """Draft, verify, commit; all lazy. -> result [γ+2] (γ+1 tokens and the accepted count), the next state.
+
+    The target's cache covers ``committed − 1`` tokens, the drafter's ``committed − len(recent)``: what a rejected
+    draft left behind them is rewound by nothing more than ``committed`` growing less.
+    """
+    recent, committed, draft_length = state["recent"], state["committed"], parts.draft_length
+    key, subkey = mx.random.split(state["key"])
+    uniforms = mx.random.uniform(shape=(2 * draft_length + 1,), key=subkey)
+
+    drafted, q, drafter = parts.proposer.propose(state["drafter"], recent, committed, uniforms[:draft_length])
+    rows = mx.concatenate([recent[-1:], drafted])  # [γ+1]
+    logits, target = parts.target(rows, state["target"], committed - 1)
+    p = parts.sampling.probs(logits)  # [γ+1, V]
+    accepted, next_token = parts.verify(p, q, drafted, uniforms[draft_length:])
+
+    padded = mx.concatenate([drafted, mx.zeros(1, mx.int32)])
+    emitted = mx.where(mx.arange(draft_length + 1) < accepted, padded, next_token)  # [γ+1]
+    last_two = recent.shape[0] + accepted - 1 + mx.arange(2)
+    return mx.concatenate([emitted, accepted.reshape(1)]), {
+        "recent": mx.concatenate([recent, emitted])[last_two],
+        "committed": committed + accepted + 1,
+        "target": target,
+        "drafter": parts.proposer.record(drafter, committed, emitted),
+        "key": key,
+    }
+
+
+class CompiledBlock:
+    """``block_graph``, compiled with the weights of ``models`` as inputs.
+
+    As inputs, since a compiled function keeps arrays that it closes over as they were when it was traced, and a drafter
+    trained further would go on drafting with its old weights. MLX puts tracers in their place while it traces, and
+    leaves them there if it is interrupted; so the weights are noted beforehand and put back.
+    """
+
+    def __init__(self, parts: BlockParts, models: list[nn.Module]):
+        self._parts = parts
+        self._models = models
+        self._noted: list[tuple[nn.Module, str, mx.array]] = []
+        self._compile()
+
+    def _compile(self) -> None:
+        parts, traces = self._parts, []
+
+        # No bound method: it would make a cycle that keeps models and caches in memory.
+        def graph(state: State) -> tuple[mx.array, State]:
+            traces.append(True)
+            return block_graph(parts, state)
+
+        self._traces = traces
+        self._graph = mx.compile(graph, inputs=[model.state for model in self._models])
+
+    def note_weights(self) -> bool:
+        """Note the weights as they are now; whether they are those noted before."""
+        before, self._noted = self._noted, list(arrays(self._models))
+        if len(before) != len(self._noted):
+            return False
+        return all(old[2] is new[2] for old, new in zip(before, self._noted, strict=True))
+
+    def __call__(self, state: State) -> tuple[mx.array, State]:
+        try:
+            result = self._graph(state)
+        except BaseException:
+            for module, name, array in self._noted:
+                module[name] = array
+            self._compile()
+            raise
+        if self._traces:
+            # The weights are back in their places, but as new Python objects.
+            self._traces.clear()
+            self.note_weights()
+        return result
+
+
+def arrays(models: list[nn.Module]) -> Iterable[tuple[nn.Module, str, mx.array]]:
+    for model in models:
+        for _, module in model.named_modules():
+            yield from ((module, name, value) for name, value in module.items() if isinstance(value, mx.array))
