@@ -9,8 +9,6 @@ from mlxspec.models import memory
 from mlxspec.models.loading import DEMO
 from mlxspec.models.names import KNOWN_MODELS
 
-pytest_plugins = ["tests.cli.conftest"]
-
 LLAMA_2_7B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "max_position_embeddings": 4096, "torch_dtype": "float16",

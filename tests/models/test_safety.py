@@ -16,8 +16,6 @@ import mlxspec
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.models.loading import DEMO
 
-pytest_plugins = ["tests.cli.conftest"]
-
 NONSENSE = [-1, 0, 1, 7, 10**6, 10**9, 10**18, 3.5, float("nan"), True, None, "x", "", [], [1, 2], {}, {"a": 1}]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 

@@ -14,8 +14,6 @@ from mlxspec.models.loading import DEMO
 from mlxspec.models.sharing import CardFacts, export, files_to_push
 from tests.models.test_old_layout import write_old_layout
 
-pytest_plugins = ["tests.cli.conftest"]
-
 TOKENS = mx.array([[0, 5, 9, 300, 7]])
 
 
