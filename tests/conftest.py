@@ -1,6 +1,7 @@
 """Models to test with: a real public one where it is at hand, and tiny random ones everywhere."""
 
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,11 @@ def mlxspec_command(monkeypatch, capsys):
     return run
 
 
+def heed_interrupts() -> None:
+    """A process that a script started in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def mlxspec_process(tmp_path):
     """Start the installed command as a process of its own, in an empty folder with a space in its name."""
@@ -136,7 +142,13 @@ def mlxspec_process(tmp_path):
     def start(*args: str, **options) -> subprocess.Popen:
         script = Path(sys.executable).with_name("mlxspec")
         return subprocess.Popen(
-            [script, *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+            [script, *args],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_interrupts,
+            **options,
         )
 
     return start

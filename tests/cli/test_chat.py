@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxspec.models.loading import DEMO
+from tests.conftest import heed_interrupts
 from tests.decoding.test_conversation import CHATML
 
 
@@ -75,6 +76,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat_model):
     command = [str(Path(sys.executable).with_name("mlxspec")), "chat", "--target", chat_model, "--temperature", "1"]
     child, terminal = pty.fork()
     if child == 0:
+        heed_interrupts()
         os.execv(command[0], command)
     try:
         read_until(terminal, "> ")
