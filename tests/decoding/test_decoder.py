@@ -45,9 +45,16 @@ def test_greedy_text_equals_plain_decoding(stories, stories_drafters, stories_gr
     assert_greedy_equals_plain(stories, stories_drafters, stories_greedy, drafter, draft_length, rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    ("drafter", "draft_length"), [("same", 3), ("random", 1), ("random", 7), ("lookup", 3), ("none", 0)]
+    ("drafter", "draft_length", "rule"),
+    [
+        ("same", 3, "block"),
+        ("random", 1, "token"),
+        ("random", 7, "block"),
+        ("lookup", 3, "match"),
+        ("lookup", 3, "block"),
+        ("none", 0, "block"),
+    ],
 )
 def test_greedy_tokens_equal_mlx_lms_from_any_prompt(rule, drafter, draft_length):
     target = random_llama(vocab_size=300, scale=4)
