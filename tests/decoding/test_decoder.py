@@ -27,6 +27,15 @@ def assert_greedy_equals_plain(stories, stories_drafters, expected, drafter, dra
     assert decoder.stats.tokens == 500
 
 
+def test_the_public_story_model_tells_the_story_that_its_author_published(stories_folder):
+    pair = mlxspec.load(stories_folder, "lookup")
+    answer = mlxspec.generate(pair, [1], max_tokens=120)
+    assert answer.text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball. She wanted to play with it, but it was too high."
+    )
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_greedy_text_equals_plain_decoding_for_every_drafter(stories, stories_drafters, stories_greedy, drafter):
     assert_greedy_equals_plain(stories, stories_drafters, stories_greedy, drafter, "auto", "block")
