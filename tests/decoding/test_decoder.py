@@ -18,6 +18,11 @@ from tests.decoding.test_sampling import reference_probs
 
 DRAFTERS = ["itself", "a noised copy", "a random one", "prompt lookup", "none"]
 DRAFT_LENGTHS = [0, 1, 2, 4, 7, "auto"]
+GRID = [
+    (drafter, draft_length, rule)
+    for drafter, draft_length, rule in itertools.product(DRAFTERS, DRAFT_LENGTHS, RULES)
+    if drafter != "none" or draft_length == "auto"  # without a drafter every length is 0
+]
 
 
 def assert_greedy_equals_plain(stories, stories_drafters, expected, drafter, draft_length, rule):
@@ -47,9 +52,7 @@ def test_greedy_text_equals_plain_decoding_for_every_length(stories, stories_dra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("drafter", "draft_length", "rule"), list(itertools.product(DRAFTERS, DRAFT_LENGTHS, RULES)), ids=str
-)
+@pytest.mark.parametrize(("drafter", "draft_length", "rule"), GRID, ids=str)
 def test_greedy_text_equals_plain_decoding(stories, stories_drafters, stories_greedy, drafter, draft_length, rule):
     assert_greedy_equals_plain(stories, stories_drafters, stories_greedy, drafter, draft_length, rule)
 
@@ -129,7 +132,7 @@ def test_emitted_distribution_is_the_filtered_targets(sampling):
 @pytest.mark.parametrize("rule", RULES)
 def test_emitted_distribution_is_the_targets_for_every_combination(rule, sampling, draft_length, drafter):
     drafter = PromptLookup(2) if drafter == "lookup" else random_llama(4, vocab_size=5, scale=2)
-    assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, 5000)
+    assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, 3500)
 
 
 @pytest.mark.parametrize("rule", ["block", "token"])
