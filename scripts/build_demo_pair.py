@@ -33,7 +33,6 @@ from mlxspec.models.drafter import Drafter, DrafterConfig
 BOS, EOS = "<s>", "</s>"
 VOCAB_SIZE = 2048
 LENGTH = 192  # positions in a training row
-BATCH = 16  # rows in a step
 DEMO = Path(__file__).parent.parent / "mlxspec" / "demo"
 
 TARGET = DrafterConfig(
@@ -126,7 +125,7 @@ def distillation_loss(target: nn.Module, model: nn.Module, rows: mx.array) -> mx
     return nn.losses.cross_entropy(model(rows[:, :-1]), target_probs, reduction="mean")
 
 
-def train(model: nn.Module, loss, rows: np.ndarray, steps: int, peak: float, seed: int) -> None:
+def train(model: nn.Module, loss, rows: np.ndarray, steps: int, batch: int, peak: float, seed: int) -> None:
     """AdamW: warm-up over 2 % of the steps, then a cosine down to a twentieth of ``peak``."""
     warm_up = max(1, steps // 50)
     rate = optim.join_schedules(
@@ -144,14 +143,14 @@ def train(model: nn.Module, loss, rows: np.ndarray, steps: int, peak: float, see
 
     random, average, order = np.random.default_rng(seed), None, []
     for number in range(1, steps + 1):
-        if len(order) < BATCH:
+        if len(order) < batch:
             order = random.permutation(len(rows))
-        chosen, order = order[:BATCH], order[BATCH:]
+        chosen, order = order[:batch], order[batch:]
         value = step(mx.array(rows[chosen].astype(np.int32)))
         mx.eval(value, state)
         average = value.item() if average is None else 0.98 * average + 0.02 * value.item()
         if number % 20 == 0:
-            click.echo(f"step {number} of {steps}, {BATCH * LENGTH} positions each, loss {average:.3f}", err=True)
+            click.echo(f"step {number} of {steps}, {batch * LENGTH} positions each, loss {average:.3f}", err=True)
 
 
 def save(model: Drafter, folder: Path, tokenizer: Path, quantization: dict | None) -> None:
@@ -181,7 +180,8 @@ def save(model: Drafter, folder: Path, tokenizer: Path, quantization: dict | Non
 @click.option("--sample-tokens", default=4_000_000, help="Tokens to draw from the teacher, for each of two workers.")
 @click.option("--target-steps", default=1400)
 @click.option("--drafter-steps", default=800)
-def main(teacher, stories, work, out, sample_tokens, target_steps, drafter_steps):
+@click.option("--batch", default=16, help="Rows of 192 positions in a step.")
+def main(teacher, stories, work, out, sample_tokens, target_steps, drafter_steps, batch):
     work.mkdir(parents=True, exist_ok=True)
     samples = [work / f"samples-{seed}.jsonl" for seed in (1, 2)]
     todo = [(teacher, seed, sample_tokens, file) for seed, file in enumerate(samples, 1) if not file.exists()]
@@ -200,7 +200,7 @@ def main(teacher, stories, work, out, sample_tokens, target_steps, drafter_steps
     if not (work / "target" / "config.json").exists():
         mx.random.seed(0)
         target = Drafter(TARGET)
-        train(target, next_token_loss, rows, target_steps, peak=2e-3, seed=0)
+        train(target, next_token_loss, rows, target_steps, batch, peak=2e-3, seed=0)
         click.echo(f"loss {evaluate(target, rows):.3f} in float32", err=True)
         nn.quantize(target, **quantization)
         click.echo(f"loss {evaluate(target, rows):.3f} in 4 bits", err=True)
@@ -212,7 +212,7 @@ def main(teacher, stories, work, out, sample_tokens, target_steps, drafter_steps
     if not (work / "drafter" / "config.json").exists():
         mx.random.seed(1)
         drafter = Drafter(DRAFTER)
-        train(drafter, partial(distillation_loss, dequantized), rows, drafter_steps, peak=4e-3, seed=1)
+        train(drafter, partial(distillation_loss, dequantized), rows, drafter_steps, batch, peak=4e-3, seed=1)
         save(drafter, work / "drafter", tokenizer_file, quantization=None)
 
     for name in ("target", "drafter"):
@@ -220,7 +220,7 @@ def main(teacher, stories, work, out, sample_tokens, target_steps, drafter_steps
 
 
 def evaluate(model: nn.Module, rows: np.ndarray) -> float:
-    return next_token_loss(model, mx.array(rows[:64].astype(np.int32))).item()
+    return next_token_loss(model, mx.array(rows[:8].astype(np.int32))).item()
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -40,7 +40,7 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
 def test_the_demo_pair_can_be_made_anew(tmp_path, stories_folder):
     work, out = tmp_path / "work", tmp_path / "out"
     stories = shared("text/tinystories_500.jsonl")
-    small = ["--sample-tokens", 50_000, "--target-steps", 2, "--drafter-steps", 2]
+    small = ["--sample-tokens", 40_000, "--target-steps", 2, "--drafter-steps", 2, "--batch", 1]
     run_script(
         "build_demo_pair.py", "--teacher", stories_folder, "--stories", stories, "--work", work, "--out", out, *small
     )
