@@ -25,6 +25,10 @@ class InvalidRequestError(MlxspecError):
     """A prompt, sampling or decoding option outside its range."""
 
 
+class TrainingError(MlxspecError):
+    """A corpus, recipe or training run that cannot go on; what was saved before is kept."""
+
+
 def in_one_line(error: Exception) -> str:
     """At most 200 characters of what an error of a library says; its type where it has no words."""
     return " ".join(str(error).split())[:200].rstrip(".: ") or type(error).__name__

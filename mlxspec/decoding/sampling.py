@@ -5,22 +5,18 @@ distribution comes out of it. The filters run in mlx-lm's order: top-p, min-p, t
 probabilities, then temperature.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mlxspec.errors import InvalidRequestError
+from mlxspec.settings import option
 
 COLDEST, HOTTEST = 1e-4, 1e4  # beyond, float32 logits divided by it are all infinite or all equal
 
 # mx.random.uniform can return a number so close to 1 that its product with a total rounds up to the total.
 LARGEST_UNIFORM = 1 - 2**-23
-
-
-def option(default: float | int | None, help: str):
-    """A dataclass field that carries the words its command-line option is explained with."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

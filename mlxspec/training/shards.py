@@ -1,0 +1,297 @@
+"""Token ids on disk, and batches of them as a function of (seed, step).
+
+A folder of shards holds ``index.json`` and for each shard three flat little-endian files: ``00000.ids`` (uint16 or
+uint32, a token each), ``00000.mask`` (uint8, 1 where a token is to be learnt) and ``00000.docs`` (uint32, a document's
+length each). They are memory-mapped, so a corpus may be larger than memory. Documents follow each other without gaps
+and are cut into rows of a fixed length.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlxspec.errors import TrainingError
+
+FORMAT = 1
+SHARD_TOKENS = 2**26
+PARTS = ("ids", "mask", "docs")
+
+
+@dataclass
+class Shard:
+    tokens: int = 0
+    documents: int = 0
+    checksums: dict[str, str] = field(default_factory=dict)  # part -> sha256
+
+
+@dataclass
+class Index:
+    """``index.json``: everything that is known without opening the shards."""
+
+    vocab_size: int
+    tokenizer: str  # fingerprint
+    shards: list[Shard] = field(default_factory=list)
+    learnt: int = 0  # tokens whose mask is 1
+    complete: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)  # the writer's: where it got to, what it skipped
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "index.json", {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """Raises TrainingError for a folder that holds no shards of this format."""
+        try:
+            content = json.loads((folder / "index.json").read_text())
+            if content.pop("format") != FORMAT:
+                raise TrainingError(f"{folder} holds shards of another format; make them again")
+            shards = [Shard(**shard) for shard in content.pop("shards")]
+            return cls(shards=shards, **content)
+        except OSError as error:
+            raise TrainingError(f"{folder} holds no token shards ({error.strerror}); make some first") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, TrainingError):
+                raise
+            raise TrainingError(f"{folder / 'index.json'} is damaged ({error}); delete {folder} and make it again") from None
+
+
+class ShardWriter:
+    """Appends documents to a folder of shards; ``commit`` makes durable what was added, with the writer's own notes.
+
+    Reopened, it goes on from the last commit: what was written after it is cut off.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int, tokenizer: str, shard_tokens: int = SHARD_TOKENS):
+        self.folder, self.shard_tokens = Path(folder), shard_tokens
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "index.json").exists():
+            self.index = Index.read(self.folder)
+            if self.index.tokenizer != tokenizer or self.index.vocab_size != vocab_size:
+                raise TrainingError(f"{self.folder} was made with another tokenizer; choose another folder")
+        else:
+            self.index = Index(vocab_size, tokenizer)
+        self._open_last()
+
+    def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
+        """Append one document; ``mask`` is 1 for each token that is to be learnt."""
+        array = np.asarray(ids, dtype=np.int64)
+        if not 0 < array.size == len(mask) or array.min() < 0 or array.max() >= self.index.vocab_size:
+            raise TrainingError(
+                f"a document has {array.size} tokens, {len(mask)} of a mask, and ids up to {array.max(initial=-1)}; "
+                f"expected as many of both, below {self.index.vocab_size}"
+            )
+        if self.index.shards[-1].tokens >= self.shard_tokens:
+            self._close_last()
+            self.index.shards.append(Shard())
+            self._open_last()
+        content = (array.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([array.size], "<u4"))
+        for part, data in zip(PARTS, content, strict=True):
+            self._files[part].write(data.tobytes())
+            self._hashes[part].update(data.tobytes())
+        self.index.shards[-1].tokens += array.size
+        self.index.shards[-1].documents += 1
+        self.index.learnt += int(content[1].sum())
+
+    def commit(self, **notes: Any) -> None:
+        """Everything added so far, and ``notes``, survive whatever happens next."""
+        for part, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
+        self.index.notes.update(notes)
+        self.index.write(self.folder)
+
+    def finish(self, **notes: Any) -> None:
+        """Commit for the last time."""
+        self.index.complete = True
+        self._close_last(**notes)
+
+    def _close_last(self, **notes: Any) -> None:
+        self.commit(**notes)
+        for file in self._files.values():
+            file.close()
+
+    def _open_last(self) -> None:
+        if not self.index.shards:
+            self.index.shards.append(Shard())
+        shard, number = self.index.shards[-1], len(self.index.shards) - 1
+        sizes = part_sizes(shard, self.index.dtype)
+        self._files, self._hashes = {}, {}
+        for part in PARTS:
+            path = shard_file(self.folder, number, part)
+            file = path.open("r+b" if path.exists() else "w+b")
+            file.truncate(sizes[part])
+            self._hashes[part] = hashlib.sha256(file.read())
+            file.seek(0, os.SEEK_END)
+            self._files[part] = file
+
+
+class Rows(NamedTuple):
+    """Some rows of a corpus. The loss at a position is on the token after it, so rows are a token longer."""
+
+    ids: np.ndarray  # [rows, length + 1]
+    mask: np.ndarray  # [rows, length + 1]
+
+
+class TokenShards:
+    """A folder of finished shards, read through memory maps.
+
+    Raises TrainingError if a file is missing, has another size than the index says, or, with ``verify``, another
+    checksum.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = False):
+        self.folder = Path(folder)
+        self.index = Index.read(self.folder)
+        if not self.index.complete:
+            raise TrainingError(f"{self.folder} is not finished; run the command that makes it again, it goes on")
+        if not self.index.tokens:
+            raise TrainingError(f"{self.folder} holds no tokens; the corpus was empty")
+        self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
+        self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
+
+    def __len__(self) -> int:
+        return self.index.tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content: the same for the same tokens and masks in the same shards."""
+        content = [self.index.tokenizer, *(asdict(shard) for shard in self.index.shards)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def documents(self) -> Iterator[Rows]:
+        """The documents one by one, as they were added; ids and mask [length]."""
+        start = 0
+        for number in range(len(self.index.shards)):
+            for length in self._map(number, "docs", verify=False):
+                yield Rows(self._read(self._ids, start, int(length)), self._read(self._masks, start, int(length)))
+                start += int(length)
+
+    def count_rows(self, length: int) -> int:
+        """How many rows of ``length`` positions there are; a rest that fills no row is left out."""
+        return (len(self) - 1) // length
+
+    def rows(self, length: int, chosen: Sequence[int]) -> Rows:
+        """Rows by number; each ends with the token that the next one begins with."""
+        reads = [(int(row) * length, length + 1) for row in chosen]
+        return Rows(
+            np.stack([self._read(self._ids, *read) for read in reads]).astype(np.int32),
+            np.stack([self._read(self._masks, *read) for read in reads]),
+        )
+
+    def _read(self, parts: list[np.ndarray], start: int, count: int) -> np.ndarray:
+        """``count`` entries from ``start`` of the parts in a row."""
+        pieces, part = [], int(np.searchsorted(self._starts, start, side="right")) - 1
+        while count > 0:
+            low = start - self._starts[part]
+            pieces.append(parts[part][low : low + count])
+            start, count, part = start + pieces[-1].size, count - pieces[-1].size, part + 1
+        return np.concatenate(pieces)
+
+    def _map(self, number: int, part: str, verify: bool) -> np.ndarray:
+        path, shard = shard_file(self.folder, number, part), self.index.shards[number]
+        expected = part_sizes(shard, self.index.dtype)[part]
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise TrainingError(f"{path} has {found} bytes and the index says {expected}; make these shards again")
+        dtype = {"ids": self.index.dtype, "mask": np.dtype("u1"), "docs": np.dtype("<u4")}[part]
+        content = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype)
+        if verify and hashlib.sha256(content).hexdigest() != shard.checksums[part]:
+            raise TrainingError(f"{path} was changed since it was written; make these shards again")
+        return content
+
+
+class Mixture:
+    """Batches that take a fixed share of their rows from each of several shards, as a pure function of the step.
+
+    ``shares`` need not sum to 1. Within one of them rows come in a random order, all of them once before any twice.
+    """
+
+    def __init__(self, shards: Sequence[TokenShards], shares: Sequence[float], length: int, batch: int, seed: int):
+        self.shards, self.length, self.batch, self.seed = list(shards), length, batch, seed
+        self._ends = np.cumsum(shares) / np.sum(shares)
+        for part in self.shards:
+            if not part.count_rows(length):
+                raise TrainingError(
+                    f"{part.folder} has {len(part)} tokens, not even a row of {length}; use a smaller length or more text"
+                )
+
+    def choice(self, step: int) -> list[tuple[int, int]]:
+        """(which shards, which row of them) for each row of the batch of ``step``, counted from 0."""
+        return [self._row(step * self.batch + i) for i in range(self.batch)]
+
+    def __call__(self, step: int) -> Rows:
+        """ids and mask [batch, length + 1]."""
+        rows = [self.shards[which].rows(self.length, [row]) for which, row in self.choice(step)]
+        return Rows(np.concatenate([row.ids for row in rows]), np.concatenate([row.mask for row in rows]))
+
+    def _row(self, number: int) -> tuple[int, int]:
+        """The ``number``-th row of training. Of the first n rows each shards have had their share, to within one row."""
+        before = 0.0
+        for which, end in enumerate(self._ends):
+            taken, so_far = (shared_out(number + i, end) - shared_out(number + i, before) for i in (0, 1))
+            if so_far > taken:
+                epoch, place = divmod(taken, count := self.shards[which].count_rows(self.length))
+                return which, shuffled(place, count, seed=(self.seed, which, epoch))
+            before = end
+        raise AssertionError("shares end at 1")
+
+
+def shared_out(rows: int, share: float) -> int:
+    return int(np.floor(rows * share + 1e-9))
+
+
+def shuffled(place: int, count: int, seed: tuple[int, ...]) -> int:
+    """What a random permutation of ``range(count)`` has at ``place``, without the permutation in memory.
+
+    A Feistel network over the next power of four permutes a larger range; numbers outside are walked on from, which
+    keeps it a permutation (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = max(1, (int(count - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & low
+        for turn in range(4):
+            digest = hashlib.blake2b(repr((seed, turn, right)).encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
+        place = left << half | right
+        if place < count:
+            return place
+
+
+def shard_file(folder: Path, number: int, part: str) -> Path:
+    return folder / f"{number:05d}.{part}"
+
+
+def part_sizes(shard: Shard, dtype: np.dtype) -> dict[str, int]:
+    """Bytes."""
+    return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": shard.documents * 4}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Aside and renamed: a reader finds the old or the new content, whatever happens meanwhile."""
+    aside = path.with_name(f".{path.name}.writing")
+    with aside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
