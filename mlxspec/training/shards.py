@@ -99,7 +99,8 @@ class ShardWriter:
                 f"expected as many of both, below {self.index.vocab_size}"
             )
         if self.index.shards[-1].tokens >= self.shard_tokens:
-            self._close_last()
+            self._flush()  # not yet committed: the index on disk still ends before it
+            self._close()
             self.index.shards.append(Shard())
             self._open_last()
         content = (array.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([array.size], "<u4"))
@@ -112,20 +113,23 @@ class ShardWriter:
 
     def commit(self, **notes: Any) -> None:
         """Everything added so far, and ``notes``, survive whatever happens next."""
-        for part, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
+        self._flush()
         self.index.notes.update(notes)
         self.index.write(self.folder)
 
     def finish(self, **notes: Any) -> None:
         """Commit for the last time."""
         self.index.complete = True
-        self._close_last(**notes)
-
-    def _close_last(self, **notes: Any) -> None:
         self.commit(**notes)
+        self._close()
+
+    def _flush(self) -> None:
+        for part, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
+
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
 

@@ -1,0 +1,267 @@
+"""One training loop for every stage: batches are functions of the step, so resuming is an integer."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.models.drafter import Drafter
+from mlxspec.settings import option
+from mlxspec.training.checkpoint import load_checkpoint, save_checkpoint
+from mlxspec.training.objectives import Batch, Objective
+from mlxspec.training.shards import Mixture
+from mlxspec.training.teachers import CachedTeacher
+
+Metrics = dict[str, float]
+Evaluate = Callable[[Drafter], Metrics]  # "block_efficiency" decides which drafter is kept
+Report = Callable[[int, Metrics], None]
+
+LARGEST_TEMPERATURE = 10.0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a stage trains. Raises InvalidRequestError for a value outside its range."""
+
+    steps: int = option(1000, "Optimizer steps.")
+    batch: int = option(16, "Rows a step, over all processes.")
+    length: int = option(512, "Positions in a row.")
+    learning_rate: float = option(1e-3, "Peak, after the warm-up.")
+    warmup: int = option(50, "Steps in which the learning rate rises to its peak.")
+    final_rate: float = option(0.05, "Learning rate of the last step, as a fraction of the peak.")
+    weight_decay: float = option(0.01, "AdamW's, on matrices.")
+    clip: float = option(1.0, "Largest norm of a gradient.")
+    accumulate: int = option(1, "Parts that a batch is worked off in, to save memory.")
+    temperatures: tuple[float, ...] = option((1.0,), "Of both distributions in a distillation loss, a step each in turn.")
+    precision: str = option("auto", "Of the arithmetic; weights are float32.", choices=lambda: list(PRECISIONS))
+    recompute: bool = option(False, "Keep only the layers' inputs for the backward pass, and compute the rest again.")
+    seed: int = option(0, "Runs with the same seed repeat exactly.")
+    checkpoint_every: int = option(200, "Steps between checkpoints.")
+    evaluate_every: int = option(0, "Steps between measurements of block efficiency; 0: none.")
+    log_every: int = option(10, "Steps between lines of metrics.jsonl.")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "length", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use a positive number")
+        for name in ("warmup", "final_rate", "weight_decay", "seed", "evaluate_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if self.batch % self.accumulate:
+            raise InvalidRequestError(f"accumulate is {self.accumulate}; use a divisor of batch, {self.batch}")
+        if self.precision not in PRECISIONS:
+            raise InvalidRequestError(f"precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
+        if not self.temperatures or not all(0 < t <= LARGEST_TEMPERATURE for t in self.temperatures):
+            raise InvalidRequestError(f"temperatures are {self.temperatures}; use numbers in (0, {LARGEST_TEMPERATURE}]")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: a linear rise, then half a cosine down."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
+        fall = (1 + math.cos(math.pi * min(progress, 1))) / 2
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * fall)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """bfloat16 where the device favours it; on the CPU back end it is fifty times slower than float32."""
+        if self.precision == "auto":
+            return mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16
+        return PRECISIONS[self.precision]
+
+
+PRECISIONS = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16}
+
+
+class Trainer:
+    """Trains a drafter in place; ``folder`` keeps checkpoints, the best drafter and metrics.jsonl.
+
+    With ``evaluate``, what the drafter is worth is measured every ``evaluate_every`` steps and after the last, and the
+    best one is what remains; without, the last one. Under ``mlx.launch`` each process takes its share of every batch,
+    and the first one writes.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        objective: Objective,
+        batches: Mixture,
+        settings: TrainingSettings,
+        folder: Path,
+        evaluate: Evaluate | None = None,
+        cached: CachedTeacher | None = None,
+        report: Report = lambda step, metrics: None,
+    ):
+        self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
+        self.folder, self.evaluate, self.cached, self.report = folder, evaluate, cached, report
+        self.group = mx.distributed.init()
+        parts = self.group.size() * settings.accumulate
+        if settings.batch % parts:
+            raise InvalidRequestError(
+                f"batch is {settings.batch}; use a multiple of {parts}, the processes times accumulate"
+            )
+        self.optimizer = optim.MultiOptimizer(
+            [
+                optim.AdamW(settings.learning_rate, [0.9, 0.98], weight_decay=decay, bias_correction=True)
+                for decay in (settings.weight_decay, 0.0)
+            ],
+            [lambda name, weight: weight.ndim > 1],
+        )
+        self.best: Metrics = {}
+
+    def run(self) -> Metrics:
+        """Train from the last checkpoint, if there is one, to the end. Returns the metrics of the drafter that is kept.
+
+        Raises TrainingError if the loss stops being a number or a checkpoint cannot be written.
+        """
+        self.drafter.set_dtype(mx.float32)
+        self.optimizer.init(self.drafter.trainable_parameters())
+        found = load_checkpoint(self.folder, self.drafter, self.optimizer) or {"step": 0, "best": {}}
+        start, self.best = found["step"], found["best"]
+        self._compile()
+        self._forget_metrics_after(start)
+        for step in range(start, self.settings.steps):
+            self._train(step)
+            done = step + 1
+            if self.evaluate and self._due(done, self.settings.evaluate_every):
+                self._keep_if_best(done)
+            if self._due(done, self.settings.checkpoint_every):
+                self._save(done)
+        self._restore_best()
+        return self.best
+
+    def _due(self, done: int, every: int) -> bool:
+        return done == self.settings.steps or bool(every and done % every == 0)
+
+    def _compile(self) -> None:
+        # The state is passed and returned, or the compiled function would go on with the weights it was traced with.
+        state = [self.drafter.state, self.optimizer.state]
+        compiled = partial(mx.compile, inputs=state, outputs=state)
+        self._step = compiled(lambda *batch: self._apply(*self._gradients(*batch)))
+        self._part = compiled(self._gradients)
+        self._finish = compiled(self._apply)
+        self._state = state
+
+    def _gradients(self, *batch: Any) -> tuple[mx.array, Any]:
+        """(loss, α) [2] and the gradients of this process's rows; over all rows of the step they add up."""
+        weights = self.drafter.trainable_parameters()
+
+        def loss(weights: Any) -> tuple[mx.array, mx.array]:
+            self.drafter.update(tree_map(lambda weight: weight.astype(self.settings.dtype), weights))
+            return self.objective(self.drafter, Batch(*batch))
+
+        (value, alpha), gradients = mx.value_and_grad(loss)(weights)
+        self.drafter.update(weights)
+        return mx.stack([value, alpha]), gradients
+
+    def _apply(self, values: mx.array, gradients: Any) -> mx.array:
+        """Update the weights; (loss, α, the gradient's norm) [3] of the whole step."""
+        processes = self.group.size()
+        if processes > 1:
+            gradients = tree_map(lambda g: g * processes, nn.average_gradients(gradients, self.group))
+            values = mx.distributed.all_sum(values, group=self.group)
+        gradients, norm = optim.clip_grad_norm(gradients, self.settings.clip)
+        self.optimizer.update(self.drafter, gradients)
+        return mx.concatenate([values, norm[None]])
+
+    def _train(self, step: int) -> None:
+        began = time.perf_counter()
+        rate = self.settings.rate(step)
+        self.optimizer.learning_rate = mx.array(rate)
+        first, *others = self._parts(step)
+        if not others:
+            result = self._step(*first)
+        else:
+            values, gradients = self._part(*first)
+            for batch in others:
+                mx.eval(values, gradients)
+                more, further = self._part(*batch)
+                values, gradients = values + more, tree_map(mx.add, gradients, further)
+            result = self._finish(values, gradients)
+        mx.eval(result, self._state)
+        loss, alpha, norm = result.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {step + 1}: the loss is {loss} and its gradient {norm} (rows {self.batches.choice(step)[:4]} and "
+                f"on); the last good checkpoint is in {self.folder}; use a lower learning_rate"
+            )
+        seconds = time.perf_counter() - began
+        speed = self.settings.batch * self.settings.length / seconds
+        metrics = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
+        if alpha:
+            metrics["acceptance_rate"] = alpha
+        self.report(step + 1, metrics)
+        if self._due(step + 1, self.settings.log_every):
+            self._log(step + 1, metrics)
+
+    def _parts(self, step: int) -> list[Batch]:
+        """This process's share of the step's rows, in as many parts as are asked for."""
+        rows, choice = self.batches(step), self.batches.choice(step)
+        weights = rows.mask[:, 1:] / max(1, rows.mask[:, 1:].sum())  # known to all processes without asking
+        temperatures = self.settings.temperatures
+        temperature = mx.array(temperatures[step % len(temperatures)])
+        processes, rank, parts = self.group.size(), self.group.rank(), self.settings.accumulate
+        batches = []
+        for part in range(parts):
+            share = slice(rank * parts + part, None, processes * parts)
+            batches.append(
+                Batch(
+                    mx.array(rows.ids[share]),
+                    mx.array(weights[share].astype("float32")),
+                    self.cached.stored([row for _, row in choice[share]]) if self.cached else (),
+                    temperature,
+                    mx.random.key(hash((self.settings.seed, step, rank, part)) % 2**63),
+                )
+            )
+        return batches
+
+    def _keep_if_best(self, done: int) -> None:
+        metrics = {"step": done, **self.evaluate(self.drafter)}
+        if metrics["block_efficiency"] > self.best.get("block_efficiency", 0):
+            self.best = metrics
+            if self.group.rank() == 0:
+                self.drafter.save(self.folder / "best")
+        self._log(done, {name: value for name, value in metrics.items() if name != "step"})
+        self.report(done, metrics)
+
+    def _restore_best(self) -> None:
+        if self.evaluate and self.best.get("step") != self.settings.steps:
+            self._wait()
+            self.drafter.load_weights(str(self.folder / "best" / "model.safetensors"))
+            mx.eval(self.drafter.parameters())
+
+    def _save(self, done: int) -> None:
+        if self.group.rank() == 0:
+            save_checkpoint(self.folder, done, self.drafter, self.optimizer, {"best": self.best})
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.group.size() > 1:
+            mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        if self.group.rank() == 0:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """The steps after a checkpoint will be run, and told of, again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        if self.group.rank() == 0 and path.exists():
+            # A line without its newline is what a killed process was writing.
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
