@@ -128,7 +128,9 @@ class Loss:
             if getattr(self, name) not in known:
                 raise InvalidRequestError(f"loss: {name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
         if self.estimator != "expectation" and not (self.estimator.isdecimal() and int(self.estimator) > 0):
-            raise InvalidRequestError(f'loss: estimator is {self.estimator!r}; use "expectation" or a number of samples')
+            raise InvalidRequestError(
+                f'loss: estimator is {self.estimator!r}; use "expectation" or a number of samples'
+            )
         if self.samples and self.weighting == "vocabulary":
             raise InvalidRequestError("loss: samples are drawn from the drafter; use weighting drafter with them")
         if self.samples == 1 and self.statistics == "position":

@@ -70,7 +70,9 @@ class Index:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, TrainingError):
                 raise
-            raise TrainingError(f"{folder / 'index.json'} is damaged ({error}); delete {folder} and make it again") from None
+            raise TrainingError(
+                f"{folder / 'index.json'} is damaged ({error}); delete {folder} and make it again"
+            ) from None
 
 
 class ShardWriter:

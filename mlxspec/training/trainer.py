@@ -42,7 +42,9 @@ class TrainingSettings:
     weight_decay: float = option(0.01, "AdamW's, on matrices.")
     clip: float = option(1.0, "Largest norm of a gradient.")
     accumulate: int = option(1, "Parts that a batch is worked off in, to save memory.")
-    temperatures: tuple[float, ...] = option((1.0,), "Of both distributions in a distillation loss, a step each in turn.")
+    temperatures: tuple[float, ...] = option(
+        (1.0,), "Of both distributions in a distillation loss, a step each in turn."
+    )
     precision: str = option("auto", "Of the arithmetic; weights are float32.", choices=lambda: list(PRECISIONS))
     recompute: bool = option(False, "Keep only the layers' inputs for the backward pass, and compute the rest again.")
     seed: int = option(0, "Runs with the same seed repeat exactly.")
@@ -65,7 +67,9 @@ class TrainingSettings:
         if self.precision not in PRECISIONS:
             raise InvalidRequestError(f"precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
         if not self.temperatures or not all(0 < t <= LARGEST_TEMPERATURE for t in self.temperatures):
-            raise InvalidRequestError(f"temperatures are {self.temperatures}; use numbers in (0, {LARGEST_TEMPERATURE}]")
+            raise InvalidRequestError(
+                f"temperatures are {self.temperatures}; use numbers in (0, {LARGEST_TEMPERATURE}]"
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: a linear rise, then half a cosine down."""
