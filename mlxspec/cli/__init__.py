@@ -9,6 +9,7 @@ from mlxspec.cli.chat import chat
 from mlxspec.cli.generate import generate
 from mlxspec.cli.models import models
 from mlxspec.cli.share import export_command, push_command
+from mlxspec.cli.train import train
 
 
 @click.group()
@@ -22,6 +23,7 @@ cli.add_command(generate)
 cli.add_command(models)
 cli.add_command(export_command)
 cli.add_command(push_command)
+cli.add_command(train)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import huggingface_hub
 import mlx.nn as nn
-from mlx_lm.utils import quantize_model, save_config, save_model
+from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from mlxspec.errors import InvalidRequestError
 
@@ -68,3 +68,8 @@ def fingerprint(folder: Path) -> str:
     """Changes when the folder is another one or a file of weights in it has been replaced."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.*"))]
     return hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()[:12]
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The same distribution from float weights: on the CPU back end many times faster over a batch of rows."""
+    return dequantize_model(model)

@@ -1,8 +1,8 @@
 """A loss and its gradient straight from hidden states and the head's weights, a chunk of positions at a time.
 
-The logits of a batch, [positions, vocabulary], are what bounds the batch: 2048 x 32000 in float32 is 262 MB, and a plain
-loss keeps five of them or more. Here a chunk's logits live until its share of the gradient is added up, so memory is
-bounded by the chunk. The gradient is taken in the forward pass, since both its factors are at hand there; the
+The logits of a batch, [positions, vocabulary], are what bounds the batch: 2048 x 32000 in float32 is 262 MB, and a
+plain loss keeps five of them or more. Here a chunk's logits live until its share of the gradient is added up, so that
+the chunk bounds the memory. The gradient is taken in the forward pass, since both its factors are at hand there; the
 backward pass only scales it.
 """
 

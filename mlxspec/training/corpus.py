@@ -1,4 +1,4 @@
-"""Text and chat files, plain or gzipped, alone or in folders and globs: documents for pretraining, prompts for the target.
+"""Text and chat files, plain or gzipped, in folders and globs: documents for pretraining, prompts for the target.
 
 A ``.txt`` file is one document. A line of a ``.jsonl`` file is an object with "text", "prompt" or "messages". Files are
 read a line at a time, so they may be larger than memory.
@@ -42,7 +42,8 @@ class BadLines:
         """Raise TrainingError if too many lines were bad."""
         if self.skipped > MOST_BAD * self.read:
             raise TrainingError(
-                f"{self.skipped} of {self.read} lines are bad, more than 1 %; the first is {self.told[0]}; mend or remove them"
+                f"{self.skipped} of {self.read} lines are bad, more than 1 %; the first is {self.told[0]}; mend or "
+                "remove them"
             )
 
 
@@ -171,7 +172,9 @@ def tokenize_corpus(
 def encoded(some: list[Record], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
     """Token ids of each record; plain texts in one call, as the tokenizer then works on them in parallel."""
     texts = [record.content for record in some if isinstance(record.content, str)]
-    batch = iter(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else [])
+    encode = tokenizer._tokenizer  # mlx-lm's wrapper takes one text at a time
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    batch = iter(encode(texts, **options)["input_ids"] if texts else [])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = sorted(tokenizer.eos_token_ids)[:1]
     for record in some:
@@ -189,8 +192,12 @@ def encoded(some: list[Record], tokenizer: Any, bad: BadLines) -> Iterator[list[
             bad.skip(record.where, str(error))
 
 
-def read_prompts(sources: Iterable[str | Path], tokenizer: Any, system: str | None) -> tuple[list[list[int]], BadLines]:
+def read_prompts(
+    sources: Iterable[str | Path], tokenizer: Any, system: str | None, words: int = 0
+) -> tuple[list[list[int]], BadLines]:
     """The token ids of each prompt in the files; of a conversation, everything before its last answer.
+
+    With ``words``, only that many at the beginning of each text.
 
     Raises TrainingError if there are none.
     """
@@ -198,7 +205,8 @@ def read_prompts(sources: Iterable[str | Path], tokenizer: Any, system: str | No
     for record in records(corpus_files(sources), bad):
         try:
             if isinstance(record.content, str):
-                prompts.append(encode_prompt(tokenizer, record.content, system))
+                text = " ".join(record.content.split()[:words]) if words else record.content
+                prompts.append(encode_prompt(tokenizer, text, system))
             else:
                 prompts.append(encode_conversation(tokenizer, asked(record.content, system)))
         except InvalidRequestError as error:

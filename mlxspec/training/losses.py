@@ -109,7 +109,7 @@ class Loss:
     Raises InvalidRequestError for a combination that has no meaning.
     """
 
-    name: str = option("tvd++", "The divergence.", choices=lambda: list(LOSSES))
+    name: str = option("tvd++", "The divergence.", choices=lambda: list(LOSSES), key="loss")
     estimator: str = option("expectation", 'tvd++: "expectation" over q, exactly, or a number of samples a position.')
     statistics: str = option(
         "position", "tvd++: mean and spread of the reward over what.", choices=lambda: ["position", "batch"]

@@ -140,7 +140,10 @@ def gathered(
     for row, answer in enumerate(answers):
         table[row, : len(answer)] = answer
     tables = np.array(mx.distributed.all_gather(mx.array(table)[None], group=distributed))
-    return ([[t for t in row.tolist() if t >= 0] for row in part[: len(group.prompts)]] for part, group in zip(tables, turn, strict=False))  # fmt: skip
+    return (
+        [[token for token in row.tolist() if token >= 0] for row in part[: len(group.prompts)]]
+        for part, group in zip(tables, turn, strict=False)
+    )
 
 
 def validated(shards: TokenShards) -> dict[str, int]:

@@ -238,7 +238,8 @@ class Mixture:
         for part in self.shards:
             if not part.count_rows(length):
                 raise TrainingError(
-                    f"{part.folder} has {len(part)} tokens, not even a row of {length}; use a smaller length or more text"
+                    f"{part.folder} has {len(part)} tokens, not even a row of {length}; use a smaller length, or "
+                    "more text"
                 )
 
     def choice(self, step: int) -> list[tuple[int, int]]:
@@ -251,7 +252,7 @@ class Mixture:
         return Rows(np.concatenate([row.ids for row in rows]), np.concatenate([row.mask for row in rows]))
 
     def _row(self, number: int) -> tuple[int, int]:
-        """The ``number``-th row of training. Of the first n rows each shards have had their share, to within one row."""
+        """The ``number``-th row of training. Of the first n rows each has had its share, to within one row."""
         before = 0.0
         for which, end in enumerate(self._ends):
             taken, so_far = (shared_out(number + i, end) - shared_out(number + i, before) for i in (0, 1))

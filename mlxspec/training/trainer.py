@@ -199,8 +199,8 @@ class Trainer:
         loss, alpha, norm = result.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {step + 1}: the loss is {loss} and its gradient {norm} (rows {self.batches.choice(step)[:4]} and "
-                f"on); the last good checkpoint is in {self.folder}; use a lower learning_rate"
+                f"step {step + 1}: the loss is {loss} and its gradient {norm} (rows {self.batches.choice(step)[:3]} "
+                f"and on); the last good checkpoint is in {self.folder}; use a lower learning_rate"
             )
         seconds = time.perf_counter() - began
         speed = self.settings.batch * self.settings.length / seconds
