@@ -157,16 +157,17 @@ def tokenize_corpus(
     """
     files, bad = corpus_files(sources), BadLines()
     total = sum(file.stat().st_size for file in files)
-    writer, stream = ShardWriter(folder, vocab_size, fingerprint), records(files, bad)
-    while some := list(islice(stream, ENCODED_AT_ONCE)):
-        for ids in encoded(some, tokenizer, bad):
-            writer.add(ids, [0] + [1] * (len(ids) - 1))
-        progress(some[-1].bytes, total, writer.index.tokens)
-    if not bad.read:
-        raise TrainingError(f"{files[0]} and {len(files) - 1} more files hold no text; give some")
-    bad.check()
-    writer.finish(skipped=bad.skipped, files=[str(file) for file in files])
-    return writer.index, bad
+    stream = records(files, bad)
+    with ShardWriter(folder, vocab_size, fingerprint) as writer:
+        while some := list(islice(stream, ENCODED_AT_ONCE)):
+            for ids in encoded(some, tokenizer, bad):
+                writer.add(ids, [0] + [1] * (len(ids) - 1))
+            progress(some[-1].bytes, total, writer.index.tokens)
+        if not bad.read:
+            raise TrainingError(f"{files[0]} and {len(files) - 1} more files hold no text; give some")
+        bad.check()
+        writer.finish(skipped=bad.skipped, files=[str(file) for file in files])
+        return writer.index, bad
 
 
 def encoded(some: list[Record], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:

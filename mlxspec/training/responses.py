@@ -88,10 +88,27 @@ def answer_all(
     the first one writes.
     """
     distributed = mx.distributed.init()
-    writer = ShardWriter(folder, vocab_size, fingerprint) if distributed.rank() == 0 else None
-    done = Index.read(folder).notes.get("groups", 0) if (folder / "index.json").exists() else 0
-    if distributed.size() > 1:  # the first process alone knows for certain
-        done = int(mx.distributed.all_sum(mx.array(done if writer else 0), group=distributed).item())
+    if distributed.rank() == 0:
+        with ShardWriter(folder, vocab_size, fingerprint) as writer:
+            answer_groups(target, tokenizer, work, settings, writer, progress)
+    else:
+        answer_groups(target, tokenizer, work, settings, None, progress)
+    return Index.read(folder)
+
+
+def answer_groups(
+    target: nn.Module,
+    tokenizer: Any,
+    work: list[Group],
+    settings: AnswerSettings,
+    writer: ShardWriter | None,
+    progress: Progress,
+) -> None:
+    """Answer what ``writer`` does not have yet; None in all processes but the first."""
+    distributed = mx.distributed.init()
+    done = writer.index.notes.get("groups", 0) if writer else 0
+    if distributed.size() > 1:  # the first process knows
+        done = int(mx.distributed.all_sum(mx.array(done), group=distributed).item())
     total, answered = sum(len(group.prompts) for group in work), sum(len(group.prompts) for group in work[:done])
     while done < len(work):
         turn = work[done : done + distributed.size()]
@@ -109,7 +126,6 @@ def answer_all(
     if writer:
         writer.finish(groups=done, max_tokens=settings.max_tokens)
     gathered([], [], settings, distributed)  # nobody reads the shards before they are finished
-    return Index.read(folder)
 
 
 def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings) -> list[list[int]]:

@@ -102,7 +102,7 @@ class ShardWriter:
             )
         if self.index.shards[-1].tokens >= self.shard_tokens:
             self._flush()  # not yet committed: the index on disk still ends before it
-            self._close()
+            self.close()
             self.index.shards.append(Shard())
             self._open_last()
         content = (array.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([array.size], "<u4"))
@@ -123,7 +123,7 @@ class ShardWriter:
         """Commit for the last time."""
         self.index.complete = True
         self.commit(**notes)
-        self._close()
+        self.close()
 
     def _flush(self) -> None:
         for part, file in self._files.items():
@@ -131,7 +131,14 @@ class ShardWriter:
             os.fsync(file.fileno())
             self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
 
-    def _close(self) -> None:
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave it at the last commit."""
         for file in self._files.values():
             file.close()
 

@@ -1,0 +1,117 @@
+"""Token ids on disk: what was committed is there, and the order is a function of seed and step."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mlxspec.errors import TrainingError
+from mlxspec.training.shards import Mixture, ShardWriter, TokenShards, shuffled
+
+
+def documents(count=50, vocab_size=512):
+    random = np.random.default_rng(0)
+    return [random.integers(0, vocab_size, random.integers(1, 40)).tolist() for _ in range(count)]
+
+
+def written(folder, docs, vocab_size=512):
+    writer = ShardWriter(folder, vocab_size, "tokens", shard_tokens=100)
+    for doc in docs:
+        writer.add(doc, [0] + [1] * (len(doc) - 1))
+    writer.finish()
+    return TokenShards(folder, verify=True)
+
+
+@pytest.mark.parametrize("vocab_size", [512, 100_000])
+def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab_size):
+    docs = documents(vocab_size=vocab_size)
+    shards = written(tmp_path, docs, vocab_size)
+    assert len(shards.index.shards) > 5
+    assert [doc.ids.tolist() for doc in shards.documents()] == docs
+    assert all(doc.mask.tolist() == [0] + [1] * (len(doc.ids) - 1) for doc in shards.documents())
+    assert shards.index.learnt == sum(len(doc) - 1 for doc in docs)
+
+
+def test_rows_are_the_stream_cut_at_a_fixed_length_each_with_the_next_ones_first_token(tmp_path):
+    docs = documents()
+    shards, stream = written(tmp_path, docs), [token for doc in docs for token in doc]
+    rows = shards.rows(16, range(shards.count_rows(16)))
+    for number, row in enumerate(rows.ids):
+        assert row.tolist() == stream[16 * number : 16 * number + 17]
+
+
+def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
+    docs = documents()
+    writer = ShardWriter(tmp_path, 512, "tokens", shard_tokens=100)
+    for number, doc in enumerate(docs):
+        writer.add(doc, [1] * len(doc))
+        if number == 25:
+            writer.commit(done=number)
+    writer.close()  # as if killed, after much more had gone into the files
+    writer = ShardWriter(tmp_path, 512, "tokens", shard_tokens=100)
+    assert writer.index.notes == {"done": 25}
+    assert writer.index.documents == 26
+    for doc in docs[26:]:
+        writer.add(doc, [1] * len(doc))
+    writer.finish()
+    assert [doc.ids.tolist() for doc in TokenShards(tmp_path, verify=True).documents()] == docs
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
+def test_the_order_of_an_epoch_is_a_permutation_and_each_epoch_has_its_own(count):
+    epochs = [[shuffled(place, count, (0, epoch)) for place in range(count)] for epoch in (0, 1)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    if count >= 64:
+        assert epochs[0] != epochs[1]
+        assert epochs[0] != sorted(epochs[0])
+
+
+def test_a_mixture_keeps_its_shares_and_shows_every_row_before_any_twice(tmp_path):
+    shards = written(tmp_path / "a", documents()), written(tmp_path / "b", documents())
+    batches = Mixture(shards, [0.9, 0.1], length=16, batch=4, seed=3)
+    chosen = [row for step in range(50) for row in batches.choice(step)]
+    assert Counter(which for which, _ in chosen) == {0: 180, 1: 20}
+    count = shards[0].count_rows(16)
+    assert sorted([row for which, row in chosen if which == 0][:count]) == list(range(count))
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path):
+    shards = written(tmp_path, documents())
+    one, same, other = (Mixture([shards], [1], 16, 4, seed) for seed in (3, 3, 4))
+    assert np.array_equal(one(17).ids, same(17).ids)
+    assert not np.array_equal(one(17).ids, other(17).ids)
+
+
+def test_shards_that_are_not_whole_are_refused_with_the_file(tmp_path):
+    shards = written(tmp_path / "a", documents())
+    file = tmp_path / "a" / "00001.ids"
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+    TokenShards(shards.folder)
+    with pytest.raises(TrainingError, match=r"00001\.ids was changed"):
+        TokenShards(shards.folder, verify=True)
+    file.write_bytes(content[:-2])
+    with pytest.raises(TrainingError, match=r"00001\.ids has \d+ bytes and the index says \d+"):
+        TokenShards(shards.folder)
+    with pytest.raises(TrainingError, match="holds no token shards"):
+        TokenShards(tmp_path / "nothing")
+    (tmp_path / "a" / "index.json").write_text("{}")
+    with pytest.raises(TrainingError, match="damaged"):
+        TokenShards(shards.folder)
+
+
+def test_unfinished_empty_and_foreign_shards_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "a", 512, "tokens")
+    writer.commit()
+    with pytest.raises(TrainingError, match="not finished"):
+        TokenShards(tmp_path / "a")
+    writer.finish()
+    with pytest.raises(TrainingError, match="holds no tokens"):
+        TokenShards(tmp_path / "a")
+    with pytest.raises(TrainingError, match="another tokenizer"):
+        ShardWriter(tmp_path / "a", 512, "other tokens")
+    with pytest.raises(TrainingError, match="below 512"), ShardWriter(tmp_path / "b", 512, "tokens") as writer:
+        writer.add([512], [1])
+    with pytest.raises(TrainingError, match="not even a row of 4000"):
+        Mixture([written(tmp_path / "c", documents())], [1], 4000, 1, 0)
