@@ -166,7 +166,7 @@ class Bars:
     def _stage(self, name: str, what: str) -> None:
         self.__exit__()
         self._bar = None
-        tqdm.write(f"{name}: {what}", file=click.get_text_stream("stderr"))
+        click.echo(f"{name}: {what}", err=True)
 
     def _work(self, done: int, total: int, tokens: int) -> None:
         self._show(done, total, f"{tokens} tokens")

@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.settings import option
+from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 
 Progress = Callable[[int, int, int], None]  # answers done, answers in all, tokens so far
@@ -87,8 +88,7 @@ def answer_all(
     Goes on where an earlier call was interrupted. Under ``mlx.launch`` the groups are dealt out to the processes, and
     the first one writes.
     """
-    distributed = mx.distributed.init()
-    if distributed.rank() == 0:
+    if is_first():
         with ShardWriter(folder, vocab_size, fingerprint) as writer:
             answer_groups(target, tokenizer, work, settings, writer, progress)
     else:
@@ -106,9 +106,7 @@ def answer_groups(
 ) -> None:
     """Answer what ``writer`` does not have yet; None in all processes but the first."""
     distributed = mx.distributed.init()
-    done = writer.index.notes.get("groups", 0) if writer else 0
-    if distributed.size() > 1:  # the first process knows
-        done = int(mx.distributed.all_sum(mx.array(done), group=distributed).item())
+    done = as_the_first_says(writer.index.notes.get("groups", 0) if writer else 0)
     total, answered = sum(len(group.prompts) for group in work), sum(len(group.prompts) for group in work[:done])
     while done < len(work):
         turn = work[done : done + distributed.size()]
@@ -125,7 +123,7 @@ def answer_groups(
             progress(answered, total, writer.index.tokens)
     if writer:
         writer.finish(groups=done, max_tokens=settings.max_tokens)
-    gathered([], [], settings, distributed)  # nobody reads the shards before they are finished
+    wait_for_all()  # nobody reads the shards before they are finished
 
 
 def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings) -> list[list[int]]:

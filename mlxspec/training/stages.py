@@ -26,6 +26,7 @@ from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines, read_prompts, tokenize_corpus
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import objective
+from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
 from mlxspec.training.responses import AnswerSettings, answer_all, check_prompts, groups, groups_from_nothing
 from mlxspec.training.shards import Index, Mixture, TokenShards, write_json
 from mlxspec.training.teachers import OnlineTeacher
@@ -127,12 +128,13 @@ def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> Tok
     """Text files in tokens, made once."""
     inputs = {"data": list(data), "tokenizer": target.tokens}
     if begin(folder, inputs):
-        shutil.rmtree(folder / "tokens", ignore_errors=True)  # quick to make again, so half of it is not kept
         target.listener.stage(folder.name, "tokenising")
-        _, bad = tokenize_corpus(
-            data, target.tokenizer, target.vocab_size, target.tokens, folder / "tokens", target.listener.work
-        )
-        target.listener.bad_lines(bad)
+        if is_first():
+            shutil.rmtree(folder / "tokens", ignore_errors=True)  # quick to make again, so half of it is not kept
+            _, bad = tokenize_corpus(
+                data, target.tokenizer, target.vocab_size, target.tokens, folder / "tokens", target.listener.work
+            )
+            target.listener.bad_lines(bad)
         complete(folder)
     return TokenShards(folder / "tokens", verify=True)
 
@@ -225,11 +227,11 @@ def train(
         report=partial(target.listener.step, settings.steps),
     )
     result = trainer.run()
-    if trainer.group.rank() == 0:
+    if is_first():
         drafter.save(out)
         copy_tokenizer(target.folder, out)
         write_json(out / "training.json", {"inputs": inputs, "result": result})
-        complete(folder, result)
+    complete(folder, result)
     return drafter, result
 
 
@@ -259,7 +261,10 @@ def begin(folder: Path, inputs: dict[str, Any]) -> bool:
 
     Raises TrainingError, with the first thing that differs, if the folder holds what was made of other inputs.
     """
-    inputs = json.loads(json.dumps(inputs))
+    return bool(as_the_first_says(begun(folder, json.loads(json.dumps(inputs))) if is_first() else 0))
+
+
+def begun(folder: Path, inputs: dict[str, Any]) -> bool:
     record = folder / "stage.json"
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +272,7 @@ def begin(folder: Path, inputs: dict[str, Any]) -> bool:
         return True
     try:
         found = json.loads(record.read_text())
-        before = found["inputs"]
+        before, finished = found["inputs"], found["complete"]
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(f"{record} cannot be read; delete {folder} to make it again") from None
     for name in sorted({*before, *inputs}):
@@ -276,12 +281,14 @@ def begin(folder: Path, inputs: dict[str, Any]) -> bool:
                 f"{folder} was begun with {name} {before.get(name)}, and now it is {inputs.get(name)}; choose another "
                 "folder, or delete this one to make it again"
             )
-    return not found["complete"]
+    return not finished
 
 
 def complete(folder: Path, result: Metrics | None = None) -> None:
-    record = json.loads((folder / "stage.json").read_text())
-    write_json(folder / "stage.json", {**record, "complete": True, "result": result or {}})
+    if is_first():
+        record = json.loads((folder / "stage.json").read_text())
+        write_json(folder / "stage.json", {**record, "complete": True, "result": result or {}})
+    wait_for_all()
 
 
 def start_from(name: str | Path, target: Target) -> Drafter:

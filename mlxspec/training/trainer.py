@@ -19,6 +19,7 @@ from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.checkpoint import load_checkpoint, save_checkpoint
 from mlxspec.training.objectives import Batch, Objective
+from mlxspec.training.processes import is_first, wait_for_all
 from mlxspec.training.shards import Mixture
 from mlxspec.training.teachers import CachedTeacher
 
@@ -236,28 +237,24 @@ class Trainer:
         metrics = {"step": done, **self.evaluate(self.drafter)}
         if metrics["block_efficiency"] > self.best.get("block_efficiency", 0):
             self.best = metrics
-            if self.group.rank() == 0:
+            if is_first():
                 self.drafter.save(self.folder / "best")
         self._log(done, {name: value for name, value in metrics.items() if name != "step"})
         self.report(done, metrics)
 
     def _restore_best(self) -> None:
         if self.evaluate and self.best.get("step") != self.settings.steps:
-            self._wait()
+            wait_for_all()
             self.drafter.load_weights(str(self.folder / "best" / "model.safetensors"))
             mx.eval(self.drafter.parameters())
 
     def _save(self, done: int) -> None:
-        if self.group.rank() == 0:
+        if is_first():
             save_checkpoint(self.folder, done, self.drafter, self.optimizer, {"best": self.best})
-        self._wait()
-
-    def _wait(self) -> None:
-        if self.group.size() > 1:
-            mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
+        wait_for_all()
 
     def _log(self, step: int, metrics: Metrics) -> None:
-        if self.group.rank() == 0:
+        if is_first():
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -265,7 +262,7 @@ class Trainer:
         """The steps after a checkpoint will be run, and told of, again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        if self.group.rank() == 0 and path.exists():
+        if is_first() and path.exists():
             # A line without its newline is what a killed process was writing.
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))

@@ -1,0 +1,251 @@
+"""A recipe from end to end: three stages, resumed, skipped, refused."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model
+
+from mlxspec import InvalidRequestError
+from mlxspec.models.loading import DEMO
+from mlxspec.training.recipe import Recipe
+from mlxspec.training.responses import AnswerSettings, groups, validated
+from mlxspec.training.shards import TokenShards
+from mlxspec.training.stages import Target
+
+RECIPE = f"""
+target = "{DEMO / "target"}"
+
+[drafter]
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+tie_word_embeddings = true
+
+[pretrain]
+data = ["stories.jsonl"]
+steps = 6
+batch = 4
+length = 32
+checkpoint_every = 2
+
+[distill]
+prompts = ["stories.jsonl"]
+temperatures = [0, 1]
+max_tokens = 12
+group = 8
+
+[[finetune]]
+loss = "kld"
+steps = 4
+batch = 4
+length = 16
+checkpoint_every = 2
+
+[[finetune]]
+steps = 4
+batch = 4
+length = 16
+evaluate_every = 2
+checkpoint_every = 2
+log_every = 1
+
+[evaluation]
+count = 2
+max_tokens = 8
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    names = ["dog", "cat", "girl", "boy", "bird"]
+    lines = [
+        {"text": f"Once upon a time there was a {name} with {count} hats."} for name in names for count in range(6)
+    ]
+    (folder / "stories.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "small.toml").write_text(RECIPE)
+    return folder / "small.toml"
+
+
+def result_weights(recipe: Path) -> dict[str, np.ndarray]:
+    return dict(mx.load(str(recipe.with_suffix("") / "finetune-2" / "drafter" / "model.safetensors")))
+
+
+def same_weights(one, other) -> bool:
+    return one.keys() == other.keys() and all(mx.array_equal(one[name], other[name]).item() for name in one)
+
+
+def test_three_stages_make_a_drafter_that_serves_and_a_second_run_skips_them(recipe, mlxspec_command, tmp_path):
+    first = mlxspec_command("train", "run", str(recipe))
+    assert first.status == 0
+    stages = [line.split(":")[0] for line in first.err.splitlines()]
+    assert stages == ["text", "pretrain", "answers", "finetune-1", "finetune-2"]
+    drafter = recipe.with_suffix("") / "finetune-2" / "drafter"
+    assert first.out.startswith(f"{drafter}, block efficiency ")
+    load_model(drafter)  # mlx-lm reads it as it is
+    assert json.loads((drafter / "training.json").read_text())["inputs"]["name"] == "tvd++"
+    target = str(DEMO / "target")
+    served = mlxspec_command("generate", "A dog", "--target", target, "--drafter", str(drafter), "--max-tokens", "4")
+    assert served.status == 0
+    second = mlxspec_command("train", "run", str(recipe))
+    assert (second.out, second.err) == (first.out, "")
+
+
+def test_changed_settings_are_refused_with_what_changed(recipe, mlxspec_command):
+    short = recipe.read_text().split("[distill]")[0]
+    recipe.write_text(short)
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    recipe.write_text(short.replace("steps = 6", "steps = 7"))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert "pretrain was begun with steps 6, and now it is 7; choose another folder" in outcome.err
+    assert (recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors").exists()
+
+
+def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command):
+    out, data = recipe.parent, str(recipe.parent / "stories.jsonl")
+    common = ["--target", str(DEMO / "target"), "--batch=4"]
+    shape = ["--hidden-size=16", "--intermediate-size=32", "--num-hidden-layers=1", "--num-attention-heads=2"]
+    text = ["--data", data, "--steps=6", "--length=32", "--out", str(out)]
+    pretrained = mlxspec_command("train", "pretrain", *common, *shape, "--tie-word-embeddings", *text)
+    prompts = ["--prompts", data, "--temperatures=0", "--temperatures=1", "--max-tokens=12", "--group=8"]
+    answered = mlxspec_command("train", "distill", *common[:2], *prompts, "--validate", "--out", str(out / "answers"))
+    sources = ["--answers", str(out / "answers"), "--text", str(out / "text"), "--loss=kld"]
+    start = ["--drafter", str(out / "pretrain" / "drafter"), "--steps=4", "--length=16"]
+    tuned = mlxspec_command("train", "finetune", *common, *start, *sources, "--out", str(out / "tuned"))
+    assert [outcome.status for outcome in (pretrained, answered, tuned)] == [0, 0, 0]
+    assert re.match(r"60 answers, \d+ tokens, \d+ duplicates, 0 empty, \d+ truncated", answered.out)
+    assert tuned.out == f"{out / 'tuned' / 'drafter'}\n"
+    run = mlxspec_command("train", "run", str(recipe))
+    assert run.status == 0
+    by_hand = mx.load(str(out / "pretrain" / "drafter" / "model.safetensors"))
+    by_recipe = mx.load(str(recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors"))
+    assert same_weights(by_hand, by_recipe)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("steps = 6", "stesp = 6", 'small.toml: pretrain: there is no "stesp"; the nearest is "steps"'),
+        ("[distill]", "[destill]", 'small.toml: there is no "destill"; the nearest is "distill"'),
+        ("steps = 6", 'steps = "6"', "pretrain: steps is '6'; it must be of type int"),
+        ("steps = 6", "steps = 0", "pretrain: steps is 0; use 1 or more"),
+        ('loss = "kld"', 'loss = "kdl"', "finetune: loss: name is 'kdl'; use one of ce, kld"),
+        ('data = ["stories.jsonl"]', "", "pretrain has no data"),
+        ("target =", "target ", "is not TOML"),
+        ('data = ["stories.jsonl"]', 'data = ["nothing.jsonl"]', "nothing.jsonl: no such file, folder or pattern"),
+        ("max_tokens = 12", "max_tokens = 4000", "context of 1024 tokens has no room for a prompt and 4000 tokens"),
+        ("length = 32", "length = 32000", "not even a row of 32000"),
+        (
+            "batch = 4\nlength = 32",
+            "batch = 5\nlength = 32\naccumulate = 2",
+            "accumulate is 2; use a divisor of batch, 5",
+        ),
+    ],
+)
+def test_a_wrong_recipe_ends_in_one_line(recipe, mlxspec_command, old, new, complaint):
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new, 1))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert complaint in outcome.err
+    assert outcome.err.count("error: ") == 1
+    assert "Traceback" not in outcome.err
+
+
+def test_a_recipe_that_is_not_there_is_named(mlxspec_command, tmp_path):
+    outcome = mlxspec_command("train", "run", str(tmp_path / "none.toml"))
+    assert outcome.status == 2
+    assert "none.toml cannot be read" in outcome.err
+
+
+def test_shards_of_another_tokenizer_are_refused(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    index = recipe.with_suffix("") / "text" / "tokens" / "index.json"
+    index.write_text(index.read_text().replace(Target(str(DEMO / "target")).tokens, "another"))
+    shutil.rmtree(recipe.with_suffix("") / "pretrain")
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert "tokens was made with another tokenizer (vocabulary of 2048)" in outcome.err
+
+
+def test_paths_are_beside_the_recipe_and_numbers_are_converted(recipe):
+    read = Recipe.read(recipe)
+    assert read.pretrain[0].data == (str(recipe.parent / "stories.jsonl"),)
+    assert read.distill[1].temperatures == (0.0, 1.0)
+    assert [stage.loss.name for stage in read.finetune] == ["kld", "tvd++"]
+
+
+def test_every_prompt_is_answered_at_every_temperature_as_often_as_asked():
+    work = groups([[n] for n in range(10)], AnswerSettings(temperatures=(0.0, 1.0), samples=2, group=4))
+    assert [group.number for group in work] == list(range(12))
+    for temperature in (0.0, 1.0):
+        answered = [prompt for group in work if group.temperature == temperature for prompt in group.prompts]
+        assert sorted(answered) == sorted([[n] for n in range(10)] * 2)
+
+
+def test_answer_settings_out_of_range_are_refused():
+    for given in ({"top_p": 0.0}, {"samples": 0}, {"temperatures": (-1.0,)}):
+        with pytest.raises(InvalidRequestError, match=next(iter(given))):
+            AnswerSettings(**given)
+
+
+def command(recipe: Path) -> list[str]:
+    return [str(Path(sys.executable).with_name("mlxspec")), "train", "run", str(recipe)]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_and_corrupt_nothing(recipe):
+    began = time.perf_counter()
+    subprocess.run(command(recipe), check=True, capture_output=True)
+    seconds, whole = time.perf_counter() - began, result_weights(recipe)
+    whole = {name: mx.array(weight) for name, weight in whole.items()}
+    answers = [doc.ids.tolist() for doc in TokenShards(recipe.with_suffix("") / "answers" / "tokens").documents()]
+    moments, kills, stages = random.Random(0), 0, set()
+    while kills < 20:
+        shutil.rmtree(recipe.with_suffix(""))
+        while True:
+            process = subprocess.Popen(command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            try:
+                _, said = process.communicate(timeout=moments.uniform(0.2, 0.9) * seconds if kills < 20 else 120)
+                assert process.returncode == 0, said
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                stages |= {path.parent.name for path in recipe.with_suffix("").glob("*/stage.json")}
+        assert same_weights(result_weights(recipe), whole)
+        shards = TokenShards(recipe.with_suffix("") / "answers" / "tokens", verify=True)
+        assert [doc.ids.tolist() for doc in shards.documents()] == answers
+    assert {"text", "pretrain", "answers", "finetune-1"} <= stages
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(recipe):
+    subprocess.run(command(recipe), check=True, capture_output=True)
+    one = {name: np.array(weight) for name, weight in result_weights(recipe).items()}
+    shards = TokenShards(recipe.with_suffix("") / "answers" / "tokens")
+    answers = [doc.ids.tolist() for doc in shards.documents()]
+    shutil.rmtree(recipe.with_suffix(""))
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
+    outcome = subprocess.run([*launch, *command(recipe)], capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stderr
+    for name, weight in result_weights(recipe).items():
+        np.testing.assert_allclose(np.array(weight), one[name], atol=1e-5)
+    shards = TokenShards(recipe.with_suffix("") / "answers" / "tokens", verify=True)
+    assert [doc.ids.tolist() for doc in shards.documents()] == answers
+    counts = validated(shards)
+    assert counts["answers"] == len(answers)
