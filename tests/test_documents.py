@@ -1,5 +1,6 @@
 """What README.md and CONTRIBUTING.md say is run here or by .ci/run."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxspec.models.loading import DEMO
 from mlxspec.models.names import KNOWN_MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +35,12 @@ def test_the_two_commands_of_the_readme_are_run_by_ci():
     assert run_by_ci(test.strip())
 
 
-@pytest.mark.parametrize("command", [command for command in commands(README) if " mlxspec " in f" {command}"])
+TRAINING = [command for command in commands(README) if command.startswith("mlxspec train ")]
+
+
+@pytest.mark.parametrize(
+    "command", [one for one in commands(README) if " mlxspec " in f" {one}" and one not in TRAINING]
+)
 def test_a_command_of_the_readme_works(command, tmp_path):
     if run_by_ci(command):
         pytest.skip("run by .ci/run")
@@ -50,6 +57,34 @@ def test_a_command_of_the_readme_works(command, tmp_path):
     else:
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip()
+
+
+def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, mlxspec_command, monkeypatch):
+    """On the demo target instead of a large one, and small."""
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(
+        json.dumps({"text": f"One day, {n} dogs went to the park to play with a ball."}) + "\n" for n in range(60)
+    )
+    for name in ("text/stories.jsonl", "prompts.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(lines)
+    (recipe,) = code_blocks(README, "toml")
+    small = "steps = 2\nlength = 32\nbatch = 2\n"
+    recipe = recipe.replace("llama2-7b-chat", str(DEMO / "target")).replace(
+        "[distill]", f"{small}[distill]\nmax_tokens = 8"
+    )
+    Path("recipe.toml").write_text(f"{recipe.replace(' = 20000', ' = 2')}{small.replace('steps = 2', '')}")
+    sizes = {
+        "pretrain": "--steps 2 --length 32 --batch 2 --hidden-size 32 --num-hidden-layers 1 --intermediate-size 64",
+        "distill": "--max-tokens 8",
+        "finetune": "--steps 2 --length 32 --batch 2",
+        "run": "",
+    }
+    assert [command.split()[2] for command in TRAINING] == list(sizes)
+    for command in TRAINING:
+        arguments = command.replace("llama2-7b-chat", str(DEMO / "target")).split()[1:]
+        outcome = mlxspec_command(*arguments, *sizes[arguments[1]].split())
+        assert outcome.status == 0, outcome.err
 
 
 @pytest.mark.parametrize("program", code_blocks(README, "python"))

@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
-from mlxspec.training.shards import write_json
+from mlxspec.training.files import write_json
 
 KEPT = 2
 ASIDE = ".writing-"

@@ -12,7 +12,7 @@ def as_the_first_says(number: int) -> int:
     group = mx.distributed.init()
     if group.size() == 1:
         return number
-    return int(mx.distributed.all_sum(mx.array(number if group.rank() == 0 else 0), group=group).item())
+    return int(mx.distributed.all_sum(mx.array(int(number) if group.rank() == 0 else 0, mx.int32), group=group).item())
 
 
 def wait_for_all() -> None:

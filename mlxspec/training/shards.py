@@ -1,4 +1,4 @@
-"""Token ids on disk, and batches of them as a function of (seed, step).
+"""Token ids on disk.
 
 A folder of shards holds ``index.json`` and for each shard three flat little-endian files: ``00000.ids`` (uint16 or
 uint32, a token each), ``00000.mask`` (uint8, 1 where a token is to be learnt) and ``00000.docs`` (uint32, a document's
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxspec.errors import TrainingError
+from mlxspec.training.files import write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**26
@@ -233,65 +234,6 @@ class TokenShards:
         return content
 
 
-class Mixture:
-    """Batches that take a fixed share of their rows from each of several shards, as a pure function of the step.
-
-    ``shares`` need not sum to 1. Within one of them rows come in a random order, all of them once before any twice.
-    """
-
-    def __init__(self, shards: Sequence[TokenShards], shares: Sequence[float], length: int, batch: int, seed: int):
-        self.shards, self.length, self.batch, self.seed = list(shards), length, batch, seed
-        self._ends = np.cumsum(shares) / np.sum(shares)
-        for part in self.shards:
-            if not part.count_rows(length):
-                raise TrainingError(
-                    f"{part.folder} has {len(part)} tokens, not even a row of {length}; use a smaller length, or "
-                    "more text"
-                )
-
-    def choice(self, step: int) -> list[tuple[int, int]]:
-        """(which shards, which row of them) for each row of the batch of ``step``, counted from 0."""
-        return [self._row(step * self.batch + i) for i in range(self.batch)]
-
-    def __call__(self, step: int) -> Rows:
-        """ids and mask [batch, length + 1]."""
-        rows = [self.shards[which].rows(self.length, [row]) for which, row in self.choice(step)]
-        return Rows(np.concatenate([row.ids for row in rows]), np.concatenate([row.mask for row in rows]))
-
-    def _row(self, number: int) -> tuple[int, int]:
-        """The ``number``-th row of training. Of the first n rows each has had its share, to within one row."""
-        before = 0.0
-        for which, end in enumerate(self._ends):
-            taken, so_far = (shared_out(number + i, end) - shared_out(number + i, before) for i in (0, 1))
-            if so_far > taken:
-                epoch, place = divmod(taken, count := self.shards[which].count_rows(self.length))
-                return which, shuffled(place, count, seed=(self.seed, which, epoch))
-            before = end
-        raise AssertionError("shares end at 1")
-
-
-def shared_out(rows: int, share: float) -> int:
-    return int(np.floor(rows * share + 1e-9))
-
-
-def shuffled(place: int, count: int, seed: tuple[int, ...]) -> int:
-    """What a random permutation of ``range(count)`` has at ``place``, without the permutation in memory.
-
-    A Feistel network over the next power of four permutes a larger range; numbers outside are walked on from, which
-    keeps it a permutation (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
-    """
-    half = max(1, (int(count - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
-    while True:
-        left, right = place >> half, place & low
-        for turn in range(4):
-            digest = hashlib.blake2b(repr((seed, turn, right)).encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
-        place = left << half | right
-        if place < count:
-            return place
-
-
 def shard_file(folder: Path, number: int, part: str) -> Path:
     return folder / f"{number:05d}.{part}"
 
@@ -299,13 +241,3 @@ def shard_file(folder: Path, number: int, part: str) -> Path:
 def part_sizes(shard: Shard, dtype: np.dtype) -> dict[str, int]:
     """Bytes."""
     return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": shard.documents * 4}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Aside and renamed: a reader finds the old or the new content, whatever happens meanwhile."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

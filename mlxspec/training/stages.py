@@ -24,11 +24,14 @@ from mlxspec.models.memory import declared_context
 from mlxspec.models.quantizing import COPIED, dequantized
 from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines, read_prompts, tokenize_corpus
+from mlxspec.training.files import write_json
 from mlxspec.training.losses import Loss
+from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
-from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
+from mlxspec.training.processes import is_first
+from mlxspec.training.record import begin, complete
 from mlxspec.training.responses import AnswerSettings, answer_all, check_prompts, groups, groups_from_nothing
-from mlxspec.training.shards import Index, Mixture, TokenShards, write_json
+from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Evaluate, Metrics, Trainer, TrainingSettings
 
@@ -254,41 +257,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in (*COPIED, *TOKENIZER_FILES):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-
-
-def begin(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Whether the stage in ``folder`` is still to be run, or to be gone on with.
-
-    Raises TrainingError, with the first thing that differs, if the folder holds what was made of other inputs.
-    """
-    return bool(as_the_first_says(begun(folder, json.loads(json.dumps(inputs))) if is_first() else 0))
-
-
-def begun(folder: Path, inputs: dict[str, Any]) -> bool:
-    record = folder / "stage.json"
-    if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"complete": False, "inputs": inputs})
-        return True
-    try:
-        found = json.loads(record.read_text())
-        before, finished = found["inputs"], found["complete"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise TrainingError(f"{record} cannot be read; delete {folder} to make it again") from None
-    for name in sorted({*before, *inputs}):
-        if before.get(name) != inputs.get(name):
-            raise TrainingError(
-                f"{folder} was begun with {name} {before.get(name)}, and now it is {inputs.get(name)}; choose another "
-                "folder, or delete this one to make it again"
-            )
-    return not finished
-
-
-def complete(folder: Path, result: Metrics | None = None) -> None:
-    if is_first():
-        record = json.loads((folder / "stage.json").read_text())
-        write_json(folder / "stage.json", {**record, "complete": True, "result": result or {}})
-    wait_for_all()
 
 
 def start_from(name: str | Path, target: Target) -> Drafter:

@@ -18,9 +18,9 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.checkpoint import load_checkpoint, save_checkpoint
+from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Batch, Objective
 from mlxspec.training.processes import is_first, wait_for_all
-from mlxspec.training.shards import Mixture
 from mlxspec.training.teachers import CachedTeacher
 
 Metrics = dict[str, float]

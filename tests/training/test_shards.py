@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlxspec.errors import TrainingError
-from mlxspec.training.shards import Mixture, ShardWriter, TokenShards, shuffled
+from mlxspec.training.mixture import Mixture, shuffled
+from mlxspec.training.shards import ShardWriter, TokenShards
 
 
 def documents(count=50, vocab_size=512):

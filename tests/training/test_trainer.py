@@ -13,8 +13,9 @@ from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.errors import TrainingError
 from mlxspec.training import checkpoint
 from mlxspec.training.losses import Loss
+from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
-from mlxspec.training.shards import Mixture, ShardWriter, TokenShards
+from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama

@@ -1,0 +1,44 @@
+"""``stage.json``: what went into a stage, and whether it is complete."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlxspec.errors import TrainingError
+from mlxspec.training.files import write_json
+from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
+
+
+def begin(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether the stage in ``folder`` is still to be run, or to be gone on with.
+
+    Raises TrainingError, with the first thing that differs, if the folder holds what was made of other inputs.
+    """
+    return bool(as_the_first_says(begun(folder, json.loads(json.dumps(inputs))) if is_first() else 0))
+
+
+def begun(folder: Path, inputs: dict[str, Any]) -> bool:
+    record = folder / "stage.json"
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"complete": False, "inputs": inputs})
+        return True
+    try:
+        found = json.loads(record.read_text())
+        before, finished = found["inputs"], found["complete"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TrainingError(f"{record} cannot be read; delete {folder} to make it again") from None
+    for name in sorted({*before, *inputs}):
+        if before.get(name) != inputs.get(name):
+            raise TrainingError(
+                f"{folder} was begun with {name} {before.get(name)}, and now it is {inputs.get(name)}; choose another "
+                "folder, or delete this one to make it again"
+            )
+    return not finished
+
+
+def complete(folder: Path, result: dict[str, float] | None = None) -> None:
+    if is_first():
+        record = json.loads((folder / "stage.json").read_text())
+        write_json(folder / "stage.json", {**record, "complete": True, "result": result or {}})
+    wait_for_all()
