@@ -20,10 +20,7 @@ class Mixture:
         self._ends = np.cumsum(shares) / np.sum(shares)
         for part in self.shards:
             if not part.count_rows(length):
-                raise TrainingError(
-                    f"{part.folder} has {len(part)} tokens, not even a row of {length}; use a smaller length, or "
-                    "more text"
-                )
+                raise TrainingError(f"{part.folder} has nothing to learn; give more text")
 
     def choice(self, step: int) -> list[tuple[int, int]]:
         """(which shards, which row of them) for each row of the batch of ``step``, counted from 0."""

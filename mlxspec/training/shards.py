@@ -2,8 +2,8 @@
 
 A folder of shards holds ``index.json`` and for each shard three flat little-endian files: ``00000.ids`` (uint16 or
 uint32, a token each), ``00000.mask`` (uint8, 1 where a token is to be learnt) and ``00000.docs`` (uint32, a document's
-length each). They are memory-mapped, so a corpus may be larger than memory. Documents follow each other without gaps
-and are cut into rows of a fixed length.
+length each). They are memory-mapped, so a corpus may be larger than memory. Documents follow each other without gaps;
+for training they are packed into rows of a fixed length.
 """
 
 import hashlib
@@ -181,6 +181,7 @@ class TokenShards:
             raise TrainingError(f"{self.folder} holds no tokens; the corpus was empty")
         self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
         self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
+        self._known_spans: dict[int, np.ndarray] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
 
     def __len__(self) -> int:
@@ -201,16 +202,29 @@ class TokenShards:
                 start += int(length)
 
     def count_rows(self, length: int) -> int:
-        """How many rows of ``length`` positions there are; a rest that fills no row is left out."""
-        return (len(self) - 1) // length
+        """How many rows of ``length`` positions there are."""
+        return len(self._spans(length))
 
     def rows(self, length: int, chosen: Sequence[int]) -> Rows:
-        """Rows by number; each ends with the token that the next one begins with."""
-        reads = [(int(row) * length, length + 1) for row in chosen]
-        return Rows(
-            np.stack([self._read(self._ids, *read) for read in reads]).astype(np.int32),
-            np.stack([self._read(self._masks, *read) for read in reads]),
-        )
+        """Rows by number: as many whole documents as fit, then padding, of which nothing is learnt.
+
+        Only a document longer than a row is cut; its next row begins with the token that the one before ended with. So
+        an answer is not learnt without the question, as it would be if the stream were cut anywhere.
+        """
+        ids, mask = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8))
+        spans = self._spans(length)
+        for row, number in enumerate(chosen):
+            start, end = (int(place) for place in spans[number])
+            ids[row, : end - start] = self._read(self._ids, start, end - start)
+            mask[row, : end - start] = self._read(self._masks, start, end - start)
+        return Rows(ids, mask)
+
+    def _spans(self, length: int) -> np.ndarray:
+        """[rows, 2]: where in the stream each row starts and ends."""
+        if length not in self._known_spans:
+            documents = [self._map(number, "docs", verify=False) for number in range(len(self.index.shards))]
+            self._known_spans[length] = np.array(packed(np.concatenate(documents).tolist(), length + 1))
+        return self._known_spans[length]
 
     def _read(self, parts: list[np.ndarray], start: int, count: int) -> np.ndarray:
         """``count`` entries from ``start`` of the parts in a row."""
@@ -232,6 +246,22 @@ class TokenShards:
         if verify and hashlib.sha256(content).hexdigest() != shard.checksums[part]:
             raise TrainingError(f"{path} was changed since it was written; make these shards again")
         return content
+
+
+def packed(lengths: Sequence[int], room: int) -> list[tuple[int, int]]:
+    """Documents that follow each other, of ``lengths``, into rows of ``room`` tokens: (start, end) of each row."""
+    rows, start, end = [], 0, 0
+    for length in lengths:
+        if end > start and end + length - start > room:
+            rows.append((start, end))
+            start = end
+        end += length
+        while end - start > room:
+            rows.append((start, start + room))
+            start += room - 1  # the last token of a row is only predicted in it; from it the next goes on
+        if end - start == 1 < length:  # which was predicted already, and no more follow
+            start = end
+    return [*rows, (start, end)] if end > start else rows
 
 
 def shard_file(folder: Path, number: int, part: str) -> Path:

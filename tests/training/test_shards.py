@@ -7,7 +7,7 @@ import pytest
 
 from mlxspec.errors import TrainingError
 from mlxspec.training.mixture import Mixture, shuffled
-from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.shards import ShardWriter, TokenShards, packed
 
 
 def documents(count=50, vocab_size=512):
@@ -33,12 +33,38 @@ def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab
     assert shards.index.learnt == sum(len(doc) - 1 for doc in docs)
 
 
-def test_rows_are_the_stream_cut_at_a_fixed_length_each_with_the_next_ones_first_token(tmp_path):
+def test_rows_hold_whole_documents_and_padding_of_which_nothing_is_learnt(tmp_path):
     docs = documents()
-    shards, stream = written(tmp_path, docs), [token for doc in docs for token in doc]
-    rows = shards.rows(16, range(shards.count_rows(16)))
-    for number, row in enumerate(rows.ids):
-        assert row.tolist() == stream[16 * number : 16 * number + 17]
+    shards = written(tmp_path, docs)
+    ids, mask = shards.rows(60, range(shards.count_rows(60)))
+    assert ids.shape[1] == 61
+    waiting = list(docs)
+    for row, learnt in zip(ids.tolist(), mask.tolist(), strict=True):
+        filled = 0
+        while waiting and filled + len(waiting[0]) <= 61:
+            doc = waiting.pop(0)
+            assert row[filled : filled + len(doc)] == doc
+            assert learnt[filled : filled + len(doc)] == [0] + [1] * (len(doc) - 1)
+            filled += len(doc)
+        assert filled
+        assert not any(learnt[filled:])
+    assert not waiting
+
+
+def test_a_document_longer_than_a_row_goes_on_in_the_next_with_the_token_that_was_predicted_last():
+    assert packed([25], 10) == [(0, 10), (9, 19), (18, 25)]
+    assert packed([3, 25, 4], 10) == [(0, 3), (3, 13), (12, 22), (21, 28), (28, 32)]
+    assert packed([10, 19, 10], 10) == [(0, 10), (10, 20), (19, 29), (29, 39)]
+    assert packed([4, 6, 1], 10) == [(0, 10), (10, 11)]
+
+
+@pytest.mark.parametrize("room", [2, 5, 16, 100])
+def test_every_token_of_a_document_but_its_first_is_predicted_exactly_once(room):
+    lengths = [len(doc) for doc in documents()]
+    predicted = Counter(place for start, end in packed(lengths, room) for place in range(start + 1, end))
+    firsts = set(np.cumsum([0, *lengths]).tolist())
+    assert all(predicted[place] == 1 for place in range(sum(lengths)) if place not in firsts)
+    assert all(end - start <= room for start, end in packed(lengths, room))
 
 
 def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
@@ -114,5 +140,3 @@ def test_unfinished_empty_and_foreign_shards_are_refused(tmp_path):
         ShardWriter(tmp_path / "a", 512, "other tokens")
     with pytest.raises(TrainingError, match="below 512"), ShardWriter(tmp_path / "b", 512, "tokens") as writer:
         writer.add([512], [1])
-    with pytest.raises(TrainingError, match="not even a row of 4000"):
-        Mixture([written(tmp_path / "c", documents())], [1], 4000, 1, 0)
