@@ -73,7 +73,8 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
     recipe = recipe.replace("llama2-7b-chat", str(DEMO / "target")).replace(
         "[distill]", f"{small}[distill]\nmax_tokens = 8"
     )
-    Path("recipe.toml").write_text(f"{recipe.replace(' = 20000', ' = 2')}{small.replace('steps = 2', '')}")
+    recipe = f"{recipe.replace(' = 20000', ' = 2')}{small.replace('steps = 2', '')}"
+    Path("recipe.toml").write_text(f"{recipe}[evaluation]\ncount = 2\nmax_tokens = 8\n")
     sizes = {
         "pretrain": "--steps 2 --length 32 --batch 2 --hidden-size 32 --num-hidden-layers 1 --intermediate-size 64",
         "distill": "--max-tokens 8",

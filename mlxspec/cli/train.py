@@ -8,15 +8,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 import click
 from tqdm import tqdm
 
+from mlxspec.evaluation.curves import can_draw, draw_curves, metrics_files
 from mlxspec.evaluation.metrics import served_block_efficiency
+from mlxspec.models.memory import gigabytes
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
 from mlxspec.training.corpus import BadLines, read_prompts
 from mlxspec.training.losses import Loss
-from mlxspec.training.recipe import DistillData, EvaluationSettings, Recipe, key_of
+from mlxspec.training.plan import in_words, plan
+from mlxspec.training.processes import is_first
+from mlxspec.training.recipe import DistillData, EvaluationSettings, FinetuneData, Recipe, key_of
 from mlxspec.training.responses import AnswerSettings, validated
 from mlxspec.training.shards import TokenShards
-from mlxspec.training.stages import DrafterShape, Listener, Target
+from mlxspec.training.target import DrafterShape, Listener, Target
 from mlxspec.training.trainer import Evaluate, TrainingSettings
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the model to draft for.")
@@ -68,13 +72,41 @@ def taken(cls: type, given: dict[str, Any]) -> Any:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for all that is made.  [default: beside the recipe]"
 )
-def run(recipe: Path, out: Path | None) -> None:
+@click.option("--dry-run", is_flag=True, help="Print what would be done: tokens, memory and time of each stage.")
+def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
     """Run the three stages that RECIPE, a TOML file, describes; what is complete is skipped."""
-    parsed = Recipe.read(recipe)
+    parsed, folder = Recipe.read(recipe), out or recipe.with_suffix("")
+    if dry_run:
+        tell_plan(parsed, folder)
+        return
     with Bars() as bars:
         target = Target(parsed.target, bars.listener)
-        drafter, result = recipes.run(parsed, out or recipe.with_suffix(""), target, evaluator)
-    tell(drafter, result)
+        drafter, result = recipes.run(parsed, folder, target, evaluator)
+    tell(drafter, result, folder)
+
+
+@train.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), help="PNG, PDF or SVG.  [default: curves.png in FOLDER]")
+def plot(folder: Path, out: Path | None) -> None:
+    """Draw loss and block efficiency of the run in FOLDER, also while it goes on."""
+    click.echo(draw_curves(folder, out))
+
+
+def tell_plan(recipe: Recipe, folder: Path) -> None:
+    target = Target(recipe.target)
+    drafter = recipes.first_drafter(recipe, target)
+    click.echo(f"target     {recipe.target}, {target.bytes / 1e6:.1f} MB, vocabulary of {target.vocab_size}")
+    click.echo(f"drafter    {drafter.num_parameters:,} parameters")
+    click.echo(f"folder     {folder}")
+    seconds = 0.0
+    for stage in plan(recipe, folder, target):
+        cost = "done" if stage.done else f"about {in_words(stage.seconds)}"
+        memory = f", {gigabytes(stage.bytes)}" if stage.bytes else ""
+        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}, {cost}")
+        seconds += stage.seconds
+    evaluations = " and the evaluations" if recipe.evaluates else ""
+    click.echo(f"in all     about {in_words(seconds)}{evaluations}")
 
 
 @train.command()
@@ -91,7 +123,7 @@ def pretrain(target, data, out, drafter, **given) -> None:
         text = stages.pretraining_shards(model, data, out / "text")
         start = stages.start_from(drafter, model) if drafter else model.new_drafter(shape, settings.seed)
         _, result = stages.train(model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain")
-    tell(out / "pretrain" / "drafter", result)
+    tell(out / "pretrain" / "drafter", result, out / "pretrain")
 
 
 @train.command()
@@ -116,22 +148,21 @@ def distill(target, out, validate, **given) -> None:
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Pretraining text to mix in, what train pretrain has made."
 )
-@click.option("--mix", default=recipes.MIXED_IN, show_default=True, help="Share of the rows taken from --text.")
 @click.option("--prompts", multiple=True, help="Files of prompts to measure block efficiency on.")
 @OUT
-@settings_options(Loss, TrainingSettings)
-def finetune(target, drafter, answers, text, mix, prompts, out, **given) -> None:
+@settings_options(FinetuneData, Loss, TrainingSettings)
+def finetune(target, drafter, answers, text, prompts, out, **given) -> None:
     """Teach the drafter the target's own distribution on the target's answers."""
-    loss, settings = taken(Loss, given), taken(TrainingSettings, given)
+    data, loss, settings = taken(FinetuneData, given), taken(Loss, given), taken(TrainingSettings, given)
     with Bars() as bars:
         model = Target(target, bars.listener)
         sources = [(TokenShards(answers / "tokens", verify=True), 1.0)]
         if text:
-            sources = [(sources[0][0], 1 - mix), (TokenShards(text / "tokens", verify=True), mix)]
+            sources = [(sources[0][0], 1 - data.mix), (TokenShards(text / "tokens", verify=True), data.mix)]
         evaluate = evaluator(model, EvaluationSettings(prompts), (), None) if settings.evaluate_every else None
         start = stages.start_from(drafter, model)
-        _, result = stages.train(model, start, sources, loss, settings, out, evaluate)
-    tell(out / "drafter", result)
+        _, result = stages.train(model, start, sources, loss, settings, out, evaluate, data.teacher_top_k)
+    tell(out / "drafter", result, out)
 
 
 def evaluator(target: Target, settings: EvaluationSettings, distilled: tuple[str, ...], system: str | None) -> Evaluate:
@@ -146,7 +177,15 @@ def evaluator(target: Target, settings: EvaluationSettings, distilled: tuple[str
     )
 
 
-def tell(folder: Path, result: dict[str, float]) -> None:
+def tell(folder: Path, result: dict[str, float], run: Path) -> None:
+    """The drafter that was made; and the picture of its ``run``, if there is something to draw with."""
+    if is_first():
+        if can_draw() and metrics_files(run):
+            draw_curves(run)
+        tell_drafter(folder, result)
+
+
+def tell_drafter(folder: Path, result: dict[str, float]) -> None:
     measured = f", block efficiency {result['block_efficiency']:.2f} at step {result['step']}" if result else ""
     click.echo(f"{folder}{measured}")
 

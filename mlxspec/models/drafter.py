@@ -7,6 +7,7 @@ checkpoint layout and nothing is renamed on the way to disk or back.
 import json
 import os
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,14 @@ class LlamaBody(nn.Module):
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, tokens: mx.array, cache: list | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: list | None = None, recompute: bool = False) -> mx.array:
+        """``recompute`` keeps only the layers' inputs for a backward pass (Chen et al. 2016, arXiv 1604.06174)."""
         x = self.embed_tokens(tokens)
         cache = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, cache[0])
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, mask, layer_cache)
+            run = partial(layer, mask=mask, cache=layer_cache)
+            x = (nn.utils.checkpoint(layer, run) if recompute else run)(x)
         return self.norm(x)
 
 

@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
-from mlxspec.training.files import write_json
+from mlxspec.training.files import write_json, writing
 
 KEPT = 2
 ASIDE = ".writing-"
@@ -31,21 +31,18 @@ def save_checkpoint(
     Raises TrainingError if the disk is full or not writable; the checkpoints before it stay.
     """
     whole, aside = folder / f"step-{step:08d}", folder / f"{ASIDE}{step:08d}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_arrays(aside / "model.safetensors", model.parameters())
-        save_arrays(aside / "optimizer.safetensors", optimizer.state)
-        write_json(aside / "state.json", {"step": step, **state})
-        shutil.rmtree(whole, ignore_errors=True)
-        os.replace(aside, whole)
-        sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where it cannot write
-        shutil.rmtree(aside, ignore_errors=True)
-        raise TrainingError(
-            f"{folder}: the checkpoint of step {step} cannot be written ({in_one_line(error)}); make room and run the "
-            "command again, it goes on from the one before"
-        ) from error
+    with writing(f"{folder}: the checkpoint of step {step}"):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            save_arrays(aside / "model.safetensors", model.parameters())
+            save_arrays(aside / "optimizer.safetensors", optimizer.state)
+            write_json(aside / "state.json", {"step": step, **state})
+            shutil.rmtree(whole, ignore_errors=True)
+            os.replace(aside, whole)
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # nothing, once it has its name
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return whole

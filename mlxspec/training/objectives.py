@@ -7,9 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxspec.models.drafter import Drafter
+from mlxspec.training.cached_teacher import CachedTeacher
 from mlxspec.training.chunked import Positions, weighted_loss
 from mlxspec.training.losses import Loss
-from mlxspec.training.teachers import Teacher
+from mlxspec.training.teachers import OnlineTeacher
+
+Teacher = OnlineTeacher | CachedTeacher
 
 
 class Batch(NamedTuple):
@@ -26,12 +29,15 @@ class Batch(NamedTuple):
 Objective = Callable[[Drafter, Batch], tuple[mx.array, mx.array]]
 
 
-def objective(loss: Loss, teacher: Teacher | None = None) -> Objective:
-    """The drafter's ``loss`` against the teacher; without one, against the next token of the text."""
+def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = False) -> Objective:
+    """The drafter's ``loss`` against the teacher; without one, against the next token of the text.
+
+    With ``recompute`` the backward pass computes each layer's activations again instead of keeping them.
+    """
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
         inputs, tokens = batch.ids[:, :-1], batch.ids[:, 1:].flatten()
-        hidden = drafter.model(inputs)
+        hidden = drafter.model(inputs, recompute=recompute)
         states = teacher.states(inputs, batch.teacher) if teacher else ()
         positions = Positions(
             tokens,

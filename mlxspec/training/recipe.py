@@ -29,7 +29,7 @@ from mlxspec.training import stages
 from mlxspec.training.losses import Loss
 from mlxspec.training.responses import AnswerSettings
 from mlxspec.training.shards import TokenShards
-from mlxspec.training.stages import DrafterShape, Target
+from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import Evaluate, Metrics, TrainingSettings
 
 MIXED_IN = 0.1  # share of pretraining rows in finetuning, Goel et al.'s 9:1
@@ -49,6 +49,9 @@ class DistillData:
 @dataclass(frozen=True)
 class FinetuneData:
     mix: float = option(MIXED_IN, "Share of the rows that are taken from the pretraining text, where there is some.")
+    teacher_top_k: int = option(
+        0, "Keep this many of the target's most likely tokens on disk instead of running it at every step; 0: run it."
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Recipe:
     distill: tuple[DistillData, AnswerSettings] | None
     finetune: list[Finetune]
     evaluation: EvaluationSettings
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.distill) and any(stage.training.evaluate_every for stage in self.finetune)
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -141,7 +148,7 @@ def run(recipe: Recipe, folder: Path, target: Target, evaluator: Evaluator) -> t
     """
     drafter, result, last = first_drafter(recipe, target), {}, None
     evaluate = None
-    if recipe.distill and any(stage.training.evaluate_every for stage in recipe.finetune):
+    if recipe.evaluates:
         evaluate = evaluator(target, recipe.evaluation, recipe.distill[0].prompts, recipe.distill[0].system)
     text: TokenShards | None = None
     if recipe.pretrain:
@@ -151,16 +158,24 @@ def run(recipe: Recipe, folder: Path, target: Target, evaluator: Evaluator) -> t
         drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, last)
     if recipe.distill:
         asked, answers = recipe.distill
-        held_out = recipe.evaluation.count if evaluate and asked.prompts and not recipe.evaluation.prompts else 0
+        held_out = held_out_prompts(recipe)
         shards = stages.distill(target, asked.prompts, asked.system, answers, folder / "answers", held_out)
     for number, stage in enumerate(recipe.finetune, 1):
         sources = [(shards, 1 - stage.data.mix), (text, stage.data.mix)] if text and stage.data.mix else [(shards, 1.0)]
         last = folder / f"finetune-{number}"
         measured = evaluate if stage.training.evaluate_every else None
-        drafter, result = stages.train(target, drafter, sources, stage.loss, stage.training, last, measured)
+        drafter, result = stages.train(
+            target, drafter, sources, stage.loss, stage.training, last, measured, stage.data.teacher_top_k
+        )
     if last is None:
         raise TrainingError("the recipe has neither pretrain nor finetune; add what is to be done")
     return last / "drafter", result
+
+
+def held_out_prompts(recipe: Recipe) -> int:
+    """How many of the distillation's prompts are kept for evaluation."""
+    asked, _ = recipe.distill
+    return recipe.evaluation.count if recipe.evaluates and asked.prompts and not recipe.evaluation.prompts else 0
 
 
 def first_drafter(recipe: Recipe, target: Target) -> Drafter:

@@ -37,6 +37,14 @@ def begun(folder: Path, inputs: dict[str, Any]) -> bool:
     return not finished
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a stage has been run to its end, whatever its inputs were."""
+    try:
+        return json.loads((folder / "stage.json").read_text())["complete"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def complete(folder: Path, result: dict[str, float] | None = None) -> None:
     if is_first():
         record = json.loads((folder / "stage.json").read_text())

@@ -6,6 +6,7 @@ length each). They are memory-mapped, so a corpus may be larger than memory. Doc
 for training they are packed into rows of a fixed length.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxspec.errors import TrainingError
-from mlxspec.training.files import write_json
+from mlxspec.training.files import write_json, writing
 
 FORMAT = 1
 SHARD_TOKENS = 2**26
@@ -107,9 +108,10 @@ class ShardWriter:
             self.index.shards.append(Shard())
             self._open_last()
         content = (array.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([array.size], "<u4"))
-        for part, data in zip(PARTS, content, strict=True):
-            self._files[part].write(data.tobytes())
-            self._hashes[part].update(data.tobytes())
+        with writing(self.folder):
+            for part, data in zip(PARTS, content, strict=True):
+                self._files[part].write(data.tobytes())
+                self._hashes[part].update(data.tobytes())
         self.index.shards[-1].tokens += array.size
         self.index.shards[-1].documents += 1
         self.index.learnt += int(content[1].sum())
@@ -118,7 +120,8 @@ class ShardWriter:
         """Everything added so far, and ``notes``, survive whatever happens next."""
         self._flush()
         self.index.notes.update(notes)
-        self.index.write(self.folder)
+        with writing(self.folder):
+            self.index.write(self.folder)
 
     def finish(self, **notes: Any) -> None:
         """Commit for the last time."""
@@ -128,8 +131,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         for part, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(self.folder):
+                file.flush()
+                os.fsync(file.fileno())
             self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
 
     def __enter__(self) -> "ShardWriter":
@@ -141,7 +145,8 @@ class ShardWriter:
     def close(self) -> None:
         """Leave it at the last commit."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what is not committed may be lost
+                file.close()
 
     def _open_last(self) -> None:
         if not self.index.shards:

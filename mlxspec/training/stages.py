@@ -7,129 +7,39 @@ again with the same inputs, a complete stage is skipped and an unfinished one go
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.models.drafter import Drafter, DrafterConfig
-from mlxspec.models.loading import TOKENIZER_FILES, read_config, read_model, read_tokenizer, resolved
-from mlxspec.models.memory import declared_context
-from mlxspec.models.quantizing import COPIED, dequantized
-from mlxspec.settings import option
-from mlxspec.training.corpus import BadLines, read_prompts, tokenize_corpus
-from mlxspec.training.files import write_json
+from mlxspec.models.drafter import Drafter
+from mlxspec.models.loading import TOKENIZER_FILES, read_config, resolved
+from mlxspec.models.quantizing import COPIED
+from mlxspec.training.cached_teacher import CachedTeacher
+from mlxspec.training.corpus import corpus_files, read_prompts, tokenize_corpus
+from mlxspec.training.files import write_json, writing
 from mlxspec.training.losses import Loss
+from mlxspec.training.memory import check_fits, training_bytes
 from mlxspec.training.mixture import Mixture
-from mlxspec.training.objectives import objective
+from mlxspec.training.objectives import Teacher, objective
 from mlxspec.training.processes import is_first
 from mlxspec.training.record import begin, complete
 from mlxspec.training.responses import AnswerSettings, answer_all, check_prompts, groups, groups_from_nothing
 from mlxspec.training.shards import Index, TokenShards
+from mlxspec.training.target import Target, fingerprint
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Evaluate, Metrics, Trainer, TrainingSettings
 
 UNIMPORTANT = ("checkpoint_every", "log_every")  # settings that change nothing about the result
-SAMPLED = 2**20  # bytes at both ends of a file of weights that its fingerprint looks at
-
-
-@dataclass(frozen=True)
-class DrafterShape:
-    """A new drafter's shape; the vocabulary is the target's. The defaults are the 115M preset of arXiv 2403.00858."""
-
-    hidden_size: int = option(1024, "Width.")
-    intermediate_size: int = option(2816, "Width inside the MLP.")
-    num_hidden_layers: int = option(4, "Layers.")
-    num_attention_heads: int = option(8, "Heads.")
-    num_key_value_heads: int | None = option(None, "Heads of keys and values; as many as heads if not given.")
-    tie_word_embeddings: bool = option(False, "One table for input and output.")
-
-
-@dataclass
-class Listener:
-    """Whom the stages tell how they get on."""
-
-    stage: Callable[[str, str], None] = lambda name, what: None
-    work: Callable[[int, int, int], None] = lambda done, total, tokens: None  # of making shards
-    step: Callable[[int, int, Metrics], None] = lambda steps, step, metrics: None
-    bad_lines: Callable[[BadLines], None] = lambda bad: None
-
-
-@dataclass
-class Target:
-    """The model that a drafter is made for; nothing is read before it is needed."""
-
-    name: str
-    listener: Listener = field(default_factory=Listener)
-
-    @cached_property
-    def folder(self) -> Path:
-        return resolved(self.name)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return read_tokenizer(self.folder, self.name)
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_config(self.folder)
-
-    @property
-    def vocab_size(self) -> int:
-        """Of its logits; an old config does not say, the tokenizer then does."""
-        size = self.config.get("vocab_size", -1)
-        return size if size > 0 else len(self.tokenizer.get_vocab())
-
-    @property
-    def context(self) -> int | None:
-        return declared_context(self.config)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        model = read_model(self.folder)
-        return dequantized(model) if mx.default_device().type == mx.cpu else model
-
-    @cached_property
-    def tokens(self) -> str:
-        """Fingerprint of the tokenizer: which text each id is."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the weights and the config, wherever the folder is."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]):
-            digest.update(file_sample(file))
-        return digest.hexdigest()[:16]
-
-    def new_drafter(self, shape: DrafterShape, seed: int) -> Drafter:
-        bos, eos = self.tokenizer.bos_token_id, min(self.tokenizer.eos_token_ids, default=None)
-        context = self.context or 2048
-        mx.random.seed(seed)
-        return Drafter(
-            DrafterConfig(
-                self.vocab_size, **asdict(shape), max_position_embeddings=context, bos_token_id=bos, eos_token_id=eos
-            )
-        )
-
-
-def file_sample(file: Path) -> bytes:
-    with file.open("rb") as content:
-        head = content.read(SAMPLED)
-        content.seek(max(0, file.stat().st_size - SAMPLED))
-        return f"{file.stat().st_size}".encode() + head + content.read()
 
 
 def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> TokenShards:
     """Text files in tokens, made once."""
-    inputs = {"data": list(data), "tokenizer": target.tokens}
+    inputs = {"data": list(data), "content": fingerprint(corpus_files(data)), "tokenizer": target.tokens}
     if begin(folder, inputs):
         target.listener.stage(folder.name, "tokenising")
         if is_first():
@@ -153,6 +63,7 @@ def distill(
     """The target's answers to prompts, all but the last ``held_out``; without prompts, its texts from BOS."""
     inputs = {
         "prompts": list(prompts),
+        "content": fingerprint(corpus_files(prompts)),
         "system": system,
         "held_out": held_out,
         "target": target.fingerprint,
@@ -189,8 +100,11 @@ def train(
     settings: TrainingSettings,
     folder: Path,
     evaluate: Evaluate | None = None,
+    teacher_top_k: int = 0,
 ) -> tuple[Drafter, Metrics]:
     """Train ``drafter`` on a mixture of shards (each with its share) and leave it in ``folder/drafter``.
+
+    With ``teacher_top_k`` the target's most likely tokens are kept beside the shards and read from there.
 
     Raises TrainingError if shards, drafter and target do not have the same tokens.
     """
@@ -206,6 +120,7 @@ def train(
         "shards": [[shards.fingerprint, share] for shards, share in sources],
         "tokenizer": target.tokens,
         "target": target.fingerprint if loss.needs_target else None,
+        "teacher_top_k": teacher_top_k,
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT},
     }
@@ -219,23 +134,44 @@ def train(
     batches = Mixture(
         [s for s, _ in sources], [share for _, share in sources], settings.length, settings.batch, settings.seed
     )
-    teacher = OnlineTeacher(target.model) if loss.needs_target else None
+    teacher = teacher_of(target, batches, settings, teacher_top_k) if loss.needs_target else None
+    check_fits(step_bytes(drafter, target, loss, settings))
     trainer = Trainer(
         drafter,
-        objective(loss, teacher),
+        objective(loss, teacher, settings.recompute),
         batches,
         settings,
         folder,
         evaluate,
-        report=partial(target.listener.step, settings.steps),
+        teacher,
+        partial(target.listener.step, settings.steps),
     )
     result = trainer.run()
     if is_first():
-        drafter.save(out)
-        copy_tokenizer(target.folder, out)
-        write_json(out / "training.json", {"inputs": inputs, "result": result})
+        with writing(out):
+            drafter.save(out)
+            copy_tokenizer(target.folder, out)
+            write_json(out / "training.json", {"inputs": inputs, "result": result})
     complete(folder, result)
     return drafter, result
+
+
+def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingSettings) -> int:
+    """What a step will need of memory in this process."""
+    processes = mx.distributed.init().size()
+    beside = (target.bytes, target.config) if loss.needs_target else ()
+    return training_bytes(drafter.config, settings, processes, *beside)
+
+
+def teacher_of(target: Target, batches: Mixture, settings: TrainingSettings, top_k: int) -> Teacher:
+    if not top_k:
+        return OnlineTeacher(target.model)
+    if len(settings.temperatures) > 1:
+        raise InvalidRequestError(
+            f"temperatures are {settings.temperatures} and teacher_top_k {top_k}; what is stored is of one temperature:"
+            " use one, or teacher_top_k 0"
+        )
+    return CachedTeacher(target.model, batches, target.vocab_size, top_k, settings.temperatures[0], target.fingerprint)
 
 
 def check_tokens(index: Index, target: Target, folder: Path) -> None:

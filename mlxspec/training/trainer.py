@@ -18,10 +18,10 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.checkpoint import load_checkpoint, save_checkpoint
+from mlxspec.training.files import writing
 from mlxspec.training.mixture import Mixture
-from mlxspec.training.objectives import Batch, Objective
+from mlxspec.training.objectives import Batch, Objective, Teacher
 from mlxspec.training.processes import is_first, wait_for_all
-from mlxspec.training.teachers import CachedTeacher
 
 Metrics = dict[str, float]
 Evaluate = Callable[[Drafter], Metrics]  # "block_efficiency" decides which drafter is kept
@@ -107,11 +107,11 @@ class Trainer:
         settings: TrainingSettings,
         folder: Path,
         evaluate: Evaluate | None = None,
-        cached: CachedTeacher | None = None,
+        teacher: Teacher | None = None,
         report: Report = lambda step, metrics: None,
     ):
         self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
-        self.folder, self.evaluate, self.cached, self.report = folder, evaluate, cached, report
+        self.folder, self.evaluate, self.teacher, self.report = folder, evaluate, teacher, report
         self.group = mx.distributed.init()
         parts = self.group.size() * settings.accumulate
         if settings.batch % parts:
@@ -226,7 +226,7 @@ class Trainer:
                 Batch(
                     mx.array(rows.ids[share]),
                     mx.array(weights[share].astype("float32")),
-                    self.cached.stored([row for _, row in choice[share]]) if self.cached else (),
+                    self.teacher.stored(choice[share]) if self.teacher else (),
                     temperature,
                     mx.random.key(hash((self.settings.seed, step, rank, part)) % 2**63),
                 )
@@ -238,7 +238,8 @@ class Trainer:
         if metrics["block_efficiency"] > self.best.get("block_efficiency", 0):
             self.best = metrics
             if is_first():
-                self.drafter.save(self.folder / "best")
+                with writing(self.folder / "best"):
+                    self.drafter.save(self.folder / "best")
         self._log(done, {name: value for name, value in metrics.items() if name != "step"})
         self.report(done, metrics)
 
@@ -255,7 +256,8 @@ class Trainer:
 
     def _log(self, step: int, metrics: Metrics) -> None:
         if is_first():
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            path = self.folder / "metrics.jsonl"
+            with writing(path), path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def _forget_metrics_after(self, step: int) -> None:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from mlxspec import InvalidRequestError
+from mlxspec.training.cached_teacher import probs_from_top_k
 from mlxspec.training.chunked import Positions, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Distributions, Loss, sample_frequencies
-from mlxspec.training.teachers import OnlineTeacher, probs_from_top_k
+from mlxspec.training.teachers import OnlineTeacher
 from tests.conftest import random_llama
 
 N, H, V = 11, 3, 7

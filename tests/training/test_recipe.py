@@ -19,7 +19,7 @@ from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe
 from mlxspec.training.responses import AnswerSettings, groups, validated
 from mlxspec.training.shards import TokenShards
-from mlxspec.training.stages import Target
+from mlxspec.training.target import Target
 
 RECIPE = f"""
 target = "{DEMO / "target"}"

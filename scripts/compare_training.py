@@ -1,0 +1,291 @@
+"""What training costs, beside what it could cost: each pair of figures is measured in one process, interleaved.
+
+    python scripts/compare_training.py loss         memory and time of a loss with its gradient, chunked and plain
+    python scripts/compare_training.py throughput   next-token training beside mlx-lm's own trainer
+    python scripts/compare_training.py distill      a distillation step beside the target's pass and a drafter's step
+
+Every round runs every engine once, after a round that is thrown away; ratios are taken within a round, and medians
+over rounds. The shapes are options; the defaults are those of the 115M drafter. On Linux preload OpenBLAS (see
+CONTRIBUTING.md).
+"""
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.trainer import train as mlx_lm_train
+
+from mlxspec import Drafter, DrafterConfig
+from mlxspec.training.chunked import Positions, log_softmax, weighted_loss
+from mlxspec.training.losses import LOSSES, Loss
+from mlxspec.training.mixture import Mixture
+from mlxspec.training.objectives import objective
+from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
+
+SMALL = 1e-5
+
+
+def plain_divergence(name: str, p: mx.array, log_p: mx.array, q: mx.array, log_q: mx.array) -> mx.array:
+    """The table of the losses, over whole arrays [N, V], for automatic differentiation."""
+    alpha = mx.minimum(p, q).sum(-1)
+    kld, tvd = (p * (log_p - log_q)).sum(-1), 1 - alpha
+    if name == "tvd++":
+        fixed = mx.stop_gradient(q)
+        reward = (p > fixed).astype(mx.float32)
+        mean = (fixed * reward).sum(-1, keepdims=True)
+        return -(fixed * (reward - mean) / (mx.sqrt(mean * (1 - mean)) + SMALL) * log_q).sum(-1)
+    if name == "jsd":
+        log_m = mx.logaddexp(log_p, log_q) - np.log(2)
+        return (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
+    share = mx.exp(-3 * mx.stop_gradient(alpha))
+    return {
+        "kld": lambda: kld,
+        "rkl": lambda: (q * (log_q - log_p)).sum(-1),
+        "tvd": lambda: tvd,
+        "nla": lambda: -mx.log(alpha),
+        "lk-hybrid": lambda: share * kld + (1 - share) * tvd,
+    }[name]()
+
+
+def loss_functions(name: str, vocabulary: int, hidden: int, positions: int) -> dict[str, Callable]:
+    """Engine -> a function that evaluates value and gradients of the loss over random hidden states."""
+    mx.random.seed(0)
+    states, target_states = mx.random.normal((positions, hidden)), mx.random.normal((positions, hidden))
+    heads = [mx.random.normal((vocabulary, hidden)) * 2 / hidden**0.5 for _ in range(2)]
+    tokens, weights = mx.random.randint(0, vocabulary, (positions,)), mx.full(positions, 1 / positions)
+    mx.eval(states, target_states, heads, tokens, weights)
+
+    def chunked(states, head, target_states, target_head):
+        def teacher_probs(parts, log_q):
+            log_p, p = log_softmax(parts[0] @ target_head.T)
+            return p, log_p
+
+        given = Positions(tokens, weights, (target_states,), mx.array(1.0), mx.random.key(0))
+        return weighted_loss(Loss(name), states, head, given, teacher_probs)[0]
+
+    def plain(states, head, target_states, target_head):
+        logits, target_logits = states @ head.T, target_states @ target_head.T
+        log_q, log_p = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (logits, target_logits))
+        if name == "ce":
+            return -(weights * mx.take_along_axis(log_q, tokens[:, None], axis=-1)[:, 0]).sum()
+        return (weights * plain_divergence(name, mx.exp(log_p), log_p, mx.exp(log_q), log_q)).sum()
+
+    def run(function: Callable) -> Callable:
+        compiled = mx.compile(mx.value_and_grad(function, argnums=(0, 1)))
+        return lambda: mx.eval(compiled(states, heads[0], target_states, heads[1]))
+
+    return {"chunked": run(chunked), "plain": run(plain)}
+
+
+def interleaved(runs: dict[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every engine in every round: what it returns, or else how long it took."""
+    seconds = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            found = run()
+            if number:
+                seconds[name].append(found or time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], over: str, *under: str) -> float:
+    each = zip(seconds[over], *(seconds[name] for name in under), strict=True)
+    return statistics.median(first / sum(others) for first, *others in each)
+
+
+def tell(seconds: dict[str, list[float]]) -> None:
+    for name, values in seconds.items():
+        click.echo(f"  {name:28s} {1000 * statistics.median(values):9.1f} ms  ({1000 * min(values):.1f} to "
+                   f"{1000 * max(values):.1f})")  # fmt: skip
+
+
+def peak_bytes(run: Callable) -> int:
+    """What a run allocates on top of what was there."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory() - before
+
+
+@click.group()
+def main() -> None:
+    """Measure what training costs."""
+
+
+@main.command()
+@click.option("--name", "names", multiple=True, type=click.Choice(list(LOSSES)), default=["tvd++"])
+@click.option("--vocabulary", default=32000, show_default=True)
+@click.option("--hidden", default=1024, show_default=True)
+@click.option("--positions", default=2048, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def loss(names, vocabulary, hidden, positions, rounds):
+    """Memory and time of a loss with its gradient."""
+    for name in names:
+        runs = loss_functions(name, vocabulary, hidden, positions)
+        peaks = {engine: peak_bytes(run) for engine, run in runs.items()}
+        seconds = interleaved(runs, rounds)
+        memory = peaks["chunked"] / peaks["plain"]
+        click.echo(
+            f"{name}, {positions} positions, hidden {hidden}, vocabulary {vocabulary}: memory ratio {memory:.3f} "
+            f"({peaks['chunked'] / 1e6:.0f} MB chunked, {peaks['plain'] / 1e6:.0f} MB plain), "
+            f"time ratio {ratio(seconds, 'chunked', 'plain'):.2f}"
+        )
+        tell(seconds)
+
+
+class Shape:
+    """The options of the commands that train a drafter."""
+
+    OPTIONS = (
+        click.option("--vocabulary", default=32000, show_default=True),
+        click.option("--hidden", default=1024, show_default=True),
+        click.option("--intermediate", default=2816, show_default=True),
+        click.option("--layers", default=4, show_default=True),
+        click.option("--heads", default=8, show_default=True),
+        click.option("--batch", default=2, show_default=True),
+        click.option("--length", default=256, show_default=True),
+        click.option("--steps", default=5, show_default=True, help="Timed steps an engine takes in a round."),
+        click.option("--rounds", default=5, show_default=True),
+    )
+
+    @classmethod
+    def options(cls, command: Callable) -> Callable:
+        for option in reversed(cls.OPTIONS):
+            command = option(command)
+        return command
+
+
+def new_drafter(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> Drafter:
+    mx.random.seed(0)
+    return Drafter(DrafterConfig(vocabulary, hidden, intermediate, layers, heads))
+
+
+def random_rows(vocabulary: int, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1))
+
+
+class StepTimes:
+    """Seconds between one report of a trainer and the next, the first few left out: a step with all that it needs."""
+
+    LEFT_OUT = 2
+
+    def __init__(self):
+        self.moments: list[float] = []
+
+    def __call__(self, *_) -> None:
+        self.moments.append(time.perf_counter())
+
+    on_train_loss_report = __call__  # mlx-lm's callback
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(np.diff(self.moments[self.LEFT_OUT - 1 :]))
+
+
+def our_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int, loss: Loss, teacher=None) -> Callable:
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            with ShardWriter(Path(folder) / "tokens", drafter.config.vocab_size, "random") as writer:
+                for row in rows:
+                    writer.add(row, np.ones_like(row))
+                writer.finish()
+            length = rows.shape[1] - 1
+            settings = TrainingSettings(steps=steps + StepTimes.LEFT_OUT, batch=batch, length=length,
+                                        checkpoint_every=10**9, log_every=1)  # fmt: skip
+            batches = Mixture([TokenShards(Path(folder) / "tokens")], [1], length, batch, 0)
+            times = StepTimes()
+            Trainer(drafter, objective(loss, teacher), batches, settings, Path(folder), None, teacher, times).run()
+            return times.seconds
+
+    return run
+
+
+def their_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int) -> Callable:
+    dataset = [(row.tolist(), 0) for row in rows]
+
+    def run() -> float:
+        times = StepTimes()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            args = TrainingArgs(
+                batch_size=batch,
+                iters=steps + StepTimes.LEFT_OUT,
+                steps_per_report=1,
+                max_seq_length=rows.shape[1],
+                adapter_file=str(Path(folder) / "weights.safetensors"),
+            )
+            mlx_lm_train(drafter, optim.AdamW(1e-4), dataset, args=args, training_callback=times)
+        return times.seconds
+
+    return run
+
+
+@main.command()
+@Shape.options
+def throughput(vocabulary, hidden, intermediate, layers, heads, batch, length, steps, rounds):
+    """Next-token training, beside mlx-lm's trainer."""
+    drafter = new_drafter(vocabulary, hidden, intermediate, layers, heads)
+    rows = random_rows(vocabulary, 4 * batch, length)
+    runs = {
+        "mlxspec": our_trainer(drafter, rows, batch, steps, Loss("ce")),
+        "mlx-lm": their_trainer(drafter, rows, batch, steps),
+    }
+    seconds = interleaved(runs, rounds)
+    click.echo(f"{drafter.num_parameters:,} parameters, {batch} x {length} positions a step: tokens/s of mlxspec over "
+               f"mlx-lm {1 / ratio(seconds, 'mlxspec', 'mlx-lm'):.2f}")  # fmt: skip
+    tell(seconds)
+
+
+@main.command()
+@Shape.options
+@click.option("--name", "name", type=click.Choice([name for name in LOSSES if name != "ce"]), default="tvd++")
+@click.option("--target-hidden", default=1024, show_default=True)
+@click.option("--target-layers", default=16, show_default=True)
+def distill(vocabulary, hidden, intermediate, layers, heads, batch, length, steps, rounds, name, target_hidden,
+            target_layers):  # fmt: skip
+    """A distillation step, beside its parts alone: the target's pass and a next-token step of the drafter."""
+    drafter = new_drafter(vocabulary, hidden, intermediate, layers, heads)
+    target = llama.Model(llama.ModelArgs(
+        "llama", target_hidden, target_layers, 11 * target_hidden // 4, heads, 1e-5, vocabulary,
+        tie_word_embeddings=False))  # fmt: skip
+    mx.eval(target.parameters())
+    rows = random_rows(vocabulary, 4 * batch, length)
+    inputs = mx.array(rows[:batch, :-1])
+    forward: Callable[[mx.array], mx.array] = mx.compile(target.__call__)
+
+    def target_pass() -> float:
+        times = StepTimes()
+        for _ in range(steps + StepTimes.LEFT_OUT):
+            mx.eval(forward(inputs))
+            times()
+        return times.seconds
+
+    runs = {
+        "distillation": our_trainer(drafter, rows, batch, steps, Loss(name), OnlineTeacher(target)),
+        "target": target_pass,
+        "drafter": our_trainer(drafter, rows, batch, steps, Loss("ce")),
+    }
+    seconds = interleaved(runs, rounds)
+    count = sum(weight.size for _, weight in nn.utils.tree_flatten(target.parameters()))
+    click.echo(f"{name}: drafter of {drafter.num_parameters:,}, target of {count:,} parameters, {batch} x {length} "
+               f"positions: a step costs {ratio(seconds, 'distillation', 'target', 'drafter'):.2f} of the target's pass"
+               " and the drafter's step together")  # fmt: skip
+    tell(seconds)
+
+
+if __name__ == "__main__":
+    main()

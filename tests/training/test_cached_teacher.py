@@ -1,0 +1,91 @@
+"""What is kept of a target on disk is what it says, whenever and with whatever else it is asked."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.llama import Model, ModelArgs
+
+from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.training.cached_teacher import CachedTeacher, TopKFile
+from mlxspec.training.mixture import Mixture
+from mlxspec.training.shards import ShardWriter, TokenShards
+
+VOCAB, LENGTH, K = 96, 12, 8
+
+
+@pytest.fixture
+def batches(tmp_path):
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "tokens", VOCAB, "tokens") as writer:
+        for _ in range(10):
+            length = int(rng.integers(5, 13))
+            writer.add(rng.integers(0, VOCAB, length).tolist(), [1] * length)
+        writer.finish()
+    return Mixture([TokenShards(tmp_path / "tokens")], [1.0], LENGTH, 2, 0)
+
+
+class CountingTarget:
+    def __init__(self):
+        mx.random.seed(1)
+        self.model, self.calls = (
+            Model(
+                ModelArgs("llama", hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=2,
+                          rms_norm_eps=1e-5, vocab_size=VOCAB)
+            ),
+            0,
+        )  # fmt: skip
+
+    def __call__(self, tokens):
+        self.calls += 1
+        return 5 * self.model(tokens)
+
+
+def test_the_most_likely_tokens_and_their_probabilities_come_back(batches):
+    target = CountingTarget()
+    teacher = CachedTeacher(target, batches, VOCAB, K, 0.7, "f")
+    ids, logprobs = teacher.stored([(0, 3), (0, 1)])
+    for place, row in enumerate([3, 1]):
+        tokens = mx.array(batches.shards[0].rows(LENGTH, [row]).ids[:, :-1])
+        expected = np.array(mx.softmax(target(tokens)[0] / 0.7, axis=-1), np.float64)
+        for position in range(LENGTH):
+            best = np.argsort(-expected[position])[:K]
+            assert sorted(ids[place, position].tolist()) == sorted(best.tolist())
+            found = dict(zip(ids[place, position].tolist(), np.exp(logprobs[place, position]).tolist(), strict=True))
+            assert found == pytest.approx({int(i): expected[position, i] for i in best}, rel=4e-3, abs=1e-6)
+
+
+def test_a_row_is_asked_of_the_target_once_and_also_not_by_the_next_process(batches):
+    target = CountingTarget()
+    first = CachedTeacher(target, batches, VOCAB, K, 1.0, "f").stored([(0, 0), (0, 1), (0, 0)])
+    assert target.calls == 2
+    again = CachedTeacher(target, batches, VOCAB, K, 1.0, "f").stored([(0, 1), (0, 0), (0, 2)])
+    assert target.calls == 3
+    assert mx.array_equal(first[1][0], again[1][1])
+    CachedTeacher(target, batches, VOCAB, K, 1.0, "of another target").stored([(0, 0)])
+    CachedTeacher(target, batches, VOCAB, K, 0.5, "f").stored([(0, 0)])
+    assert target.calls == 5
+
+
+def test_a_row_that_was_written_in_part_counts_as_not_written(tmp_path):
+    rows = TopKFile(tmp_path, 3, LENGTH, K, np.uint16)
+    ids = np.tile(np.arange(K), (LENGTH, 1))
+    logprobs = np.full((LENGTH, K), -3.0)
+    rows.write(1, ids, logprobs)
+    assert [rows.has(row) for row in range(3)] == [False, True, False]
+    rows.write(2, ids, np.zeros((LENGTH, K)))  # the ids had reached the disk when the power went, the others not
+    assert not rows.has(2)
+    ids[LENGTH // 2 :] = 0
+    rows.write(1, ids, logprobs)
+    assert not rows.has(1)
+
+
+def test_more_than_the_vocabulary_is_refused_and_a_full_disk_is_one_line(batches, monkeypatch):
+    with pytest.raises(InvalidRequestError, match="teacher_top_k is 96; use 2 to 95"):
+        CachedTeacher(CountingTarget(), batches, VOCAB, VOCAB, 1.0, "f")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TopKFile, "write", full)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "f").stored([(0, 0)])

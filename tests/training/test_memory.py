@@ -1,0 +1,85 @@
+"""What a step is said to need is about what it takes."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxspec import Drafter, DrafterConfig
+from mlxspec.errors import TrainingError
+from mlxspec.training import memory
+from mlxspec.training.losses import Loss
+from mlxspec.training.memory import check_fits, training_bytes
+from mlxspec.training.mixture import Mixture
+from mlxspec.training.objectives import Batch, objective
+from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
+from tests.conftest import random_llama
+
+V = 1024
+LARGE = DrafterConfig(V, 128, 352, 4, 4)
+
+
+def test_recomputed_layers_give_the_same_gradients_in_less_memory():
+    mx.random.seed(0)
+    drafter = Drafter(LARGE)
+    ids, weights = mx.random.randint(0, V, (8, 129)), mx.full((8, 128), 1 / 1024)
+    batch = Batch(ids, weights, (), mx.array(1.0), mx.random.key(0))
+    mx.eval(drafter.parameters(), batch)
+    gradients, peaks = [], []
+    for recompute in (False, True):
+        minimised, trained = objective(Loss("ce"), recompute=recompute), drafter.trainable_parameters()
+
+        def loss(weights, minimised=minimised):
+            drafter.update(weights)
+            return minimised(drafter, batch)[0]
+
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        found = dict(tree_flatten(mx.grad(loss)(trained)))
+        drafter.update(trained)
+        mx.eval(found)
+        gradients.append({name: np.array(gradient) for name, gradient in found.items()})
+        peaks.append(mx.get_peak_memory() - before)
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], gradient, atol=1e-6)
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [("ce", {}), ("tvd++", {}), ("ce", {"recompute": True}), ("ce", {"accumulate": 4})],
+    ids=["next token", "distillation", "recomputed", "in parts"],
+)
+def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, loss, given):
+    with ShardWriter(tmp_path / "tokens", V, "tokens") as writer:
+        for row in np.random.default_rng(0).integers(0, V, (8, 257)):
+            writer.add(row, np.ones_like(row))
+        writer.finish()
+    settings = TrainingSettings(steps=2, batch=8, length=256, **given)
+    target = random_llama(vocab_size=V, hidden_size=128, intermediate_size=352, num_hidden_layers=4)
+    target_bytes = sum(weight.nbytes for _, weight in tree_flatten(target.parameters()))
+    teacher = OnlineTeacher(target) if loss != "ce" else None
+    beside = (target_bytes, vars(target.args)) if teacher else ()
+    drafter = Drafter(LARGE)
+    batches = Mixture([TokenShards(tmp_path / "tokens")], [1], 256, 8, seed=0)
+    trainer = Trainer(drafter, objective(Loss(loss), teacher, settings.recompute), batches, settings, tmp_path / "out")
+    mx.eval(drafter.parameters())
+    mx.clear_cache()
+    before = mx.get_active_memory() - (target_bytes if teacher else 0)
+    mx.reset_peak_memory()
+    trainer.run()
+    taken = mx.get_peak_memory() - before
+    estimate = training_bytes(LARGE, settings, 1, *beside)
+    assert taken / 2 < estimate < 2 * taken, (taken, estimate)
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(memory, "device_limit", lambda: 10**9)
+    check_fits(10**9)
+    with pytest.raises(
+        TrainingError, match=r"about 2\.0 GB and this device has 1\.0 GB; use a larger accumulate"
+    ):
+        check_fits(2 * 10**9)
