@@ -14,9 +14,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.training.chunked import TeacherProbs, log_softmax
+from mlxspec.training.chunked import TeacherProbs
 from mlxspec.training.files import writing
 from mlxspec.training.mixture import Mixture
+from mlxspec.training.teachers import OnlineTeacher
 
 SMALLEST_PROB = 1e-30  # stands for 0 inside logarithms
 
@@ -74,8 +75,9 @@ class CachedTeacher:
             raise InvalidRequestError(
                 f"teacher_top_k is {k}; use 2 to {vocab_size - 1}, or 0 to run the target at every step"
             )
-        self.target, self.batches, self.temperature = target, batches, temperature
-        self.vocab_size, self.k = vocab_size, k
+        self.batches, self.temperature, self.k = batches, temperature, k
+        self._online = OnlineTeacher(target)
+        self._vocabulary = mx.zeros((1, vocab_size))  # tells the teacher how many of its logits count
         # Whatever changes what is stored is in the name; several stages may share it.
         name = f"teacher-{fingerprint}-{k}-of-{batches.length}-at-{temperature:g}"
         id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
@@ -89,20 +91,26 @@ class CachedTeacher:
 
         Raises TrainingError if there is no room to keep them.
         """
-        for which, row in choice:
-            if not self._files[which].has(row):
-                self._fill(which, row)
+        if not all(self._files[which].has(row) for which, row in choice):
+            self._fill(choice)
         ids, logprobs = zip(*(self._files[which].read(row) for which, row in choice), strict=True)
         return mx.array(np.stack(ids).astype(np.int32)), mx.array(np.stack(logprobs)).astype(mx.float32)
 
-    def _fill(self, which: int, row: int) -> None:
-        """One row at a time: what is stored must not depend on which others were wanted with it."""
-        shards, file = self.batches.shards[which], self._files[which]
-        logits = self.target(mx.array(shards.rows(self.batches.length, [row]).ids[:, :-1]))[0]
-        log_p, _ = log_softmax(logits[:, : self.vocab_size].astype(mx.float32) / self.temperature)
-        ids = mx.argpartition(-log_p, self.k - 1, axis=-1)[:, : self.k]
-        with writing(file.folder):
-            file.write(row, np.array(ids), np.array(mx.take_along_axis(log_p, ids, axis=-1)))
+    def _fill(self, choice: Sequence[tuple[int, int]]) -> None:
+        """All rows of the batch are run, also those that are known: what is stored depends on the batch alone.
+
+        So a run that was killed here, with some of them written, ends with the same weights.
+        """
+        rows = [self.batches.shards[which].rows(self.batches.length, [row]).ids[0, :-1] for which, row in choice]
+        (states,) = self._online.states(mx.array(np.stack(rows)), ())
+        teacher_probs = self._online.probs(mx.array(self.temperature))
+        for place, (which, row) in enumerate(choice):
+            _, log_p = teacher_probs((states[place],), self._vocabulary)  # [L, V], of one row at a time
+            ids = mx.argpartition(-log_p, self.k - 1, axis=-1)[:, : self.k]
+            logprobs = mx.take_along_axis(log_p, ids, axis=-1)
+            if not self._files[which].has(row):
+                with writing(self._files[which].folder):
+                    self._files[which].write(row, np.array(ids), np.array(logprobs))
 
     def states(self, inputs: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         return stored

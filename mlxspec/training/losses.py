@@ -180,8 +180,9 @@ def sample_frequencies(q: mx.array, count: int, key: mx.array) -> mx.array:
     """How often each token is among ``count`` draws from q, as fractions [N, V]."""
     heights = mx.cumsum(q, axis=-1)
     frequencies = mx.zeros_like(q)
-    for draw in mx.random.uniform(shape=(count, q.shape[0], 1), key=key):
-        token = mx.minimum((heights <= draw * heights[:, -1:]).sum(-1, keepdims=True), q.shape[-1] - 1)
+    draws = mx.random.uniform(shape=(count, q.shape[0], 1), key=key)
+    for i in range(count):  # not by iterating, which splits: mx.compile cannot merge two splits that are the same
+        token = mx.minimum((heights <= draws[i] * heights[:, -1:]).sum(-1, keepdims=True), q.shape[-1] - 1)
         ones = mx.put_along_axis(mx.zeros_like(q), token, mx.array(1 / count), axis=-1)
         frequencies = frequencies + ones
     return frequencies

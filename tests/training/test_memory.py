@@ -79,7 +79,5 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
 def test_a_batch_that_cannot_fit_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda: 10**9)
     check_fits(10**9)
-    with pytest.raises(
-        TrainingError, match=r"about 2\.0 GB and this device has 1\.0 GB; use a larger accumulate"
-    ):
+    with pytest.raises(TrainingError, match=r"about 2\.0 GB and this device has 1\.0 GB; use a larger accumulate"):
         check_fits(2 * 10**9)
