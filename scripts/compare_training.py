@@ -3,6 +3,7 @@
     python scripts/compare_training.py loss         memory and time of a loss with its gradient, chunked and plain
     python scripts/compare_training.py throughput   next-token training beside mlx-lm's own trainer
     python scripts/compare_training.py distill      a distillation step beside the target's pass and a drafter's step
+    python scripts/compare_training.py answers      mlx-lm's batches beside our decoder, one prompt after the other
 
 Every round runs every engine once, after a round that is thrown away; ratios are taken within a round, and medians
 over rounds. The shapes are options; the defaults are those of the 115M drafter. On Linux preload OpenBLAS (see
@@ -26,12 +27,15 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.trainer import train as mlx_lm_train
 
-from mlxspec import Drafter, DrafterConfig
+from mlxspec import Drafter, DrafterConfig, ModelPair, Sampling, SpeculativeDecoder
+from mlxspec.models.loading import DEMO
 from mlxspec.training.chunked import Positions, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Loss
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
+from mlxspec.training.responses import AnswerSettings, answer_group, groups_from_nothing
 from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 
@@ -285,6 +289,46 @@ def distill(vocabulary, hidden, intermediate, layers, heads, batch, length, step
                f"positions: a step costs {ratio(seconds, 'distillation', 'target', 'drafter'):.2f} of the target's pass"
                " and the drafter's step together")  # fmt: skip
     tell(seconds)
+
+
+@main.command()
+@click.option("--target", default=str(DEMO / "target"), show_default=True, help="Folder.")
+@click.option("--drafter", default=str(DEMO / "drafter"), show_default=True, help="Folder.")
+@click.option("--group", "sizes", multiple=True, default=[1, 16, 64, 256], show_default=True, help="Prompts at once.")
+@click.option("--tokens", default=64, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def answers(target, drafter, sizes, tokens, rounds):
+    """Who answers prompts faster at temperature 1: mlx-lm in batches, or our decoder one by one."""
+    known = Target(target)
+    decoder = SpeculativeDecoder(
+        ModelPair(known.model, Drafter.load(drafter, mx.float32), known.tokenizer), Sampling(temperature=1.0)
+    )
+
+    def batched(size: int) -> Callable[[], float]:
+        settings = AnswerSettings((1.0,), 1.0, size, tokens, size)
+        (work,) = groups_from_nothing(known.tokenizer.bos_token_id, settings)
+
+        def run() -> float:
+            start = time.perf_counter()
+            made = sum(map(len, answer_group(known.model, known.tokenizer, work, settings)))
+            return (time.perf_counter() - start) / made
+
+        return run
+
+    def one_by_one() -> float:
+        start, made = time.perf_counter(), 0
+        for seed in range(8):
+            made += sum(
+                len(block.tokens) for block in decoder.blocks([known.tokenizer.bos_token_id], tokens, seed=seed)
+            )
+        return (time.perf_counter() - start) / made
+
+    runs = {f"mlx-lm, {size} at once": batched(size) for size in sizes} | {"our decoder": one_by_one}
+    seconds = interleaved(runs, rounds)
+    click.echo("time of a token:")
+    tell(seconds)
+    for name in list(runs)[:-1]:
+        click.echo(f"  our decoder / {name}: {ratio(seconds, 'our decoder', name):.2f} of its time")
 
 
 if __name__ == "__main__":

@@ -70,21 +70,20 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
         Path(name).write_text(lines)
     (recipe,) = code_blocks(README, "toml")
     small = "steps = 2\nlength = 32\nbatch = 2\n"
-    recipe = recipe.replace("llama2-7b-chat", str(DEMO / "target")).replace(
-        "[distill]", f"{small}[distill]\nmax_tokens = 8"
-    )
+    for value, small_value in (("llama2-7b-chat", str(DEMO / "target")), (" = 512", " = 32"), (" = 1408", " = 64")):
+        recipe = recipe.replace(value, small_value)
+    recipe = recipe.replace("[distill]", f"{small}[distill]\nmax_tokens = 8")
     recipe = f"{recipe.replace(' = 20000', ' = 2')}{small.replace('steps = 2', '')}"
     Path("recipe.toml").write_text(f"{recipe}[evaluation]\ncount = 2\nmax_tokens = 8\n")
     sizes = {
         "pretrain": "--steps 2 --length 32 --batch 2 --hidden-size 32 --num-hidden-layers 1 --intermediate-size 64",
         "distill": "--max-tokens 8",
         "finetune": "--steps 2 --length 32 --batch 2",
-        "run": "",
     }
-    assert [command.split()[2] for command in TRAINING] == list(sizes)
+    assert [command.split()[2] for command in TRAINING] == [*sizes, "run", "run", "plot"]
     for command in TRAINING:
         arguments = command.replace("llama2-7b-chat", str(DEMO / "target")).split()[1:]
-        outcome = mlxspec_command(*arguments, *sizes[arguments[1]].split())
+        outcome = mlxspec_command(*arguments, *sizes.get(arguments[1], "").split())
         assert outcome.status == 0, outcome.err
 
 

@@ -1,6 +1,7 @@
 """The maintainer's scripts, as processes, on a small scale."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.utils import load_model
 
+import mlxspec
 from tests.conftest import shared
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -40,10 +42,37 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
 def test_the_demo_pair_can_be_made_anew(tmp_path, stories_folder):
     work, out = tmp_path / "work", tmp_path / "out"
     stories = shared("text/tinystories_500.jsonl")
-    small = ["--sample-tokens", 40_000, "--target-steps", 2, "--drafter-steps", 2, "--batch", 1]
+    small = ["--samples", 256, "--scale", 0.002]
     run_script(
         "build_demo_pair.py", "--teacher", stories_folder, "--stories", stories, "--work", work, "--out", out, *small
     )
     for name in ("target", "drafter"):
         load_model(out / name)
+    assert mlxspec.generate(mlxspec.load(out / "target", out / "drafter"), "Once", max_tokens=8).tokens
     assert sum(path.stat().st_size for path in out.rglob("*")) <= 4_000_000
+
+
+def test_the_ablation_trains_with_each_loss_and_goes_on_where_it_was(tmp_path, stories_folder):
+    prompts = shared("text/tinystories_500.jsonl")
+    small = ["--samples", 64, "--pretrain-steps", 2, "--steps", 2, "--batch", 2, "--length", 32, "--count", 1]
+    options = ["--target", stories_folder, "--prompts", prompts, "--work", tmp_path, "--seeds", 2, *small]
+    run_script("ablate_losses.py", *options, "--only", "kld")
+    table = run_script("ablate_losses.py", *options, "--only", "kld", "--only", "tvd, k = 8").splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["pretraining only", "kld", "tvd, k = 8"]
+    assert all(line.count(" ± ") == 3 for line in table[2:])
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("loss", ["--vocabulary", 64, "--hidden", 16, "--positions", 64]),
+        ("throughput", ["--vocabulary", 64, "--hidden", 16, "--intermediate", 32, "--layers", 1, "--heads", 2]),
+        ("distill", ["--vocabulary", 64, "--hidden", 16, "--intermediate", 32, "--layers", 1, "--heads", 2,
+                     "--target-hidden", 32, "--target-layers", 1]),
+        ("answers", ["--tokens", 4, "--group", 2]),
+    ],
+)  # fmt: skip
+def test_the_costs_of_training_are_measured(what, options):
+    small = ["--length", 16, "--steps", 1] if what in ("throughput", "distill") else []
+    out = run_script("compare_training.py", what, *options, *small, "--rounds", 1)
+    assert re.search(r"ratio \d|over mlx-lm \d|costs \d|\d of its time", out)

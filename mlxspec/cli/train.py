@@ -13,7 +13,7 @@ from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
-from mlxspec.training.corpus import BadLines, read_prompts
+from mlxspec.training.corpus import BadLines
 from mlxspec.training.losses import Loss
 from mlxspec.training.plan import in_words, plan
 from mlxspec.training.processes import is_first
@@ -25,6 +25,7 @@ from mlxspec.training.trainer import Evaluate, TrainingSettings
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the model to draft for.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for all that is made.")
+PROMPTS = click.option("--prompts", multiple=True, help="Files of prompts to measure block efficiency on.")
 START = click.option("--drafter", help="Go on from this drafter, instead of starting a new one of the shape below.")
 
 
@@ -96,14 +97,15 @@ def plot(folder: Path, out: Path | None) -> None:
 def tell_plan(recipe: Recipe, folder: Path) -> None:
     target = Target(recipe.target)
     drafter = recipes.first_drafter(recipe, target)
-    click.echo(f"target     {recipe.target}, {target.bytes / 1e6:.1f} MB, vocabulary of {target.vocab_size}")
+    click.echo(f"target     {recipe.target}, vocabulary of {target.vocab_size}")
     click.echo(f"drafter    {drafter.num_parameters:,} parameters")
     click.echo(f"folder     {folder}")
     seconds = 0.0
     for stage in plan(recipe, folder, target):
         cost = "done" if stage.done else f"about {in_words(stage.seconds)}"
-        memory = f", {gigabytes(stage.bytes)}" if stage.bytes else ""
-        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}, {cost}")
+        memory = f", {gigabytes(stage.bytes)} of memory" if stage.bytes else ""
+        disk = f", {gigabytes(stage.disk)} on disk" if stage.disk else ""
+        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}{disk}, {cost}")
         seconds += stage.seconds
     evaluations = " and the evaluations" if recipe.evaluates else ""
     click.echo(f"in all     about {in_words(seconds)}{evaluations}")
@@ -114,15 +116,19 @@ def tell_plan(recipe: Recipe, folder: Path) -> None:
 @click.option("--data", multiple=True, required=True, help="Text file, folder or pattern; may be given several times.")
 @OUT
 @START
+@PROMPTS
 @settings_options(TrainingSettings, DrafterShape)
-def pretrain(target, data, out, drafter, **given) -> None:
+def pretrain(target, data, out, drafter, prompts, **given) -> None:
     """Next-token training on text."""
     settings, shape = taken(TrainingSettings, given), taken(DrafterShape, given)
     with Bars() as bars:
         model = Target(target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
         start = stages.start_from(drafter, model) if drafter else model.new_drafter(shape, settings.seed)
-        _, result = stages.train(model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain")
+        evaluate, described = evaluation_on(model, prompts, settings)
+        _, result = stages.train(
+            model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain", evaluate, 0, described
+        )
     tell(out / "pretrain" / "drafter", result, out / "pretrain")
 
 
@@ -148,7 +154,7 @@ def distill(target, out, validate, **given) -> None:
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Pretraining text to mix in, what train pretrain has made."
 )
-@click.option("--prompts", multiple=True, help="Files of prompts to measure block efficiency on.")
+@PROMPTS
 @OUT
 @settings_options(FinetuneData, Loss, TrainingSettings)
 def finetune(target, drafter, answers, text, prompts, out, **given) -> None:
@@ -159,22 +165,26 @@ def finetune(target, drafter, answers, text, prompts, out, **given) -> None:
         sources = [(TokenShards(answers / "tokens", verify=True), 1.0)]
         if text:
             sources = [(sources[0][0], 1 - data.mix), (TokenShards(text / "tokens", verify=True), data.mix)]
-        evaluate = evaluator(model, EvaluationSettings(prompts), (), None) if settings.evaluate_every else None
+        evaluate, described = evaluation_on(model, prompts, settings)
         start = stages.start_from(drafter, model)
-        _, result = stages.train(model, start, sources, loss, settings, out, evaluate, data.teacher_top_k)
+        _, result = stages.train(model, start, sources, loss, settings, out, evaluate, data.teacher_top_k, described)
     tell(out / "drafter", result, out)
 
 
-def evaluator(target: Target, settings: EvaluationSettings, distilled: tuple[str, ...], system: str | None) -> Evaluate:
-    """Measures block efficiency on the prompts of the settings, or on the last of those for distillation."""
-    sources = settings.prompts or distilled
-    prompts = [[target.tokenizer.bos_token_id]] * settings.count
-    if sources:
-        prompts, _ = read_prompts(sources, target.tokenizer, system, settings.words)
-        prompts = prompts[: settings.count] if settings.prompts else prompts[-settings.count :]
+def evaluator(target: Target, settings: EvaluationSettings, prompts: list[list[int]]) -> Evaluate:
+    """Measures block efficiency as served."""
     return served_block_efficiency(
         target.model, target.tokenizer, prompts, settings.temperatures, settings.draft_length, settings.max_tokens
     )
+
+
+def evaluation_on(target: Target, files: tuple[str, ...], settings: TrainingSettings) -> tuple[Evaluate | None, Any]:
+    """What measures a drafter on the prompts of ``files``, and its description; None where nothing is measured."""
+    if not settings.evaluate_every:
+        return None, None
+    evaluation = EvaluationSettings(files)
+    prompts = recipes.evaluation_prompts(evaluation, target)
+    return evaluator(target, evaluation, prompts), recipes.description(evaluation, prompts)
 
 
 def tell(folder: Path, result: dict[str, float], run: Path) -> None:
@@ -205,7 +215,8 @@ class Bars:
     def _stage(self, name: str, what: str) -> None:
         self.__exit__()
         self._bar = None
-        click.echo(f"{name}: {what}", err=True)
+        if is_first():
+            click.echo(f"{name}: {what}", err=True)
 
     def _work(self, done: int, total: int, tokens: int) -> None:
         self._show(done, total, f"{tokens} tokens")

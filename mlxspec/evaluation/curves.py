@@ -1,11 +1,11 @@
 """A picture of a training run, from the metrics.jsonl that each of its stages leaves. Needs matplotlib."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError
+from mlxspec.training.files import read_metrics
 
 WINDOW = 20  # lines of metrics that the thick line is the mean of
 EFFICIENCY = "block_efficiency"
@@ -52,13 +52,7 @@ def metrics_files(folder: Path) -> list[Path]:
     """In the order in which the stages were run."""
     own = folder / "metrics.jsonl"
     found = [own] if own.exists() else folder.glob("*/metrics.jsonl")
-    return sorted(found, key=lambda path: (path.parent.name != "pretrain", path.parent.name))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """A run may be going on: a line that is being written is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return sorted(found, key=lambda path: (path.parent.name != "pretrain", len(path.parent.name), path.parent.name))
 
 
 def draw_smoothed(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: str = "C0") -> None:

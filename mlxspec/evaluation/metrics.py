@@ -23,16 +23,15 @@ def served_block_efficiency(
 
     Its result has ``block_efficiency``, the mean over the temperatures, and ``block_efficiency_at_T`` for each.
     """
-    decoders: dict[tuple[int, float], SpeculativeDecoder] = {}  # compiled once for a drafter that is trained further
+    decoders: dict[float, SpeculativeDecoder] = {}  # compiled once for a drafter that is trained further
 
     def measure(drafter: nn.Module) -> dict[str, float]:
         pair = ModelPair(target, drafter, tokenizer)
         found = {}
         for temperature in temperatures:
-            key = id(drafter), temperature
-            if key not in decoders:
-                decoders[key] = SpeculativeDecoder(pair, Sampling(temperature), draft_length, verification)
-            decoder = decoders[key]
+            if temperature not in decoders or decoders[temperature].pair.drafter is not drafter:
+                decoders[temperature] = SpeculativeDecoder(pair, Sampling(temperature), draft_length, verification)
+            decoder = decoders[temperature]
             tokens = passes = 0
             for seed, prompt in enumerate(prompts):
                 for _ in decoder.blocks(prompt, max_tokens, seed=seed):

@@ -142,3 +142,9 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidRequestError("the prompt is not valid UTF-8; convert it first") from None
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """The token that ends an answer: of several, the one that the tokenizer names."""
+    named = getattr(tokenizer, "eos_token_id", None)
+    return named if named in tokenizer.eos_token_ids else min(tokenizer.eos_token_ids, default=None)

@@ -30,7 +30,7 @@ def save_checkpoint(
 
     Raises TrainingError if the disk is full or not writable; the checkpoints before it stay.
     """
-    whole, aside = folder / f"step-{step:08d}", folder / f"{ASIDE}{step:08d}"
+    whole, aside = folder / checkpoint_name(step), folder / f"{ASIDE}{step:08d}"
     with writing(f"{folder}: the checkpoint of step {step}"):
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -68,6 +68,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
             f"{found[-1]} cannot be read ({in_one_line(error)}); delete it to go on from the checkpoint before it"
         ) from error
     return state
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

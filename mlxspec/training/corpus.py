@@ -1,26 +1,27 @@
 """Text and chat files, plain or gzipped, in folders and globs: documents for pretraining, prompts for the target.
 
-A ``.txt`` file is one document. A line of a ``.jsonl`` file is an object with "text", "prompt" or "messages". Files are
-read a line at a time, so they may be larger than memory.
+A ``.txt`` file is one document, or several of a megabyte if it is larger. A line of a ``.jsonl`` file is an object with
+"text", "prompt" or "messages". Files are read a line at a time, so they may be larger than memory.
 """
 
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
-from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
+from mlxspec.models.tokens import Message, encode_conversation, encode_prompt, end_token
 from mlxspec.training.shards import Index, ShardWriter
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MOST_BAD = 0.01  # of the lines
 NAMED = 5  # bad lines that are told one by one
 ENCODED_AT_ONCE = 256  # documents; the tokenizer spreads them over the cores
+LONGEST_TEXT = 2**20  # bytes of a .txt in one document, and roughly of documents that are encoded at once
 
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, tokens so far
 
@@ -86,26 +87,43 @@ def records(files: Iterable[Path], bad: BadLines) -> Iterator[Record]:
     for file in files:
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-                if ".txt" in file.suffixes[-2:]:
-                    yield from text_record(file, lines.read(), done, bad)
+                if file.name.endswith((".txt", ".txt.gz")):
+                    yield from text_records(file, lines, done, bad)
                 else:
                     yield from line_records(file, lines, done, bad)
             done += file.stat().st_size
-        except (OSError, EOFError) as error:  # gzip raises both for a damaged file
+        except (OSError, EOFError, zlib.error) as error:  # gzip raises all three for a damaged file
             raise TrainingError(
                 f"{file} cannot be read ({in_one_line(error)}); make it readable or leave it out"
             ) from None
 
 
-def text_record(file: Path, content: bytes, done: int, bad: BadLines) -> Iterator[Record]:
-    bad.read += 1
-    try:
-        if text := content.decode("utf-8").strip():
-            yield Record(text, False, f"{file}:1", done + file.stat().st_size)
-        else:
-            bad.skip(f"{file}:1", "empty")
-    except UnicodeDecodeError as error:
-        bad.skip(f"{file}:1", f"not UTF-8 (byte {error.start})")
+def text_records(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Record]:
+    """The text of a file, cut after the line with which it has grown too long."""
+    position = 0
+    for number, content in pieces(lines):
+        position += len(content)
+        bad.read += 1
+        try:
+            if text := content.decode("utf-8").strip():
+                yield Record(text, False, f"{file}:{number}", done + min(position, file.stat().st_size))
+            else:
+                bad.skip(f"{file}:{number}", "empty")
+        except UnicodeDecodeError as error:
+            bad.skip(f"{file}:{number}", f"not UTF-8 (byte {error.start})")
+
+
+def pieces(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(number of its first line, content) of each piece; an empty file has one, which is empty."""
+    first, some, size, number = 1, [], 0, 0
+    for number, line in enumerate(lines, 1):
+        some.append(line)
+        size += len(line)
+        if size >= LONGEST_TEXT:
+            yield first, b"".join(some)
+            first, some, size = number + 1, [], 0
+    if some or not number:
+        yield first, b"".join(some)
 
 
 def line_records(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Record]:
@@ -159,7 +177,7 @@ def tokenize_corpus(
     total = sum(file.stat().st_size for file in files)
     stream = records(files, bad)
     with ShardWriter(folder, vocab_size, fingerprint) as writer:
-        while some := list(islice(stream, ENCODED_AT_ONCE)):
+        for some in grouped(stream):
             for ids in encoded(some, tokenizer, bad):
                 writer.add(ids, [0] + [1] * (len(ids) - 1))
             progress(some[-1].bytes, total, writer.index.tokens)
@@ -170,6 +188,20 @@ def tokenize_corpus(
         return writer.index, bad
 
 
+def grouped(stream: Iterable[Record]) -> Iterator[list[Record]]:
+    """So many records that the tokenizer has something to do, and no more than fit into memory easily."""
+    some, size = [], 0
+    for record in stream:
+        some.append(record)
+        texts = [record.content] if isinstance(record.content, str) else [part["content"] for part in record.content]
+        size += sum(map(len, texts))
+        if len(some) == ENCODED_AT_ONCE or size >= LONGEST_TEXT:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
 def encoded(some: list[Record], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
     """Token ids of each record; plain texts in one call, as the tokenizer then works on them in parallel."""
     texts = [record.content for record in some if isinstance(record.content, str)]
@@ -177,7 +209,8 @@ def encoded(some: list[Record], tokenizer: Any, bad: BadLines) -> Iterator[list[
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     batch = iter(encode(texts, **options)["input_ids"] if texts else [])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = sorted(tokenizer.eos_token_ids)[:1]
+    end = end_token(tokenizer)
+    eos = [] if end is None else [end]
     for record in some:
         if isinstance(record.content, str):
             yield [*bos, *next(batch), *eos]
@@ -218,6 +251,30 @@ def read_prompts(
         )
     bad.check()
     return prompts, bad
+
+
+def split_prompts(
+    prompts: list[list[int]], held_out: int, max_tokens: int, context: int | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(to learn from, held out): the last ``held_out`` are kept apart, and what equals one of them is not learnt.
+
+    Left out of both are prompts that leave no room for ``max_tokens`` in the target's ``context``. Raises TrainingError
+    if there are none to learn from.
+    """
+    fitting = [prompt for prompt in prompts if context is None or len(prompt) + max_tokens <= context]
+    if not fitting:
+        raise TrainingError(
+            f"the target's context of {context} tokens has no room for a prompt and {max_tokens} tokens; use fewer "
+            "max_tokens"
+        )
+    kept = fitting[len(fitting) - min(held_out, len(fitting)) :]
+    unseen = {tuple(prompt) for prompt in kept}
+    learnt = [prompt for prompt in fitting if tuple(prompt) not in unseen]
+    if not learnt:
+        raise TrainingError(
+            f"there are {len(fitting)} prompts and {held_out} are held out for evaluation; give more, or a lower count"
+        )
+    return learnt, kept
 
 
 def asked(messages: list[Message], system: str | None) -> list[Message]:

@@ -43,7 +43,7 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
             tokens,
             batch.weights.flatten(),
             tuple(mx.stop_gradient(state).flatten(0, 1) for state in states),
-            batch.temperature,
+            batch.temperature if teacher else mx.array(1.0),
             batch.key,
         )
         return weighted_loss(

@@ -5,7 +5,6 @@ Memory is the sum of ``memory.py``. What is complete is not counted again; evalu
 """
 
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,31 +16,32 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.models.drafter import Drafter
-from mlxspec.training.corpus import BadLines, corpus_files, encoded, read_prompts, records
+from mlxspec.training.corpus import BadLines, corpus_files, encoded, read_prompts, records, split_prompts
 from mlxspec.training.losses import Loss
 from mlxspec.training.memory import check_fits
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.recipe import DistillData, PretrainData, Recipe, first_drafter, held_out_prompts
 from mlxspec.training.record import is_complete
-from mlxspec.training.responses import AnswerSettings, answer_group, check_prompts, groups, groups_from_nothing
+from mlxspec.training.responses import AnswerSettings, answer_group, groups, groups_from_nothing
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 from mlxspec.training.stages import step_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 
-TRIED_DOCUMENTS, TRIED_STEPS, TRIED_TOKENS = 200, 3, (8, 24)
+TRIED_DOCUMENTS, TRIED_TOKENS = 200, (8, 24)
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A line of the plan. ``tokens`` are those that are made or learnt from, at most; None is not known beforehand."""
+    """A line of the plan. ``tokens`` are those that are made, at most, or learnt from; ``disk`` bytes a teacher's."""
 
     name: str
     what: str
     tokens: int
     bytes: int = 0
+    disk: int = 0
     seconds: float = 0.0
     done: bool = False
 
@@ -64,7 +64,10 @@ def plan(recipe: Recipe, folder: Path, target: Target) -> Iterator[PlannedStage]
     for number, stage in enumerate(recipe.finetune, 1):
         name, mix = f"finetune-{number}", stage.data.mix if text_tokens else 0.0
         source = answer_tokens / max(1 - mix, 1e-9)
-        yield plan_training(name, drafter, stage.loss, stage.training, folder / name, target, source)
+        planned = plan_training(name, drafter, stage.loss, stage.training, folder / name, target, source)
+        # For each token the ids and log-probabilities of the k most likely.
+        kept = stage.data.teacher_top_k * (4 if target.vocab_size <= 2**16 else 6)
+        yield replace(planned, disk=round(source * kept) if stage.loss.needs_target else 0)
 
 
 def plan_text(data: PretrainData, folder: Path, target: Target) -> PlannedStage:
@@ -82,7 +85,8 @@ def plan_text(data: PretrainData, folder: Path, target: Target) -> PlannedStage:
 def plan_answers(asked: DistillData, settings: AnswerSettings, held_out: int, folder: Path, target: Target):
     if asked.prompts:
         prompts, _ = read_prompts(asked.prompts, target.tokenizer, asked.system)
-        work = groups(check_prompts(prompts[: len(prompts) - held_out], settings, target.context), settings)
+        learnt, _ = split_prompts(prompts, held_out, settings.max_tokens, target.context)
+        work = groups(learnt, settings)
     else:
         work = groups_from_nothing(target.tokenizer.bos_token_id, settings)
     answers = sum(len(group.prompts) for group in work)
@@ -97,7 +101,7 @@ def plan_answers(asked: DistillData, settings: AnswerSettings, held_out: int, fo
     a_token = max(seconds[1] - seconds[0], 0) / (TRIED_TOKENS[1] - TRIED_TOKENS[0])
     most = sum(len(prompt) + settings.max_tokens for group in work for prompt in group.prompts)
     a_group = seconds[0] + a_token * max(settings.max_tokens - TRIED_TOKENS[0], 0)
-    return PlannedStage("answers", what, most, target.bytes, a_group * len(work))
+    return PlannedStage("answers", what, most, target.bytes, seconds=a_group * len(work))
 
 
 def plan_training(
@@ -117,30 +121,25 @@ def plan_training(
         return PlannedStage(name, what, settings.steps * positions, needed, done=True)
     check_fits(needed)
     seconds = step_seconds(drafter, loss, settings, target) * settings.steps
-    return PlannedStage(name, what, settings.steps * positions, needed, seconds)
+    return PlannedStage(name, what, settings.steps * positions, needed, seconds=seconds)
 
 
 def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, target: Target) -> float:
-    """A step's time, tried out with random tokens on a copy of the drafter."""
-    moments: list[float] = []
+    """A step's time, tried out with random tokens on a copy of the drafter, and with the target itself as teacher."""
     copy = Drafter(drafter.config)
     copy.update(drafter.parameters())
     with tempfile.TemporaryDirectory() as scratch:
-        folder, random = Path(scratch), np.random.default_rng(0)
-        with ShardWriter(folder / "tokens", target.vocab_size, target.tokens) as writer:
+        random = np.random.default_rng(0)
+        with ShardWriter(scratch, target.vocab_size, target.tokens) as writer:
             for row in random.integers(0, drafter.config.vocab_size, (settings.batch, settings.length + 1)):
                 writer.add(row, np.ones_like(row))
             writer.finish()
-        batches = Mixture([TokenShards(folder / "tokens")], [1.0], settings.length, settings.batch, 0)
+        batches = Mixture([TokenShards(scratch)], [1.0], settings.length, settings.batch, 0)
         teacher = OnlineTeacher(target.model) if loss.needs_target else None
-        tried = replace(settings, steps=TRIED_STEPS, evaluate_every=0)
-
-        def report(step: int, metrics: dict[str, float]) -> None:
-            moments.append(time.perf_counter())
-
-        Trainer(copy, objective(loss, teacher, settings.recompute), batches, tried, folder, None, teacher, report).run()
+        trainer = Trainer(copy, objective(loss, teacher, settings.recompute), batches, settings, Path(scratch))
+        seconds = trainer.trial_seconds()
     mx.clear_cache()
-    return statistics.median(np.diff(moments))  # the first step, which compiles, is before the first moment
+    return seconds
 
 
 def in_words(seconds: float) -> str:

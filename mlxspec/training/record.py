@@ -1,6 +1,7 @@
 """``stage.json``: what went into a stage, and whether it is complete."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ from mlxspec.training.files import write_json
 from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
 
 
-def begin(folder: Path, inputs: dict[str, Any]) -> bool:
+def begin(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] = ()) -> bool:
     """Whether the stage in ``folder`` is still to be run, or to be gone on with.
 
-    Raises TrainingError, with the first thing that differs, if the folder holds what was made of other inputs.
+    An unfinished stage may go on with other values of what is ``changeable``. Raises TrainingError, with the first
+    thing that differs, if the folder holds what was made of other inputs.
     """
-    return bool(as_the_first_says(begun(folder, json.loads(json.dumps(inputs))) if is_first() else 0))
+    return bool(as_the_first_says(begun(folder, json.loads(json.dumps(inputs)), changeable) if is_first() else 0))
 
 
-def begun(folder: Path, inputs: dict[str, Any]) -> bool:
+def begun(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]) -> bool:
     record = folder / "stage.json"
-    if not record.exists():
+    # Where nothing has been made yet, what was asked for first, and refused perhaps, binds nobody.
+    if not record.exists() or not has_progress(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(record, {"complete": False, "inputs": inputs})
         return True
@@ -29,12 +32,18 @@ def begun(folder: Path, inputs: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(f"{record} cannot be read; delete {folder} to make it again") from None
     for name in sorted({*before, *inputs}):
-        if before.get(name) != inputs.get(name):
+        if before.get(name) != inputs.get(name) and (finished or name not in changeable):
             raise TrainingError(
                 f"{folder} was begun with {name} {before.get(name)}, and now it is {inputs.get(name)}; choose another "
                 "folder, or delete this one to make it again"
             )
+    if not finished and before != inputs:
+        write_json(record, {"complete": False, "inputs": inputs})
     return not finished
+
+
+def has_progress(folder: Path) -> bool:
+    return is_complete(folder) or any(folder.glob("step-*")) or (folder / "tokens" / "index.json").exists()
 
 
 def is_complete(folder: Path) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 from mlx_lm import batch_generate
 from mlx_lm.sample_utils import make_sampler
 
-from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.errors import InvalidRequestError
+from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
@@ -31,7 +32,7 @@ class AnswerSettings:
 
     temperatures: tuple[float, ...] = option((0.0, 0.3, 0.7, 1.0), "Every prompt is answered at each of them.")
     top_p: float = option(0.95, "Draw from the most likely tokens that together have this probability.")
-    samples: int = option(1, "Answers to a prompt at each temperature; without prompts, answers in all.")
+    samples: int = option(1, "Answers to a prompt at each temperature above 0; without prompts, texts in all.")
     max_tokens: int = option(256, "Longest answer, in tokens.")
     group: int = option(64, "Prompts that are answered at once.")
     seed: int = option(0, "Runs with the same seed repeat exactly.")
@@ -41,6 +42,8 @@ class AnswerSettings:
             raise InvalidRequestError(f"temperatures are {self.temperatures}; use numbers of 0 or more")
         if not 0 < self.top_p <= 1:
             raise InvalidRequestError(f"top_p is {self.top_p}; use a number in (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise InvalidRequestError(f"seed is {self.seed}; use a number in [0, 2**32)")
         for name in ("samples", "max_tokens", "group"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
@@ -60,16 +63,23 @@ def groups(prompts: list[list[int]], settings: AnswerSettings) -> list[Group]:
     found: list[Group] = []
     for start in range(0, len(prompts), settings.group):
         for temperature in settings.temperatures:
-            for _ in range(settings.samples):
+            for _ in range(settings.samples if temperature else 1):  # a second one would be the same
                 found.append(Group(len(found), prompts[start : start + settings.group], temperature))
     return found
 
 
-def groups_from_nothing(bos: int, settings: AnswerSettings) -> list[Group]:
-    """``samples`` texts from BOS, the temperatures in turn."""
+def groups_from_nothing(bos: int | None, settings: AnswerSettings) -> list[Group]:
+    """``samples`` texts from BOS, the temperatures above 0 in turn.
+
+    Raises InvalidRequestError where that makes no sense.
+    """
+    if bos is None:
+        raise InvalidRequestError("the target's tokenizer has no token to begin a text with; give prompts")
+    temperatures = [temperature for temperature in settings.temperatures if temperature]
+    if settings.samples < 2 or not temperatures:
+        raise InvalidRequestError("without prompts, say how many texts with samples, at a temperature above 0")
     count = math.ceil(settings.samples / settings.group)
     sizes = [min(settings.group, settings.samples - number * settings.group) for number in range(count)]
-    temperatures = settings.temperatures
     return [Group(n, [[bos]] * size, temperatures[n % len(temperatures)]) for n, size in enumerate(sizes)]
 
 
@@ -122,7 +132,7 @@ def answer_groups(
             writer.commit(groups=done)
             progress(answered, total, writer.index.tokens)
     if writer:
-        writer.finish(groups=done, max_tokens=settings.max_tokens)
+        writer.finish(groups=done, max_tokens=settings.max_tokens, end=end_token(tokenizer))
     wait_for_all()  # nobody reads the shards before they are finished
 
 
@@ -139,9 +149,8 @@ def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: Answ
         completion_batch_size=settings.group,
         prefill_batch_size=settings.group,
     ).token_ids
-    # mlx-lm leaves the EOS out; which one it was does not matter to the drafter.
-    eos = min(tokenizer.eos_token_ids)
-    return [answer if len(answer) == settings.max_tokens else [*answer, eos] for answer in answers]
+    end = end_token(tokenizer)  # mlx-lm leaves it out
+    return [answer if len(answer) == settings.max_tokens else [*answer, end] for answer in answers]
 
 
 def gathered(
@@ -163,25 +172,13 @@ def gathered(
 def validated(shards: TokenShards) -> dict[str, int]:
     """Counts of answers that are of little use: given twice, empty, or cut off by max_tokens."""
     seen, counts = set(), {"answers": 0, "tokens": len(shards), "duplicates": 0, "empty": 0, "truncated": 0}
-    limit = shards.index.notes.get("max_tokens")
+    limit, end = (shards.index.notes.get(name) for name in ("max_tokens", "end"))
     for ids, mask in shards.documents():
         learnt = int(mask.sum())
         digest = hashlib.sha256(ids.tobytes()).digest()
         counts["answers"] += 1
         counts["duplicates"] += digest in seen
         counts["empty"] += learnt <= 1  # nothing but the EOS
-        counts["truncated"] += learnt == limit
+        counts["truncated"] += learnt == limit and ids[-1] != end
         seen.add(digest)
     return counts
-
-
-def check_prompts(prompts: list[list[int]], settings: AnswerSettings, context: int | None) -> list[list[int]]:
-    """Those that leave room for an answer in the target's context. Raises TrainingError if none does."""
-    room = math.inf if context is None else context - settings.max_tokens
-    fitting = [prompt for prompt in prompts if len(prompt) <= room]
-    if not fitting:
-        raise TrainingError(
-            f"the target's context of {context} tokens has no room for a prompt and {settings.max_tokens} tokens; "
-            "use fewer max_tokens"
-        )
-    return fitting

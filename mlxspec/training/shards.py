@@ -10,7 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mlxspec.training.files import write_json, writing
 FORMAT = 1
 SHARD_TOKENS = 2**26
 PARTS = ("ids", "mask", "docs")
+EMPTY = hashlib.sha256().hexdigest()
 
 
 @dataclass
@@ -96,10 +98,10 @@ class ShardWriter:
 
     def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
         """Append one document; ``mask`` is 1 for each token that is to be learnt."""
-        array = np.asarray(ids, dtype=np.int64)
-        if not 0 < array.size == len(mask) or array.min() < 0 or array.max() >= self.index.vocab_size:
+        tokens = np.asarray(ids, dtype=np.int64)
+        if not 0 < tokens.size == len(mask) or tokens.min() < 0 or tokens.max() >= self.index.vocab_size:
             raise TrainingError(
-                f"a document has {array.size} tokens, {len(mask)} of a mask, and ids up to {array.max(initial=-1)}; "
+                f"a document has {tokens.size} tokens, {len(mask)} of a mask, and ids up to {tokens.max(initial=-1)}; "
                 f"expected as many of both, below {self.index.vocab_size}"
             )
         if self.index.shards[-1].tokens >= self.shard_tokens:
@@ -107,12 +109,12 @@ class ShardWriter:
             self.close()
             self.index.shards.append(Shard())
             self._open_last()
-        content = (array.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([array.size], "<u4"))
+        content = (tokens.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([tokens.size], "<u4"))
         with writing(self.folder):
             for part, data in zip(PARTS, content, strict=True):
                 self._files[part].write(data.tobytes())
                 self._hashes[part].update(data.tobytes())
-        self.index.shards[-1].tokens += array.size
+        self.index.shards[-1].tokens += tokens.size
         self.index.shards[-1].documents += 1
         self.index.learnt += int(content[1].sum())
 
@@ -156,11 +158,13 @@ class ShardWriter:
         self._files, self._hashes = {}, {}
         for part in PARTS:
             path = shard_file(self.folder, number, part)
-            file = path.open("r+b" if path.exists() else "w+b")
-            file.truncate(sizes[part])
+            file = self._files[part] = path.open("r+b" if path.exists() else "w+b")
+            file.truncate(min(sizes[part], path.stat().st_size))
             self._hashes[part] = hashlib.sha256(file.read())
+            if self._hashes[part].hexdigest() != shard.checksums.get(part, EMPTY):
+                self.close()
+                raise TrainingError(f"{path} is not what was written; delete {self.folder.parent} to make it again")
             file.seek(0, os.SEEK_END)
-            self._files[part] = file
 
 
 class Rows(NamedTuple):
@@ -186,6 +190,7 @@ class TokenShards:
             raise TrainingError(f"{self.folder} holds no tokens; the corpus was empty")
         self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
         self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
+        self._documents = [self._map(number, "docs", verify) for number in range(len(self.index.shards))]
         self._known_spans: dict[int, np.ndarray] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
 
@@ -201,8 +206,8 @@ class TokenShards:
     def documents(self) -> Iterator[Rows]:
         """The documents one by one, as they were added; ids and mask [length]."""
         start = 0
-        for number in range(len(self.index.shards)):
-            for length in self._map(number, "docs", verify=False):
+        for lengths in self._documents:
+            for length in lengths:
                 yield Rows(self._read(self._ids, start, int(length)), self._read(self._masks, start, int(length)))
                 start += int(length)
 
@@ -227,8 +232,8 @@ class TokenShards:
     def _spans(self, length: int) -> np.ndarray:
         """[rows, 2]: where in the stream each row starts and ends."""
         if length not in self._known_spans:
-            documents = [self._map(number, "docs", verify=False) for number in range(len(self.index.shards))]
-            self._known_spans[length] = np.array(packed(np.concatenate(documents).tolist(), length + 1))
+            lengths = (length for documents in self._documents for length in documents.tolist())
+            self._known_spans[length] = packed(lengths, length + 1)
         return self._known_spans[length]
 
     def _read(self, parts: list[np.ndarray], start: int, count: int) -> np.ndarray:
@@ -253,20 +258,22 @@ class TokenShards:
         return content
 
 
-def packed(lengths: Sequence[int], room: int) -> list[tuple[int, int]]:
-    """Documents that follow each other, of ``lengths``, into rows of ``room`` tokens: (start, end) of each row."""
-    rows, start, end = [], 0, 0
+def packed(lengths: Iterable[int], room: int) -> np.ndarray:
+    """Documents that follow each other, of ``lengths``, into rows of ``room`` tokens: [rows, 2], start and end."""
+    rows, start, end = array("q"), 0, 0  # not a list: there may be a hundred million
     for length in lengths:
         if end > start and end + length - start > room:
-            rows.append((start, end))
+            rows.extend((start, end))
             start = end
         end += length
         while end - start > room:
-            rows.append((start, start + room))
+            rows.extend((start, start + room))
             start += room - 1  # the last token of a row is only predicted in it; from it the next goes on
         if end - start == 1 < length:  # which was predicted already, and no more follow
             start = end
-    return [*rows, (start, end)] if end > start else rows
+    if end > start:
+        rows.extend((start, end))
+    return np.array(rows).reshape(-1, 2)
 
 
 def shard_file(folder: Path, number: int, part: str) -> Path:

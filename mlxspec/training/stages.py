@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
-from mlxspec.models.loading import TOKENIZER_FILES, read_config, resolved
+from mlxspec.models.loading import TOKENIZER_FILES, read_config, read_tokenizer, resolved
 from mlxspec.models.quantizing import COPIED
+from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.cached_teacher import CachedTeacher
-from mlxspec.training.corpus import corpus_files, read_prompts, tokenize_corpus
+from mlxspec.training.corpus import corpus_files, read_prompts, split_prompts, tokenize_corpus
 from mlxspec.training.files import write_json, writing
 from mlxspec.training.losses import Loss
 from mlxspec.training.memory import check_fits, training_bytes
@@ -28,18 +30,20 @@ from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Teacher, objective
 from mlxspec.training.processes import is_first
 from mlxspec.training.record import begin, complete
-from mlxspec.training.responses import AnswerSettings, answer_all, check_prompts, groups, groups_from_nothing
+from mlxspec.training.responses import AnswerSettings, answer_all, groups, groups_from_nothing
 from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import Target, fingerprint
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Evaluate, Metrics, Trainer, TrainingSettings
 
-UNIMPORTANT = ("checkpoint_every", "log_every")  # settings that change nothing about the result
+UNIMPORTANT = ("checkpoint_every", "log_every", "recompute")  # settings that change nothing about the result
+# What an unfinished stage may go on with other values of: where a loss stopped being a number, or memory ran out.
+CHANGEABLE = ("learning_rate", "clip", "weight_decay", "accumulate", "precision", "evaluate_every", "evaluation")
 
 
 def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> TokenShards:
     """Text files in tokens, made once."""
-    inputs = {"data": list(data), "content": fingerprint(corpus_files(data)), "tokenizer": target.tokens}
+    inputs = {"content": fingerprint(corpus_files(data)), "tokenizer": target.tokens}
     if begin(folder, inputs):
         target.listener.stage(folder.name, "tokenising")
         if is_first():
@@ -62,7 +66,6 @@ def distill(
 ) -> TokenShards:
     """The target's answers to prompts, all but the last ``held_out``; without prompts, its texts from BOS."""
     inputs = {
-        "prompts": list(prompts),
         "content": fingerprint(corpus_files(prompts)),
         "system": system,
         "held_out": held_out,
@@ -75,7 +78,11 @@ def distill(
         if prompts:
             read, bad = read_prompts(prompts, target.tokenizer, system)
             target.listener.bad_lines(bad)
-            work = groups(check_prompts(read[: len(read) - held_out], settings, target.context), settings)
+            learnt, kept = split_prompts(read, held_out, settings.max_tokens, target.context)
+            if len(learnt) + len(kept) < len(read):
+                told = f"{len(learnt)} of {len(read)} prompts; others are held out, equal one that is, or are too long"
+                target.listener.stage(folder.name, told)
+            work = groups(learnt, settings)
         else:
             work = groups_from_nothing(target.tokenizer.bos_token_id, settings)
         answer_all(
@@ -101,16 +108,18 @@ def train(
     folder: Path,
     evaluate: Evaluate | None = None,
     teacher_top_k: int = 0,
+    evaluation: dict[str, Any] | None = None,
 ) -> tuple[Drafter, Metrics]:
     """Train ``drafter`` on a mixture of shards (each with its share) and leave it in ``folder/drafter``.
 
     With ``teacher_top_k`` the target's most likely tokens are kept beside the shards and read from there.
+    ``evaluation`` says what ``evaluate`` measures; it is one of the inputs.
 
-    Raises TrainingError if shards, drafter and target do not have the same tokens.
+    Raises TrainingError if shards, drafter and target do not have the same tokens, or a step would not fit.
     """
     for shards, _ in sources:
         check_tokens(shards.index, target, shards.folder)
-    if drafter.config.vocab_size > target.vocab_size:
+    if drafter.config.vocab_size != target.vocab_size:
         raise TrainingError(
             f"the drafter has a vocabulary of {drafter.config.vocab_size} and {target.name} one of {target.vocab_size}"
             "; start from a drafter made for this target"
@@ -119,13 +128,15 @@ def train(
         "drafter": weights_fingerprint(drafter),
         "shards": [[shards.fingerprint, share] for shards, share in sources],
         "tokenizer": target.tokens,
-        "target": target.fingerprint if loss.needs_target else None,
+        "target": target.fingerprint if loss.needs_target or evaluate else None,
+        "evaluation": evaluation if evaluate else None,
         "teacher_top_k": teacher_top_k,
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT},
     }
+    check_loss(loss, settings, teacher_top_k)
     out = folder / "drafter"
-    if not begin(folder, inputs):
+    if not begin(folder, inputs, CHANGEABLE):
         trained = Drafter.load(out)
         return trained, json.loads((folder / "stage.json").read_text())["result"]
     target.listener.stage(
@@ -163,14 +174,24 @@ def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingS
     return training_bytes(drafter.config, settings, processes, *beside)
 
 
-def teacher_of(target: Target, batches: Mixture, settings: TrainingSettings, top_k: int) -> Teacher:
-    if not top_k:
-        return OnlineTeacher(target.model)
-    if len(settings.temperatures) > 1:
+def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
+    """Raises InvalidRequestError for settings that do not go together."""
+    if loss.needs_target and top_k and len(settings.temperatures) > 1:
         raise InvalidRequestError(
             f"temperatures are {settings.temperatures} and teacher_top_k {top_k}; what is stored is of one temperature:"
             " use one, or teacher_top_k 0"
         )
+    parts = settings.accumulate * mx.distributed.init().size()
+    if loss.needs_batch_statistics and parts > 1:
+        raise InvalidRequestError(
+            f"statistics are of the batch, and it is worked off in {parts} parts; use statistics position, or one "
+            "process and accumulate 1"
+        )
+
+
+def teacher_of(target: Target, batches: Mixture, settings: TrainingSettings, top_k: int) -> Teacher:
+    if not top_k:
+        return OnlineTeacher(target.model)
     return CachedTeacher(target.model, batches, target.vocab_size, top_k, settings.temperatures[0], target.fingerprint)
 
 
@@ -196,8 +217,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def start_from(name: str | Path, target: Target) -> Drafter:
-    """A drafter to go on with. Raises ModelLoadError or InvalidRequestError if it is none."""
+    """A drafter to go on with. Raises an MlxspecError if it is none, or one with other tokens than the target."""
     folder = resolved(name)
     if "quantization" in read_config(folder):
         raise InvalidRequestError(f"{folder} is quantised and cannot be trained; start from the unquantised drafter")
+    if any((folder / file).exists() for file in TOKENIZER_FILES):
+        check_same_tokens(target.tokenizer, read_tokenizer(folder))
     return Drafter.load(folder, mx.float32)

@@ -17,11 +17,12 @@ from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.loading import read_config, read_model, read_tokenizer, resolved
 from mlxspec.models.memory import declared_context
 from mlxspec.models.quantizing import dequantized
+from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines
 from mlxspec.training.trainer import Metrics
 
-SAMPLED = 2**20  # bytes at both ends of a file
+SAMPLES, SAMPLED = 256, 2**14  # places in a file that its fingerprint looks at, and bytes at each
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Target:
         return fingerprint(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]), config)
 
     def new_drafter(self, shape: DrafterShape, seed: int) -> Drafter:
-        bos, eos = self.tokenizer.bos_token_id, min(self.tokenizer.eos_token_ids, default=None)
+        bos, eos = self.tokenizer.bos_token_id, end_token(self.tokenizer)
         context = self.context or 2048
         mx.random.seed(seed)
         return Drafter(
@@ -109,7 +110,7 @@ class Target:
 
 
 def fingerprint(files: Iterable[Path], beside: str = "") -> str:
-    """Of the files' sizes and both their ends, and of a text, wherever the files are.
+    """Of the files' content (of a large one, of samples all over it) and of a text, wherever the files are.
 
     Raises TrainingError for a file that cannot be read.
     """
@@ -117,9 +118,14 @@ def fingerprint(files: Iterable[Path], beside: str = "") -> str:
     for file in files:
         try:
             with file.open("rb") as content:
-                digest.update(f"{file.stat().st_size}".encode() + content.read(SAMPLED))
-                content.seek(max(0, file.stat().st_size - SAMPLED))
-                digest.update(content.read())
+                size = file.stat().st_size
+                digest.update(f"{size}".encode())
+                if size <= SAMPLES * SAMPLED:
+                    digest.update(content.read())
+                    continue
+                for sample in range(SAMPLES):
+                    content.seek(sample * (size - SAMPLED) // (SAMPLES - 1))
+                    digest.update(content.read(SAMPLED))
         except OSError as error:
             raise TrainingError(f"{file} cannot be read ({error.strerror}); make it readable or leave it out") from None
     return digest.hexdigest()[:16]

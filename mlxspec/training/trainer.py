@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from mlx.utils import tree_map
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
-from mlxspec.training.checkpoint import load_checkpoint, save_checkpoint
-from mlxspec.training.files import writing
+from mlxspec.training.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
+from mlxspec.training.files import read_metrics, write_whole, writing
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Batch, Objective, Teacher
-from mlxspec.training.processes import is_first, wait_for_all
+from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
 
 Metrics = dict[str, float]
 Evaluate = Callable[[Drafter], Metrics]  # "block_efficiency" decides which drafter is kept
@@ -136,17 +137,32 @@ class Trainer:
         self.optimizer.init(self.drafter.trainable_parameters())
         found = load_checkpoint(self.folder, self.drafter, self.optimizer) or {"step": 0, "best": {}}
         start, self.best = found["step"], found["best"]
+        if as_the_first_says(start) != start:
+            raise TrainingError(f"{self.folder} is not the same for all processes; use a folder that all of them share")
         self._compile()
         self._forget_metrics_after(start)
         for step in range(start, self.settings.steps):
-            self._train(step)
-            done = step + 1
+            metrics, done = self._train(step), step + 1
+            self.report(done, metrics)
+            if self._due(done, self.settings.log_every):
+                self._log(done, metrics)
             if self.evaluate and self._due(done, self.settings.evaluate_every):
                 self._keep_if_best(done)
             if self._due(done, self.settings.checkpoint_every):
                 self._save(done)
         self._restore_best()
         return self.best
+
+    def trial_seconds(self, steps: int = 3) -> float:
+        """Time of a step, tried out; the first one, which compiles, is not counted. The drafter is changed by it."""
+        self.drafter.set_dtype(mx.float32)
+        self.optimizer.init(self.drafter.trainable_parameters())
+        self._compile()
+        self._train(0)
+        began = time.perf_counter()
+        for step in range(1, steps):
+            self._train(step)
+        return (time.perf_counter() - began) / (steps - 1)
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.settings.steps or bool(every and done % every == 0)
@@ -182,7 +198,7 @@ class Trainer:
         self.optimizer.update(self.drafter, gradients)
         return mx.concatenate([values, norm[None]])
 
-    def _train(self, step: int) -> None:
+    def _train(self, step: int) -> Metrics:
         began = time.perf_counter()
         rate = self.settings.rate(step)
         self.optimizer.learning_rate = mx.array(rate)
@@ -199,18 +215,25 @@ class Trainer:
         mx.eval(result, self._state)
         loss, alpha, norm = result.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = self._drop_checkpoint(step)
             raise TrainingError(
                 f"step {step + 1}: the loss is {loss} and its gradient {norm} (rows {self.batches.choice(step)[:3]} "
-                f"and on); the last good checkpoint is in {self.folder}; use a lower learning_rate"
+                f"and on); {kept}; use a lower learning_rate or clip and run the command again, it goes on from there"
             )
         seconds = time.perf_counter() - began
         speed = self.settings.batch * self.settings.length / seconds
         metrics = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
         if alpha:
             metrics["acceptance_rate"] = alpha
-        self.report(step + 1, metrics)
-        if self._due(step + 1, self.settings.log_every):
-            self._log(step + 1, metrics)
+        return metrics
+
+    def _drop_checkpoint(self, step: int) -> str:
+        """Of weights whose loss is no number there must be no checkpoint; says which one is the last good one."""
+        wait_for_all()
+        if is_first():
+            shutil.rmtree(self.folder / checkpoint_name(step), ignore_errors=True)
+        found = checkpoints(self.folder)
+        return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def _parts(self, step: int) -> list[Batch]:
         """This process's share of the step's rows, in as many parts as are asked for."""
@@ -235,7 +258,8 @@ class Trainer:
 
     def _keep_if_best(self, done: int) -> None:
         metrics = {"step": done, **self.evaluate(self.drafter)}
-        if metrics["block_efficiency"] > self.best.get("block_efficiency", 0):
+        # Processes may round differently, and must agree.
+        if as_the_first_says(metrics["block_efficiency"] > self.best.get("block_efficiency", 0)):
             self.best = metrics
             if is_first():
                 with writing(self.folder / "best"):
@@ -265,6 +289,6 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         if is_first() and path.exists():
-            # A line without its newline is what a killed process was writing.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
+            with writing(path):
+                write_whole(path, lines)

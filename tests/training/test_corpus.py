@@ -9,6 +9,7 @@ import pytest
 import mlxspec
 from mlxspec.errors import TrainingError
 from mlxspec.models.loading import DEMO, read_tokenizer
+from mlxspec.training import corpus
 from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, records, tokenize_corpus
 from mlxspec.training.shards import TokenShards
 
@@ -45,6 +46,29 @@ def test_a_corpus_becomes_tokens_with_bos_and_eos_all_to_be_learnt_but_the_bos(t
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert tokenizer.eos_token_id not in ids[1:-1]  # what a text spells is no control token
         assert mask.tolist() == [0] + [1] * (len(ids) - 1)
+
+
+def test_a_long_text_is_cut_after_a_line_and_nothing_of_it_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_TEXT", 50)
+    text = "".join(f"Line number {n} of the text.\n" for n in range(9))
+    (tmp_path / "a.txt").write_text(text)
+    found = list(records([tmp_path / "a.txt"], BadLines()))
+    assert "\n".join(record.content for record in found) == text.strip()
+    assert [record.where.rsplit(":")[-1] for record in found] == ["1", "3", "5", "7", "9"]
+    assert found[-1].bytes == len(text)
+
+
+def test_documents_are_encoded_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_TEXT", 10)
+    some = [corpus.Record(text, False, "", 0) for text in ("x" * 4, "x" * 30, "y", "z")]
+    assert [len(group) for group in corpus.grouped(some)] == [2, 2]
+
+
+def test_a_damaged_gzip_is_named(tmp_path):
+    whole = gzip.compress(b'{"text": "a story"}\n' * 500)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:20] + b"\xff\xff" + whole[22:])
+    with pytest.raises(TrainingError, match=r"a\.jsonl\.gz cannot be read"):
+        list(records([tmp_path / "a.jsonl.gz"], BadLines()))
 
 
 def test_bad_lines_are_counted_named_and_skipped(tmp_path, tokenizer):

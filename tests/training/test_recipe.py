@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from mlxspec import InvalidRequestError
+from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
+from mlxspec.training.corpus import split_prompts
 from mlxspec.training.recipe import Recipe
 from mlxspec.training.responses import AnswerSettings, groups, validated
 from mlxspec.training.shards import TokenShards
@@ -102,6 +104,51 @@ def test_three_stages_make_a_drafter_that_serves_and_a_second_run_skips_them(rec
     assert (second.out, second.err) == (first.out, "")
 
 
+def test_a_dry_run_tells_what_each_stage_costs_and_makes_nothing(recipe, mlxspec_command):
+    outcome = mlxspec_command("train", "run", str(recipe), "--dry-run")
+    assert outcome.status == 0
+    assert not recipe.with_suffix("").exists()
+    lines = {line.split()[0]: line for line in outcome.out.splitlines()}
+    assert " ".join(lines) == "target drafter folder text pretrain answers finetune-1 finetune-2 in"
+    assert "vocabulary of 2048" in lines["target"]
+    assert "6 steps of 128 positions" in lines["pretrain"]
+    assert re.search(r"768 tokens, 0\.\d GB of memory, about \d+ s", lines["pretrain"])
+    assert "56 answers in 8 groups" in lines["answers"]  # of 30 prompts, 2 are held out
+    assert lines["in"].endswith("and the evaluations")
+
+
+def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    guessed = mlxspec_command("train", "run", str(recipe), "--dry-run").out
+    mlxspec_command("train", "run", str(recipe))
+    planned = mlxspec_command("train", "run", str(recipe), "--dry-run").out
+    tokens = TokenShards(recipe.with_suffix("") / "text" / "tokens").index.tokens
+    assert f": {tokens:,} tokens, done" in planned
+    assert f": {tokens:,} tokens, about" in guessed  # all of so small a corpus was tried
+    assert planned.splitlines()[-1] == "in all     about 0 s"
+
+
+def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    assert (recipe.with_suffix("") / "curves.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("room", [1000, 20_000])
+def test_a_disk_that_is_full_ends_in_one_line_and_the_run_goes_on_when_there_is_room(recipe, room):
+    """A limit on the size of files stands for it: writing fails in the shards, or in a checkpoint."""
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    full = subprocess.run(command(recipe), capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2
+    assert re.search(r"^error: .* cannot be written \(.*\); make room and run the command again", full.stderr, re.M)
+    assert "Traceback" not in full.stderr
+    subprocess.run(command(recipe), check=True, capture_output=True)
+
+
 def test_changed_settings_are_refused_with_what_changed(recipe, mlxspec_command):
     short = recipe.read_text().split("[distill]")[0]
     recipe.write_text(short)
@@ -146,6 +193,13 @@ def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command)
         ("target =", "target ", "is not TOML"),
         ('data = ["stories.jsonl"]', 'data = ["nothing.jsonl"]', "nothing.jsonl: no such file, folder or pattern"),
         ("max_tokens = 12", "max_tokens = 4000", "context of 1024 tokens has no room for a prompt and 4000 tokens"),
+        ("log_every = 1", "log_every = 1\nmix = 1.5", "finetune: mix is 1.5; use a number in [0, 1)"),
+        ("count = 2", "count = 2\ntemperatures = []", "evaluation: temperatures are (); use numbers of 0 to 10"),
+        ("count = 2", "count = 40", "there are 30 prompts and 40 are held out for evaluation"),
+        ("group = 8", "group = 8\nseed = -1", "distill: seed is -1; use a number in [0, 2**32)"),
+        ('prompts = ["stories.jsonl"]', "", "without prompts, say how many texts with samples"),
+        ('loss = "kld"', "teacher_top_k = 4\ntemperatures = [0.5, 1]", "what is stored is of one temperature"),
+        ('loss = "kld"', 'statistics = "batch"\naccumulate = 2', "the batch, and it is worked off in 2 parts"),
         (
             "batch = 4\nlength = 32",
             "batch = 5\nlength = 32\naccumulate = 2",
@@ -163,10 +217,76 @@ def test_a_wrong_recipe_ends_in_one_line(recipe, mlxspec_command, old, new, comp
     assert "Traceback" not in outcome.err
 
 
+def test_what_was_refused_can_be_put_right_in_the_same_folder(recipe, mlxspec_command):
+    good = recipe.read_text()
+    recipe.write_text(good.replace("max_tokens = 12", "max_tokens = 4000"))
+    assert "use fewer max_tokens" in mlxspec_command("train", "run", str(recipe)).err
+    recipe.write_text(good)
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+
+
+def test_a_run_is_the_same_by_whatever_path_it_is_named(recipe, mlxspec_command, monkeypatch):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    monkeypatch.chdir(recipe.parent)
+    again = mlxspec_command("train", "run", recipe.name)
+    assert (again.status, again.err) == (0, "")
+
+
+def test_other_evaluation_settings_are_not_passed_over(recipe, mlxspec_command):
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    recipe.write_text(recipe.read_text().replace("max_tokens = 8", "max_tokens = 9"))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert "finetune-2 was begun with evaluation" in outcome.err
+
+
+def test_prompts_that_are_held_out_are_not_learnt():
+    prompts = [[n % 5] for n in range(12)]  # [0] … [4], again and again
+    learnt, kept = split_prompts(prompts, 2, max_tokens=10, context=None)
+    assert kept == [[0], [1]]
+    assert {prompt[0] for prompt in learnt} == {2, 3, 4}
+    assert split_prompts(prompts, 0, 10, None) == (prompts, [])
+    assert split_prompts([[1], [2] * 20], 0, max_tokens=10, context=20)[0] == [[1]]
+
+
+def test_a_drafter_with_other_tokens_than_the_target_is_refused(recipe, mlxspec_command, tmp_path):
+    answers = str(recipe.parent / "answers")
+    target = ["--target", str(DEMO / "target")]
+    mlxspec_command("train", "distill", *target, "--prompts", str(recipe.parent / "stories.jsonl"), "--max-tokens=4",
+                    "--temperatures=1", "--out", answers)  # fmt: skip
+    small = tmp_path / "small"
+    Drafter(DrafterConfig(64, 16, 32, 1, 2)).save(small)
+    options = ["--drafter", str(small), "--answers", answers, "--out", str(tmp_path / "out")]
+    outcome = mlxspec_command("train", "finetune", *target, *options)
+    assert outcome.status == 2
+    assert "the drafter has a vocabulary of 64" in outcome.err
+    renamed = json.loads((DEMO / "drafter" / "tokenizer.json").read_text())
+    vocabulary = renamed["model"]["vocab"]
+    vocabulary["!"], vocabulary["a"] = vocabulary["a"], vocabulary["!"]
+    Drafter(DrafterConfig(2048, 16, 32, 1, 2)).save(small)
+    (small / "tokenizer.json").write_text(json.dumps(renamed))
+    shutil.copy(DEMO / "drafter" / "tokenizer_config.json", small)
+    outcome = mlxspec_command("train", "finetune", *target, *options)
+    assert outcome.status == 2
+    assert "token" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 def test_a_recipe_that_is_not_there_is_named(mlxspec_command, tmp_path):
     outcome = mlxspec_command("train", "run", str(tmp_path / "none.toml"))
     assert outcome.status == 2
     assert "none.toml cannot be read" in outcome.err
+
+
+def test_text_that_was_changed_since_is_refused(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    with (recipe.parent / "stories.jsonl").open("a") as file:
+        file.write('\n{"text": "One more."}\n')
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert "text was begun with content" in outcome.err
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe, mlxspec_command):
@@ -189,10 +309,10 @@ def test_paths_are_beside_the_recipe_and_numbers_are_converted(recipe):
 
 def test_every_prompt_is_answered_at_every_temperature_as_often_as_asked():
     work = groups([[n] for n in range(10)], AnswerSettings(temperatures=(0.0, 1.0), samples=2, group=4))
-    assert [group.number for group in work] == list(range(12))
-    for temperature in (0.0, 1.0):
+    assert [group.number for group in work] == list(range(9))
+    for temperature, times in ((0.0, 1), (1.0, 2)):  # at 0, a second answer would be the first
         answered = [prompt for group in work if group.temperature == temperature for prompt in group.prompts]
-        assert sorted(answered) == sorted([[n] for n in range(10)] * 2)
+        assert sorted(answered) == sorted([[n] for n in range(10)] * times)
 
 
 def test_answer_settings_out_of_range_are_refused():

@@ -52,10 +52,10 @@ def test_rows_hold_whole_documents_and_padding_of_which_nothing_is_learnt(tmp_pa
 
 
 def test_a_document_longer_than_a_row_goes_on_in_the_next_with_the_token_that_was_predicted_last():
-    assert packed([25], 10) == [(0, 10), (9, 19), (18, 25)]
-    assert packed([3, 25, 4], 10) == [(0, 3), (3, 13), (12, 22), (21, 28), (28, 32)]
-    assert packed([10, 19, 10], 10) == [(0, 10), (10, 20), (19, 29), (29, 39)]
-    assert packed([4, 6, 1], 10) == [(0, 10), (10, 11)]
+    assert packed([25], 10).tolist() == [[0, 10], [9, 19], [18, 25]]
+    assert packed([3, 25, 4], 10).tolist() == [[0, 3], [3, 13], [12, 22], [21, 28], [28, 32]]
+    assert packed([10, 19, 10], 10).tolist() == [[0, 10], [10, 20], [19, 29], [29, 39]]
+    assert packed([4, 6, 1], 10).tolist() == [[0, 10], [10, 11]]
 
 
 @pytest.mark.parametrize("room", [2, 5, 16, 100])
@@ -126,6 +126,23 @@ def test_shards_that_are_not_whole_are_refused_with_the_file(tmp_path):
     (tmp_path / "a" / "index.json").write_text("{}")
     with pytest.raises(TrainingError, match="damaged"):
         TokenShards(shards.folder)
+
+
+def test_damage_to_any_part_is_found_and_none_is_written_over(tmp_path):
+    for part in ("ids", "mask", "docs"):
+        shards = written(tmp_path / part, documents())
+        file = shards.folder / f"00000.{part}"
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+        with pytest.raises(TrainingError, match=rf"00000\.{part} was changed"):
+            TokenShards(shards.folder, verify=True)
+    writer = ShardWriter(tmp_path / "short", 512, "tokens")
+    writer.add([1, 2, 3], [1, 1, 1])
+    writer.commit()
+    writer.close()
+    file = tmp_path / "short" / "00000.ids"
+    file.write_bytes(file.read_bytes()[:2])
+    with pytest.raises(TrainingError, match=r"00000\.ids is not what was written"):
+        ShardWriter(tmp_path / "short", 512, "tokens")
 
 
 def test_unfinished_empty_and_foreign_shards_are_refused(tmp_path):

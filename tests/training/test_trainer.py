@@ -163,6 +163,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert all(np.array_equal(kept[name], weight) for name, weight in weights(good).items())
 
 
+def test_a_checkpoint_of_weights_that_were_destroyed_is_not_kept_as_the_last_good_one(shards, tmp_path):
+    wild = {"learning_rate": 1e30, "clip": 1e30, "warmup": 0, "checkpoint_every": 1}
+    trained(shards, tmp_path, steps=4)
+    with pytest.raises(TrainingError, match=r"the last good checkpoint is .*step-00000004; use a lower learning_rate"):
+        trained(shards, tmp_path, steps=9, **wild)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000004"]
+
+
+def test_a_damaged_line_of_metrics_does_not_stop_a_resumed_run(shards, tmp_path):
+    trained(shards, tmp_path, steps=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\0\0\0\n" + '{"step": 3, "lo')
+    trained(shards, tmp_path, steps=4)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(shards, tmp_path, monkeypatch):
     trained(shards, tmp_path, steps=2)
 
