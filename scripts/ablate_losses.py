@@ -28,7 +28,7 @@ from mlxspec.training.responses import AnswerSettings
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import TrainingSettings
+from mlxspec.training.training_settings import TrainingSettings
 
 LOSSES = {
     "ce": Loss("ce"),

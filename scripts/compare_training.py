@@ -37,7 +37,8 @@ from mlxspec.training.responses import AnswerSettings, answer_group, groups_from
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer, TrainingSettings
+from mlxspec.training.trainer import Trainer
+from mlxspec.training.training_settings import TrainingSettings
 
 SMALL = 1e-5
 

@@ -14,14 +14,15 @@ from mlxspec.models.memory import gigabytes
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
 from mlxspec.training.corpus import BadLines
+from mlxspec.training.evaluation import Evaluate, Evaluation, EvaluationSettings, evaluation_of
 from mlxspec.training.losses import Loss
 from mlxspec.training.plan import in_words, plan
 from mlxspec.training.processes import is_first
-from mlxspec.training.recipe import DistillData, EvaluationSettings, FinetuneData, Recipe, key_of
-from mlxspec.training.responses import AnswerSettings, validated
+from mlxspec.training.recipe import FinetuneData, Recipe, key_of
+from mlxspec.training.responses import AnswerSettings, DistillData, validated
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Listener, Target
-from mlxspec.training.trainer import Evaluate, TrainingSettings
+from mlxspec.training.training_settings import TrainingSettings
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the model to draft for.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for all that is made.")
@@ -125,10 +126,8 @@ def pretrain(target, data, out, drafter, prompts, **given) -> None:
         model = Target(target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
         start = stages.start_from(drafter, model) if drafter else model.new_drafter(shape, settings.seed)
-        evaluate, described = evaluation_on(model, prompts, settings)
-        _, result = stages.train(
-            model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain", evaluate, 0, described
-        )
+        evaluation = evaluation_on(model, prompts, settings)
+        _, result = stages.train(model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain", evaluation)
     tell(out / "pretrain" / "drafter", result, out / "pretrain")
 
 
@@ -165,9 +164,9 @@ def finetune(target, drafter, answers, text, prompts, out, **given) -> None:
         sources = [(TokenShards(answers / "tokens", verify=True), 1.0)]
         if text:
             sources = [(sources[0][0], 1 - data.mix), (TokenShards(text / "tokens", verify=True), data.mix)]
-        evaluate, described = evaluation_on(model, prompts, settings)
+        evaluation = evaluation_on(model, prompts, settings)
         start = stages.start_from(drafter, model)
-        _, result = stages.train(model, start, sources, loss, settings, out, evaluate, data.teacher_top_k, described)
+        _, result = stages.train(model, start, sources, loss, settings, out, evaluation, data.teacher_top_k)
     tell(out / "drafter", result, out)
 
 
@@ -178,13 +177,11 @@ def evaluator(target: Target, settings: EvaluationSettings, prompts: list[list[i
     )
 
 
-def evaluation_on(target: Target, files: tuple[str, ...], settings: TrainingSettings) -> tuple[Evaluate | None, Any]:
-    """What measures a drafter on the prompts of ``files``, and its description; None where nothing is measured."""
+def evaluation_on(target: Target, files: tuple[str, ...], settings: TrainingSettings) -> Evaluation | None:
+    """On the prompts of ``files``; None where nothing is measured."""
     if not settings.evaluate_every:
-        return None, None
-    evaluation = EvaluationSettings(files)
-    prompts = recipes.evaluation_prompts(evaluation, target)
-    return evaluator(target, evaluation, prompts), recipes.description(evaluation, prompts)
+        return None
+    return evaluation_of(EvaluationSettings(files), target, evaluator)
 
 
 def tell(folder: Path, result: dict[str, float], run: Path) -> None:

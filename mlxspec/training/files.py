@@ -9,6 +9,8 @@ from typing import Any
 
 from mlxspec.errors import TrainingError, in_one_line
 
+Metrics = dict[str, float]  # of a step, by name
+
 
 def write_whole(path: Path, content: str) -> None:
     """Aside and renamed: a reader finds the old or the new content, whatever happens meanwhile."""

@@ -13,7 +13,7 @@ from mlxspec.errors import TrainingError
 from mlxspec.models.drafter import DrafterConfig
 from mlxspec.models.memory import device_limit, gigabytes
 from mlxspec.training.chunked import CHUNK_ELEMENTS
-from mlxspec.training.trainer import TrainingSettings
+from mlxspec.training.training_settings import TrainingSettings
 
 CHUNKS_UNDER_WAY = 24  # arrays of a chunk's size, of 4 bytes an element
 HIDDEN_KEPT, INTERMEDIATE_KEPT = 10, 4  # arrays of the layer's two widths that its backward pass looks at

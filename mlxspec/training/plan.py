@@ -21,14 +21,15 @@ from mlxspec.training.losses import Loss
 from mlxspec.training.memory import check_fits
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
-from mlxspec.training.recipe import DistillData, PretrainData, Recipe, first_drafter, held_out_prompts
+from mlxspec.training.recipe import PretrainData, Recipe, first_drafter, held_out_prompts
 from mlxspec.training.record import is_complete
-from mlxspec.training.responses import AnswerSettings, answer_group, groups, groups_from_nothing
+from mlxspec.training.responses import AnswerSettings, DistillData, answer_group, groups, groups_from_nothing
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 from mlxspec.training.stages import step_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer, TrainingSettings
+from mlxspec.training.trainer import Trainer
+from mlxspec.training.training_settings import TrainingSettings
 
 TRIED_DOCUMENTS, TRIED_TOKENS = 200, (8, 24)
 

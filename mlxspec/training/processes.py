@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from mlxspec.errors import TrainingError
+
 
 def is_first() -> bool:
     return mx.distributed.init().rank() == 0
@@ -12,7 +14,11 @@ def as_the_first_says(number: int) -> int:
     group = mx.distributed.init()
     if group.size() == 1:
         return number
-    return int(mx.distributed.all_sum(mx.array(int(number) if group.rank() == 0 else 0, mx.int32), group=group).item())
+    said = mx.array(int(number) if group.rank() == 0 else 0, mx.int32)
+    try:
+        return int(mx.distributed.all_sum(said, group=group).item())
+    except RuntimeError:  # the connection is lost
+        raise TrainingError("another process has stopped, and says why; start all of them again") from None
 
 
 def wait_for_all() -> None:

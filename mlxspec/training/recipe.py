@@ -16,11 +16,8 @@ Every key is a field of the settings named below. Paths are relative to the file
 """
 
 import difflib
-import hashlib
-import json
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,12 +25,13 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training import stages
-from mlxspec.training.corpus import read_prompts, split_prompts
+from mlxspec.training.evaluation import EvaluationSettings, Evaluator, evaluation_of
+from mlxspec.training.files import Metrics
 from mlxspec.training.losses import Loss
-from mlxspec.training.responses import AnswerSettings
+from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
-from mlxspec.training.trainer import LARGEST_TEMPERATURE, Evaluate, Metrics, TrainingSettings
+from mlxspec.training.training_settings import TrainingSettings
 
 MIXED_IN = 0.1  # share of pretraining rows in finetuning, Goel et al.'s 9:1
 
@@ -41,12 +39,6 @@ MIXED_IN = 0.1  # share of pretraining rows in finetuning, Goel et al.'s 9:1
 @dataclass(frozen=True)
 class PretrainData:
     data: tuple[str, ...] = option((), "Text files, folders or patterns.")
-
-
-@dataclass(frozen=True)
-class DistillData:
-    prompts: tuple[str, ...] = option((), "Files of prompts; without, the target writes from nothing.")
-    system: str | None = option(None, "System prompt.")
 
 
 @dataclass(frozen=True)
@@ -65,35 +57,6 @@ class FinetuneData:
             raise InvalidRequestError(f"mix is {self.mix}; use a number in [0, 1)")
         if self.teacher_top_k < 0:
             raise InvalidRequestError(f"teacher_top_k is {self.teacher_top_k}; use 0 or more")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What block efficiency is measured on. Raises InvalidRequestError for a value outside its range."""
-
-    prompts: tuple[str, ...] = option(
-        (), "Files of prompts; without, the last of the distillation's, held out; without those, text from nothing."
-    )
-    count: int = option(20, "How many prompts.")
-    words: int = option(0, "Take the first words of each text only; 0: all.")
-    max_tokens: int = option(120, "Longest answer.")
-    draft_length: int = option(4, "Tokens drafted a block.")
-    temperatures: tuple[float, ...] = option((0.0, 1.0), "The mean over these is what counts.")
-
-    def __post_init__(self):
-        for name in ("count", "max_tokens", "draft_length"):
-            if getattr(self, name) < 1:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
-        if self.words < 0:
-            raise InvalidRequestError(f"words is {self.words}; use 0 (all) or more")
-        if not self.temperatures or not all(t == 0 or 1e-4 <= t <= LARGEST_TEMPERATURE for t in self.temperatures):
-            raise InvalidRequestError(
-                f"temperatures are {self.temperatures}; use numbers of 0 to {LARGEST_TEMPERATURE:g}"
-            )
-
-
-# Prompts in tokens -> what measures a drafter on them; given by the caller, as training knows nothing of decoding.
-Evaluator = Callable[[Target, EvaluationSettings, list[list[int]]], Evaluate]
 
 
 @dataclass(frozen=True)
@@ -178,19 +141,16 @@ def run(recipe: Recipe, folder: Path, target: Target, evaluator: Evaluator) -> t
     Returns the folder of the last stage's drafter and what it is worth.
     """
     drafter, result, last = first_drafter(recipe, target), {}, None
-    evaluate = described = None
+    evaluation = None
     if recipe.evaluates:
-        prompts = evaluation_prompts(recipe.evaluation, target, recipe.distill)
-        evaluate, described = evaluator(target, recipe.evaluation, prompts), description(recipe.evaluation, prompts)
+        evaluation = evaluation_of(recipe.evaluation, target, evaluator, recipe.distill)
     text: TokenShards | None = None
     if recipe.pretrain:
         data, training = recipe.pretrain
         text = stages.pretraining_shards(target, data.data, folder / "text")
         last = folder / "pretrain"
-        measured = evaluate if training.evaluate_every else None
-        drafter, result = stages.train(
-            target, drafter, [(text, 1.0)], Loss("ce"), training, last, measured, 0, described
-        )
+        measured = evaluation if training.evaluate_every else None
+        drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, last, measured)
     if recipe.distill:
         asked, answers = recipe.distill
         held_out = held_out_prompts(recipe)
@@ -198,9 +158,9 @@ def run(recipe: Recipe, folder: Path, target: Target, evaluator: Evaluator) -> t
     for number, stage in enumerate(recipe.finetune, 1):
         sources = [(shards, 1 - stage.data.mix), (text, stage.data.mix)] if text and stage.data.mix else [(shards, 1.0)]
         last = folder / f"finetune-{number}"
-        measured = evaluate if stage.training.evaluate_every else None
+        measured = evaluation if stage.training.evaluate_every else None
         drafter, result = stages.train(
-            target, drafter, sources, stage.loss, stage.training, last, measured, stage.data.teacher_top_k, described
+            target, drafter, sources, stage.loss, stage.training, last, measured, stage.data.teacher_top_k
         )
     if last is None:
         raise TrainingError("the recipe has neither pretrain nor finetune; add what is to be done")
@@ -211,31 +171,6 @@ def held_out_prompts(recipe: Recipe) -> int:
     """How many of the distillation's prompts are kept for evaluation."""
     asked, _ = recipe.distill
     return recipe.evaluation.count if recipe.evaluates and asked.prompts and not recipe.evaluation.prompts else 0
-
-
-def evaluation_prompts(
-    settings: EvaluationSettings, target: Target, distill: tuple[DistillData, AnswerSettings] | None = None
-) -> list[list[int]]:
-    """In tokens: the first of those that the settings name, or the ones that the distillation holds out.
-
-    Raises TrainingError if none leaves room for an answer.
-    """
-    asked, answers = distill or (DistillData(), None)
-    if settings.prompts:
-        read, _ = read_prompts(settings.prompts, target.tokenizer, asked.system, settings.words)
-        return split_prompts(read, 0, settings.max_tokens, target.context)[0][: settings.count]
-    if asked.prompts:
-        read, _ = read_prompts(asked.prompts, target.tokenizer, asked.system)
-        return split_prompts(read, settings.count, answers.max_tokens, target.context)[1]
-    if target.tokenizer.bos_token_id is None:
-        raise TrainingError("evaluation needs prompts: the target's tokenizer has no token to begin a text with")
-    return [[target.tokenizer.bos_token_id]] * settings.count
-
-
-def description(settings: EvaluationSettings, prompts: list[list[int]]) -> dict[str, Any]:
-    """What decides which drafter is the best, whatever the files are called."""
-    content = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-    return {**asdict(settings), "prompts": content}
 
 
 def first_drafter(recipe: Recipe, target: Target) -> Drafter:

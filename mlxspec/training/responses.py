@@ -50,6 +50,12 @@ class AnswerSettings:
 
 
 @dataclass(frozen=True)
+class DistillData:
+    prompts: tuple[str, ...] = option((), "Files of prompts; without, the target writes from nothing.")
+    system: str | None = option(None, "System prompt.")
+
+
+@dataclass(frozen=True)
 class Group:
     """Prompts that are answered at once, at one temperature."""
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -23,7 +22,8 @@ from mlxspec.models.quantizing import COPIED
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.cached_teacher import CachedTeacher
 from mlxspec.training.corpus import corpus_files, read_prompts, split_prompts, tokenize_corpus
-from mlxspec.training.files import write_json, writing
+from mlxspec.training.evaluation import Evaluation
+from mlxspec.training.files import Metrics, write_json, writing
 from mlxspec.training.losses import Loss
 from mlxspec.training.memory import check_fits, training_bytes
 from mlxspec.training.mixture import Mixture
@@ -34,7 +34,8 @@ from mlxspec.training.responses import AnswerSettings, answer_all, groups, group
 from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import Target, fingerprint
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Evaluate, Metrics, Trainer, TrainingSettings
+from mlxspec.training.trainer import Trainer
+from mlxspec.training.training_settings import TrainingSettings
 
 UNIMPORTANT = ("checkpoint_every", "log_every", "recompute")  # settings that change nothing about the result
 # What an unfinished stage may go on with other values of: where a loss stopped being a number, or memory ran out.
@@ -106,14 +107,12 @@ def train(
     loss: Loss,
     settings: TrainingSettings,
     folder: Path,
-    evaluate: Evaluate | None = None,
+    evaluation: Evaluation | None = None,
     teacher_top_k: int = 0,
-    evaluation: dict[str, Any] | None = None,
 ) -> tuple[Drafter, Metrics]:
     """Train ``drafter`` on a mixture of shards (each with its share) and leave it in ``folder/drafter``.
 
     With ``teacher_top_k`` the target's most likely tokens are kept beside the shards and read from there.
-    ``evaluation`` says what ``evaluate`` measures; it is one of the inputs.
 
     Raises TrainingError if shards, drafter and target do not have the same tokens, or a step would not fit.
     """
@@ -128,8 +127,8 @@ def train(
         "drafter": weights_fingerprint(drafter),
         "shards": [[shards.fingerprint, share] for shards, share in sources],
         "tokenizer": target.tokens,
-        "target": target.fingerprint if loss.needs_target or evaluate else None,
-        "evaluation": evaluation if evaluate else None,
+        "target": target.fingerprint if loss.needs_target or evaluation else None,
+        "evaluation": evaluation.described if evaluation else None,
         "teacher_top_k": teacher_top_k,
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT},
@@ -153,7 +152,7 @@ def train(
         batches,
         settings,
         folder,
-        evaluate,
+        evaluation.measure if evaluation else None,
         teacher,
         partial(target.listener.step, settings.steps),
     )

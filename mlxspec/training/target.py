@@ -20,7 +20,7 @@ from mlxspec.models.quantizing import dequantized
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines
-from mlxspec.training.trainer import Metrics
+from mlxspec.training.files import Metrics
 
 SAMPLES, SAMPLED = 256, 2**14  # places in a file that its fingerprint looks at, and bytes at each
 

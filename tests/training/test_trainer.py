@@ -18,7 +18,8 @@ from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer, TrainingSettings
+from mlxspec.training.trainer import Trainer
+from mlxspec.training.training_settings import TrainingSettings
 from tests.conftest import random_llama
 
 V = 32
