@@ -38,12 +38,12 @@ LOSSES = {
     "tvd": Loss("tvd"),
     "nla": Loss("nla"),
     "lk-hybrid": Loss("lk-hybrid"),
-    "tvd++, position": Loss("tvd++"),
     "tvd++, position, ε 0.1": Loss("tvd++", epsilon=0.1),
-    "tvd++, batch": Loss("tvd++", statistics="batch"),
+    "tvd++, position, ε 1e-5": Loss("tvd++", epsilon=1e-5),
+    "tvd++, batch": Loss("tvd++", statistics="batch", epsilon=1e-5),
     "tvd++, 8 samples, position": Loss("tvd++", "8", epsilon=0.1),
-    "tvd++, 8 samples, batch": Loss("tvd++", "8", "batch"),
-    "tvd++, vocabulary": Loss("tvd++", weighting="vocabulary"),
+    "tvd++, 8 samples, batch": Loss("tvd++", "8", "batch", epsilon=1e-5),
+    "tvd++, vocabulary": Loss("tvd++", weighting="vocabulary", epsilon=1e-5),
 }
 TRUNCATIONS = {"tvd, online": 0, "tvd, k = 8": 8, "tvd, k = 32": 32}  # of the teacher, beside the k of all others
 MEASURES = {"acceptance_rate": "α", "block_efficiency_at_0": "τ, T = 0", "block_efficiency_at_1": "τ, T = 1"}

@@ -40,7 +40,7 @@ from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer
 from mlxspec.training.training_settings import TrainingSettings
 
-SMALL = 1e-5
+EPSILON = Loss.epsilon
 
 
 def plain_divergence(name: str, p: mx.array, log_p: mx.array, q: mx.array, log_q: mx.array) -> mx.array:
@@ -51,7 +51,7 @@ def plain_divergence(name: str, p: mx.array, log_p: mx.array, q: mx.array, log_q
         fixed = mx.stop_gradient(q)
         reward = (p > fixed).astype(mx.float32)
         mean = (fixed * reward).sum(-1, keepdims=True)
-        return -(fixed * (reward - mean) / (mx.sqrt(mean * (1 - mean)) + SMALL) * log_q).sum(-1)
+        return -(fixed * (reward - mean) / (mx.sqrt(mean * (1 - mean)) + EPSILON) * log_q).sum(-1)
     if name == "jsd":
         log_m = mx.logaddexp(log_p, log_q) - np.log(2)
         return (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2

@@ -117,7 +117,7 @@ class Loss:
     weighting: str = option(
         "drafter", "tvd++: tokens weigh as q has them, or all the same.", choices=lambda: ["drafter", "vocabulary"]
     )
-    epsilon: float = option(1e-5, "tvd++: added to the spread that divides the reward.")
+    epsilon: float = option(0.1, "tvd++: added to the spread that divides the reward.")
 
     def __post_init__(self):
         for name, known in (
