@@ -63,7 +63,7 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
     """On the demo target instead of a large one, and small."""
     monkeypatch.chdir(tmp_path)
     lines = "".join(
-        json.dumps({"text": f"One day, {n} dogs went to the park to play with a ball."}) + "\n" for n in range(60)
+        json.dumps({"text": f"One day, {n} dogs went to the park to play with a ball."}) + "\n" for n in range(22)
     )
     for name in ("text/stories.jsonl", "prompts.jsonl"):
         Path(name).parent.mkdir(exist_ok=True)
