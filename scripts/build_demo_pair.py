@@ -130,7 +130,7 @@ def save_drafter(trained: Path, folder: Path) -> None:
 @click.option("--stories", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=DEMO, show_default=True)
-@click.option("--samples", default=5120, show_default=True, help="Stories to draw from the teacher.")
+@click.option("--samples", default=14000, show_default=True, help="Stories to draw from the teacher.")
 @click.option("--scale", default=1.0, show_default=True, help="Of all steps and samples of the recipes.")
 def main(teacher, stories, work, out, samples, scale):
     work.mkdir(parents=True, exist_ok=True)

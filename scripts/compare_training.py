@@ -33,7 +33,7 @@ from mlxspec.training.chunked import Positions, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Loss
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
-from mlxspec.training.responses import AnswerSettings, answer_group, groups_from_nothing
+from mlxspec.training.responses import AnswerSettings, Group, answer_group
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
@@ -307,7 +307,7 @@ def answers(target, drafter, sizes, tokens, rounds):
 
     def batched(size: int) -> Callable[[], float]:
         settings = AnswerSettings((1.0,), 1.0, size, tokens, size)
-        (work,) = groups_from_nothing(known.tokenizer.bos_token_id, settings)
+        work = Group(0, [[known.tokenizer.bos_token_id]] * size, 1.0)
 
         def run() -> float:
             start = time.perf_counter()

@@ -69,7 +69,7 @@ def test_the_ablation_trains_with_each_loss_and_goes_on_where_it_was(tmp_path, s
         ("throughput", ["--vocabulary", 64, "--hidden", 16, "--intermediate", 32, "--layers", 1, "--heads", 2]),
         ("distill", ["--vocabulary", 64, "--hidden", 16, "--intermediate", 32, "--layers", 1, "--heads", 2,
                      "--target-hidden", 32, "--target-layers", 1]),
-        ("answers", ["--tokens", 4, "--group", 2]),
+        ("answers", ["--tokens", 4, "--group", 1, "--group", 2]),
     ],
 )  # fmt: skip
 def test_the_costs_of_training_are_measured(what, options):
