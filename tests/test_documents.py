@@ -95,7 +95,7 @@ def test_a_program_of_the_readme_works(program, tmp_path):
 
 
 # What a maintainer runs by hand: measurements and training, whose small versions are in test_scripts.py.
-BY_HAND = ("export LD_PRELOAD", "python scripts/")
+BY_HAND = ("export LD_PRELOAD", "python scripts/", "mlxspec train run stories260k")
 
 
 @pytest.mark.parametrize("command", commands(CONTRIBUTING))

@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.utils import load_model
 
 import mlxspec
+from mlxspec.training.recipe import Recipe
 from tests.conftest import shared
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -36,6 +37,11 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
         "mlx-lm plain", "mlx-lm speculative", "mlxspec", "mlxspec, nothing drafted"
     }  # fmt: skip
     assert all(rate > 0 for rates in record["rates"].values() for rate in rates)
+
+
+@pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("*.toml")), ids=lambda path: path.name)
+def test_a_recipe_can_be_read(recipe):
+    assert Recipe.read(recipe).trainings
 
 
 @pytest.mark.slow
