@@ -64,7 +64,7 @@ def plan(recipe: Recipe, folder: Path, target: Target) -> Iterator[PlannedStage]
         yield stage
     for number, stage in enumerate(recipe.finetune, 1):
         name, mix = f"finetune-{number}", stage.data.mix if text_tokens else 0.0
-        source = answer_tokens / max(1 - mix, 1e-9)
+        source = answer_tokens / (1 - mix)  # with the text that is mixed in
         planned = plan_training(name, drafter, stage.loss, stage.training, folder / name, target, source)
         # For each token the ids and log-probabilities of the k most likely.
         kept = stage.data.teacher_top_k * (4 if target.vocab_size <= 2**16 else 6)
@@ -83,7 +83,9 @@ def plan_text(data: PretrainData, folder: Path, target: Target) -> PlannedStage:
     return PlannedStage("text", what, round(tokens / share), seconds=(time.perf_counter() - began) / share)
 
 
-def plan_answers(asked: DistillData, settings: AnswerSettings, held_out: int, folder: Path, target: Target):
+def plan_answers(
+    asked: DistillData, settings: AnswerSettings, held_out: int, folder: Path, target: Target
+) -> PlannedStage:
     if asked.prompts:
         prompts, _ = read_prompts(asked.prompts, target.tokenizer, asked.system)
         learnt, _ = split_prompts(prompts, held_out, settings.max_tokens, target.context)
