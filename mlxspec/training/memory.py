@@ -15,7 +15,8 @@ from mlxspec.models.memory import device_limit, gigabytes
 from mlxspec.training.chunked import CHUNK_ELEMENTS
 from mlxspec.training.training_settings import TrainingSettings
 
-CHUNKS_UNDER_WAY = 24  # arrays of a chunk's size, of 4 bytes an element
+CHUNKS_UNDER_WAY = 2  # the next one is begun before the last one's memory is free
+CHUNK_ARRAYS = 12  # arrays of a chunk's size that its loss and gradient take, of 4 bytes an element
 HIDDEN_KEPT, INTERMEDIATE_KEPT = 10, 4  # arrays of the layer's two widths that its backward pass looks at
 
 
@@ -37,7 +38,7 @@ def training_bytes(
     )  # fmt: skip
     inputs = positions * number * config.hidden_size * config.num_hidden_layers
     layers = inputs + layer if settings.recompute else layer * config.num_hidden_layers
-    chunks = CHUNKS_UNDER_WAY * 4 * min(CHUNK_ELEMENTS, positions * config.vocab_size)
+    chunks = 4 * CHUNK_ARRAYS * min(CHUNKS_UNDER_WAY * CHUNK_ELEMENTS, positions * config.vocab_size)
     return weights + layers + chunks + target_bytes + target_pass_bytes(target_config or {}, positions, settings)
 
 
