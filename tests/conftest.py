@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 
 import mlxspec
 from mlxspec.cli import main
+from mlxspec.decoding import calibration
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -102,6 +103,15 @@ def stories_drafters(stories, stories_folder) -> dict:
         "prompt lookup": mlxspec.PromptLookup(),
         "none": None,
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def costs_of_its_own(tmp_path_factory):
+    """What blocks cost is measured here, as on a new machine, and not left in the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "cache_folder", lambda: folder)
+        yield
 
 
 class Outcome(NamedTuple):

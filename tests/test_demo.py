@@ -35,7 +35,7 @@ def test_its_greedy_story_is_mlx_lms_own_and_comes_to_an_end(demo):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_its_drafter_earns_its_keep(demo, temperature):
-    decoder = SpeculativeDecoder(demo, Sampling(temperature, seed=0))
+    decoder = SpeculativeDecoder(demo, Sampling(temperature, seed=0), draft_length=4)
     for _ in decoder.stream("Once upon a time", max_tokens=200):
         pass
     assert decoder.stats.block_efficiency > 2

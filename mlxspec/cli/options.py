@@ -13,6 +13,7 @@ from mlxspec import DecodingStats, Sampling, SpeculativeDecoder
 from mlxspec.decoding.decoder import Progress
 from mlxspec.decoding.verification import RULES
 
+WHO = {"model": "drafted by the model", "lookup": "by prompt lookup", "none": "without a draft"}
 LONG_PROMPT = 512  # tokens from which a progress bar is worth its flicker
 
 
@@ -30,12 +31,20 @@ class DraftLength(click.ParamType):
 
 MODEL_OPTIONS = [
     click.option("--target", help="Folder, hub id or short name of the model.  [default: the embedded demo model]"),
-    click.option("--drafter", help='The same for its drafter, or "lookup" or "none".  [default: the demo\'s own]'),
+    click.option(
+        "--drafter",
+        help='The same for its drafter, or "lookup" or "none". NAME+lookup: whichever is faster for the text at hand; '
+        "auto: that, with the drafter that belongs to the target.  [default: the demo's own]",
+    ),
     click.option(
         "--quantize", help="4, 8, mxfp4 or nvfp4: quantise the target, once, and keep the copy; none: do not."
     ),
     click.option(
-        "--draft-length", type=DraftLength(), default="auto", show_default=True, help="Tokens drafted a block; 0: none."
+        "--draft-length",
+        type=DraftLength(),
+        default="auto",
+        show_default=True,
+        help="Tokens drafted a block; 0: none; auto: what is fastest by measured cost and acceptance.",
     ),
     click.option("--verification", type=click.Choice(list(RULES)), default="block", show_default=True),
 ]
@@ -88,12 +97,13 @@ def summary(stats: DecodingStats) -> str:
 
 
 def detailed(stats: DecodingStats) -> str:
-    by_position = [f"{count / stats.blocks:.2f}" for count in stats.accepted_at]
+    by_position = [f"{a / n:.2f}" for a, n in zip(stats.accepted_at, stats.drafted_at, strict=True)]
+    by = ", ".join(f"{count} {WHO[name]}" for name, count in stats.blocks_by.items())
     reused = f", {stats.prompt_tokens_reused} of them known already" if stats.prompt_tokens_reused else ""
     return "\n".join([
         summary(stats),
         f"prompt           {stats.prompt_tokens} tokens in {stats.prompt_seconds:.2f} s{reused}",
-        f"decoding         {stats.blocks} blocks in {stats.decode_seconds:.2f} s",
+        f"decoding         {stats.blocks} blocks in {stats.decode_seconds:.2f} s: {by or '-'}",
         f"drafted          {stats.drafted} tokens, {stats.draft_length:.1f} a block; {stats.accepted} accepted",
         f"by position      {' '.join(by_position) or '-'}",
         f"peak memory      {stats.peak_memory_bytes / 1e6:.0f} MB",

@@ -57,18 +57,40 @@ def block_graph(parts: BlockParts, state: State) -> tuple[mx.array, State]:
     }
 
 
-class CompiledBlock:
-    """``block_graph``, compiled with the weights of ``models`` as inputs.
+class Weights:
+    """The arrays of some models as they were when they were last noted.
 
-    As inputs, since a compiled function keeps arrays that it closes over as they were when it was traced, and a drafter
-    trained further would go on drafting with its old weights. MLX puts tracers in their place while it traces, and
-    leaves them there if it is interrupted; so the weights are noted beforehand and put back.
+    MLX puts tracers in their place while it traces a function that has them as inputs, and leaves them there if it is
+    interrupted; and a cache is of no use once the weights are others.
     """
 
-    def __init__(self, parts: BlockParts, models: list[nn.Module]):
+    def __init__(self, models: list[nn.Module]):
+        self.models = models
+        self._noted: list[tuple[nn.Module, str, mx.array]] = []
+
+    def note(self) -> bool:
+        """Note the weights as they are now; whether they are those noted before."""
+        before, self._noted = self._noted, list(arrays(self.models))
+        if len(before) != len(self._noted):
+            return False
+        return all(old[2] is new[2] for old, new in zip(before, self._noted, strict=True))
+
+    def restore(self) -> None:
+        for module, name, array in self._noted:
+            module[name] = array
+
+
+class CompiledBlock:
+    """``block_graph``, compiled with the weights of ``models``, some of those of ``weights``, as inputs.
+
+    As inputs, since a compiled function keeps arrays that it closes over as they were when it was traced, and a drafter
+    trained further would go on drafting with its old weights.
+    """
+
+    def __init__(self, parts: BlockParts, models: list[nn.Module], weights: Weights):
         self._parts = parts
         self._models = models
-        self._noted: list[tuple[nn.Module, str, mx.array]] = []
+        self._weights = weights
         self._compile()
 
     def _compile(self) -> None:
@@ -82,25 +104,17 @@ class CompiledBlock:
         self._traces = traces
         self._graph = mx.compile(graph, inputs=[model.state for model in self._models])
 
-    def note_weights(self) -> bool:
-        """Note the weights as they are now; whether they are those noted before."""
-        before, self._noted = self._noted, list(arrays(self._models))
-        if len(before) != len(self._noted):
-            return False
-        return all(old[2] is new[2] for old, new in zip(before, self._noted, strict=True))
-
     def __call__(self, state: State) -> tuple[mx.array, State]:
         try:
             result = self._graph(state)
         except BaseException:
-            for module, name, array in self._noted:
-                module[name] = array
+            self._weights.restore()
             self._compile()
             raise
         if self._traces:
             # The weights are back in their places, but as new Python objects.
             self._traces.clear()
-            self.note_weights()
+            self._weights.note()
         return result
 
 

@@ -1,6 +1,6 @@
 """Speculative decoding: keep two blocks in flight, read the result of each once, cut what comes out of them.
 
-What happens inside a block is in ``block.py``.
+What happens inside a block is in ``block.py``; who drafts how many tokens, in ``draft_length.py``.
 """
 
 import os
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxspec.decoding.block import BlockParts, CompiledBlock, State
+from mlxspec.decoding.block import BlockParts, CompiledBlock, State, Weights
 from mlxspec.decoding.cache import CachedModel, with_room
-from mlxspec.decoding.drafting import proposer_for
+from mlxspec.decoding.calibration import known_costs
+from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, PLAIN, Automatic, Choice, Chooser, Fixed, Watch
+from mlxspec.decoding.drafting import Drafters, NobodyProposer, proposer_for
+from mlxspec.decoding.request import answer_budget, check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.text import AnswerText, Segment
@@ -23,8 +26,6 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.tokens import encode_prompt
 
-DEFAULT_DRAFT_LENGTH = 4  # 5 rows are the cheap zone of Metal's quantised kernels
-LONGEST_DRAFT = 64  # a block is unrolled when it is compiled
 BLOCKS_IN_FLIGHT = 2
 
 Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
@@ -45,7 +46,9 @@ class Block:
 class SpeculativeDecoder:
     """Decodes with a pair; the text is distributed exactly as the target's own, whatever the drafter proposes.
 
-    ``draft_length`` is the number of tokens drafted a block: 0 is plain decoding, "auto" for now a fixed 4.
+    ``draft_length`` is the number of tokens drafted a block: 0 is plain decoding; "auto" chooses from 0 … 8, and
+    between the pair's drafter and its ``lookup``, by what a block costs on this device, which is measured when it is
+    first needed and then known, and by how many tokens were accepted so far (``draft_length.py``).
     ``verification`` names the rule: "block", "token" or "match". One stream at a time: starting another ends the
     first. Raises InvalidRequestError for options out of range and UnsupportedModelError for a model that cannot be
     rewound.
@@ -58,29 +61,48 @@ class SpeculativeDecoder:
         draft_length: int | str = "auto",
         verification: str = "block",
     ):
-        if verification not in RULES:
-            raise InvalidRequestError(f"verification is {verification!r}; use one of {', '.join(RULES)}")
+        check_options(draft_length, verification)
         self.pair = pair
         self.stats = DecodingStats()
-        sampling, draft_length = sampling or Sampling(), checked_draft_length(draft_length)
-        drafter = pair.drafter if draft_length else None
-        target = CachedModel(pair.target)
-        proposer = proposer_for(drafter, sampling, target.vocab_size)
-        self._parts = BlockParts(target, proposer, RULES[verification], sampling, draft_length if drafter else 0)
-        self._block = CompiledBlock(self._parts, [m for m in (pair.target, drafter) if isinstance(m, nn.Module)])
+        self.sampling = sampling or Sampling()  # never another one: it is compiled into the blocks
+        self.draft_length = draft_length
+        self.verification = verification
+        self.target = CachedModel(pair.target)
+        drafting = {NOBODY: NobodyProposer(self.target.vocab_size)}
+        for drafter in (pair.drafter, pair.lookup) if draft_length else ():
+            if drafter is not None:
+                name = MODEL if isinstance(drafter, nn.Module) else LOOKUP
+                drafting[name] = proposer_for(drafter, self.sampling, self.target.vocab_size)
+        self.drafters = Drafters(drafting)
+        models = [pair.target, *([pair.drafter] if MODEL in drafting else [])]
+        self._weights = Weights(models)
+        self._compiled: dict[Choice, CompiledBlock] = {}
+        self._chooser: Chooser | None = None
         self._state: State | None = None
+        self._drafting = NOBODY  # whose state is in there
         self._tokens: list[int] = []  # committed: prompt and answer
         self._stream = 0  # which call of ``blocks`` owns the state
 
     @property
-    def sampling(self) -> Sampling:
-        """Fixed, as it is compiled into the block."""
-        return self._parts.sampling
+    def chooser(self) -> Chooser:
+        """Who says what the next block is; what "auto" needs to know of costs is measured here if nobody knows."""
+        if self._chooser is None:
+            names = [name for name in self.drafters.proposers if name != NOBODY]
+            if self.draft_length != "auto" or not names:
+                self._chooser = Fixed(Choice(names[0], self.draft_length) if names else PLAIN)
+            else:
+                watch = Watch(self.drafters.proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
+                self._chooser = Automatic(known_costs(self), names, watch)
+        return self._chooser
 
-    @property
-    def draft_length(self) -> int:
-        """Tokens drafted a block; fixed, as it is compiled into the block."""
-        return self._parts.draft_length
+    def compiled(self, choice: Choice) -> CompiledBlock:
+        """The block of a choice; it is traced when it is first called."""
+        if choice not in self._compiled:
+            proposer, rule = self.drafters.proposers[choice.proposer], RULES[self.verification]
+            parts = BlockParts(self.target, proposer, rule, self.sampling, choice.length)
+            models = self._weights.models if choice.proposer == MODEL else [self.pair.target]
+            self._compiled[choice] = CompiledBlock(parts, models, self._weights)
+        return self._compiled[choice]
 
     def blocks(
         self,
@@ -96,7 +118,7 @@ class SpeculativeDecoder:
         room in the context, and later if another stream is started on this decoder.
         """
         prompt = [int(token) for token in prompt]
-        budget = self._budget(prompt, max_tokens)
+        budget = answer_budget(prompt, max_tokens, self.pair.context_length, self.target.vocab_size)
         seed = self.sampling.seed if seed is None else seed
         key = mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
         self._stream += 1
@@ -104,24 +126,33 @@ class SpeculativeDecoder:
 
     def _run(self, prompt: list[int], budget: float, progress: Progress, key: mx.array, stream: int) -> Iterator[Block]:
         self._check_owner(stream)
-        self._prefill(prompt, progress, key)
+        self._prefill(prompt, progress, key, budget)
         eos, in_flight, start = self.pair.eos_token_ids, deque(), time.perf_counter()
         while self.stats.tokens < budget:
-            # Each block in flight yields at least one token: never start one that is sure to be thrown away.
-            while len(in_flight) < BLOCKS_IN_FLIGHT and self.stats.tokens + len(in_flight) < budget:
-                in_flight.append(self._launch(len(in_flight)))
-            *tokens, accepted = in_flight.popleft().tolist()  # the one host read
+            while self._may_launch(in_flight, budget):
+                in_flight.append((self.chooser.choice, self._launch([choice for choice, _ in in_flight])))
+            choice, result = in_flight.popleft()
+            *tokens, accepted = result.tolist()  # the one host read
             tokens = tokens[: min(accepted + 1, budget - self.stats.tokens)]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
             self._tokens += tokens
-            self.stats.add(len(tokens), self.draft_length, accepted)
+            self.chooser.observe(choice, tokens, accepted, self._behind())
+            self.stats.add(len(tokens), choice.length, accepted, choice.proposer)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
-            yield Block(tokens, self.draft_length, accepted)
+            yield Block(tokens, choice.length, accepted)
             if end is not None:
                 return
             self._check_owner(stream)
+
+    def _may_launch(self, in_flight: deque[tuple[Choice, mx.array]], budget: float) -> bool:
+        """Whether to queue one more block: not one that will probably be thrown away, nor past a change of drafters."""
+        if not in_flight:
+            return True
+        if len(in_flight) == BLOCKS_IN_FLIGHT or self.chooser.choice.proposer != self._drafting:
+            return False
+        return self.stats.tokens + sum(self.chooser.expected_tokens(choice) for choice, _ in in_flight) < budget
 
     def stream(
         self,
@@ -171,46 +202,66 @@ class SpeculativeDecoder:
         self.stats.tokens -= count
         del self._tokens[len(self._tokens) - count :]
 
-    def _launch(self, in_flight: int) -> mx.array:
-        """Queue one block; its result is an array that nothing has waited for."""
-        longest = len(self._tokens) + (in_flight + 1) * (self.draft_length + 1)
+    def _launch(self, in_flight: list[Choice]) -> mx.array:
+        """Queue one block behind those in flight; its result is an array that nothing has waited for."""
+        choice = self.chooser.choice
+        if choice.proposer != self._drafting:  # nothing is in flight then
+            self._set_aside()
+            self._state["drafter"] = self.drafters.ready(choice.proposer, self._tokens)
+            self._drafting = choice.proposer
+        longest = len(self._tokens) + sum(length + 1 for _, length in [*in_flight, choice])
         # Nothing may refer to the old state when the new one is evaluated: a buffer that somebody else holds would be
         # copied instead of written in place.
-        result, self._state = self._block(self._state_with_room(longest))
+        result, self._state = self.compiled(choice)(self._state_with_room(longest))
         mx.async_eval(result, self._state)
         return result
+
+    def _set_aside(self) -> None:
+        """Keep the drafter's state for when it drafts again."""
+        self.drafters.put_back(self._drafting, self._state.pop("drafter"), max(0, len(self._tokens) - 2))
+
+    def _behind(self) -> int:
+        """Tokens that the model drafter has not seen, as far as it is not drafting."""
+        return 0 if self._drafting == MODEL else self.drafters.behind(MODEL, len(self._tokens))
 
     def _state_with_room(self, length: int) -> State:
         """The state, taken from the decoder: if the block fails, the next prompt starts from nothing."""
         state, self._state = self._state, None
         state["target"] = with_room(state["target"], length)
-        state["drafter"] = self._parts.proposer.with_room(state["drafter"], length)
+        state["drafter"] = self.drafters.proposers[self._drafting].with_room(state["drafter"], length)
         return state
 
-    def _prefill(self, prompt: list[int], progress: Progress, key: mx.array) -> None:
-        """Bring both caches to the prompt, reusing what they share with it."""
+    def _prefill(self, prompt: list[int], progress: Progress, key: mx.array, budget: float) -> None:
+        """Bring the caches to the prompt, reusing what they share with it; that of a drafter if it is to draft."""
         mx.reset_peak_memory()
-        start = time.perf_counter()
-        # Taken from the decoder for the same reasons as above; and caches of other weights are of no use.
+        chooser, start = self.chooser, time.perf_counter()
+        # The caches are taken from the decoder, for the same reasons as above; of other weights they are of no use.
+        reused = self._reusable(prompt) if self._weights.note() and self._state else 0
+        if self._state:
+            self._set_aside()
         old, self._state = self._state or {}, None
-        reused = self._reusable(prompt) if self._block.note_weights() and old else 0
-        proposer, new, done = self._parts.proposer, len(prompt) - reused, 0
+        self.drafters.forget_beyond(reused)
+        chooser.begin(prompt, budget, self.drafters.behind(MODEL, len(prompt)))
+        drafting = chooser.choice.proposer
+        passes = 1 + self.drafters.proposers[drafting].prefills
+        new, done = len(prompt) - reused, 0
 
         def advanced(tokens: int) -> None:
             nonlocal done
             done += tokens
-            progress(reused + min(done // (1 + proposer.prefills), new - 1), len(prompt))
+            progress(reused + min(done // passes, new - 1), len(prompt))
 
-        to_target = mx.array(prompt[reused:-1], mx.int32)
         state = {
             "recent": mx.array(prompt[-2:], mx.int32),
             "committed": mx.array(len(prompt), mx.int32),
-            "target": self._parts.target.prefill(to_target, old.pop("target", None), reused, advanced),
-            "drafter": proposer.start(old.pop("drafter", None), prompt, reused, advanced),
+            "target": self.target.prefill(
+                mx.array(prompt[reused:-1], mx.int32), old.pop("target", None) if reused else None, reused, advanced
+            ),
+            "drafter": self.drafters.ready(drafting, prompt, advanced),
             "key": key,
         }
         mx.eval(state)
-        self._state, self._tokens = state, list(prompt)
+        self._state, self._drafting, self._tokens = state, drafting, list(prompt)
         progress(len(prompt), len(prompt))
         seconds = time.perf_counter() - start
         self.stats = DecodingStats(prompt_tokens=len(prompt), prompt_tokens_reused=reused, prompt_seconds=seconds)
@@ -219,33 +270,3 @@ class SpeculativeDecoder:
         """Leading tokens of the prompt that both caches hold: all but the last two committed ones can be kept."""
         limit = min(len(prompt), len(self._tokens)) - 2
         return next((i for i in range(limit) if prompt[i] != self._tokens[i]), max(limit, 0))
-
-    def _budget(self, prompt: list[int], max_tokens: int) -> float:
-        """How many tokens may be emitted."""
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty; give at least one token")
-        if max_tokens < -1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens}; use 0 or more, or -1 for as many as fit")
-        vocab_size = self._parts.target.vocab_size
-        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise InvalidRequestError(
-                f"token id {outside} in the prompt is outside the target's vocabulary of {vocab_size}"
-            )
-        context = self.pair.context_length or float("inf")
-        if len(prompt) >= context:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens and the target's context holds {context}; shorten it to at "
-                f"most {context - 1}"
-            )
-        return min(context - len(prompt), max_tokens if max_tokens >= 0 else float("inf"))
-
-
-def checked_draft_length(draft_length: int | str) -> int:
-    if draft_length == "auto":
-        return DEFAULT_DRAFT_LENGTH
-    if type(draft_length) is not int or not 0 <= draft_length <= LONGEST_DRAFT:
-        raise InvalidRequestError(
-            f'draft length is {draft_length!r}; use 0 (no drafting) to {LONGEST_DRAFT}, or "auto"'
-        )
-    return draft_length

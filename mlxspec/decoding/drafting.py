@@ -139,6 +139,40 @@ class NobodyProposer:
         return None
 
 
+class Drafters:
+    """The proposers that a decoder has, by name; their states, and how much of the text each has seen.
+
+    A state leaves with ``ready`` and comes back with ``put_back``, so that nobody but the block that writes into its
+    buffers holds them.
+    """
+
+    def __init__(self, proposers: dict[str, Proposer]):
+        self.proposers = proposers
+        self._states: dict[str, tuple[Any, int]] = {}  # state, tokens of the text that it covers
+
+    def behind(self, name: str, length: int) -> int:
+        """Tokens of a text of ``length`` that a proposer would have to read before it drafts."""
+        return max(0, length - 2 - self._states.get(name, (None, 0))[1])
+
+    def ready(self, name: str, tokens: list[int], advanced: Callable[[int], None] = lambda tokens: None) -> Any:
+        """The state for ``tokens``, of which it reads what it has not seen; ``advanced`` is told of each chunk."""
+        state, covered = self._states.pop(name, (None, 0))
+        return self.proposers[name].start(state, tokens, covered, advanced)
+
+    def put_back(self, name: str, state: Any, covered: int) -> None:
+        """Keep a state that covers the first ``covered`` tokens of the text."""
+        if state is not None:
+            self._states[name] = state, covered
+
+    def forget_beyond(self, length: int) -> None:
+        """The text goes on differently behind ``length`` tokens; 0 frees everything."""
+        for name, (state, covered) in list(self._states.items()):
+            if length <= 0:
+                del self._states[name]
+            else:
+                self._states[name] = state, min(covered, length)
+
+
 def proposer_for(drafter: nn.Module | PromptLookup | None, sampling: Sampling, vocab_size: int) -> Proposer:
     if drafter is None:
         return NobodyProposer(vocab_size)

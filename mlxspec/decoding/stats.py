@@ -17,21 +17,25 @@ class DecodingStats:
     drafted: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)  # how often draft position i was accepted
+    drafted_at: list[int] = field(default_factory=list)  # how often it was drafted
+    blocks_by: dict[str, int] = field(default_factory=dict)  # "model", "lookup" or "none": who drafted
     prompt_tokens: int = 0
     prompt_tokens_reused: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
-    def add(self, emitted: int, drafted: int, accepted: int) -> None:
+    def add(self, emitted: int, drafted: int, accepted: int, proposer: str) -> None:
         """One more block, of which ``emitted`` tokens count."""
         self.blocks += 1
+        self.blocks_by[proposer] = self.blocks_by.get(proposer, 0) + 1
         self.tokens += emitted
         self.drafted += drafted
         self.accepted += accepted
-        self.accepted_at += [0] * (drafted - len(self.accepted_at))
-        for position in range(accepted):
-            self.accepted_at[position] += 1
+        for counts, times in ((self.drafted_at, drafted), (self.accepted_at, accepted)):
+            counts += [0] * (drafted - len(counts))
+            for position in range(times):
+                counts[position] += 1
 
     @property
     def block_efficiency(self) -> float:

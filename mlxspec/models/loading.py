@@ -47,7 +47,8 @@ def load(
 
     ``target`` is a folder, a hub id or a short name (``mlxspec models`` lists them); None is the embedded demo target.
     ``drafter`` is the same, or "lookup" (prompt lookup), "none", or None: the demo's own drafter for the demo target,
-    nobody for any other.
+    nobody for any other. With "+lookup" behind a name both may draft, whichever is faster for the text at hand; "auto"
+    is that with the drafter that belongs to the target, if one is known.
     ``dtype`` is the precision of weights and quantisation scales; by default float32 on the CPU back end, where 16 bits
     are ten times slower, and 16 bits on a GPU.
     ``quantize`` the target to "4" or "8" bits, "mxfp4" or "nvfp4"; the copy is kept. None leaves it as it is stored,
@@ -57,8 +58,7 @@ def load(
 
     Raises ModelLoadError, UnsupportedModelError, InvalidRequestError or TokenizerMismatchError, a line each.
     """
-    if drafter is None and target is None:
-        drafter = DEMO / "drafter"
+    drafter, lookup = drafters_named(target, drafter)
     known = KNOWN_MODELS.get(str(target))
     target_folder = resolved(DEMO / "target" if target is None else target)
     if (kind := quantize or (known.quantize if known else "none")) != "none":
@@ -74,7 +74,20 @@ def load(
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     target_model = read_model(target_folder, dtype)
     drafting = read_model(drafter_folder, dtype) if drafter_folder else model_free_drafter(drafter)
-    return ModelPair(target_model, drafting, tokenizer, context_length)
+    return ModelPair(target_model, drafting, tokenizer, context_length, lookup)
+
+
+def drafters_named(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
+    """What "auto", "+lookup" and None mean for a target."""
+    known = KNOWN_MODELS.get(str(target))
+    own = DEMO / "drafter" if target is None else known and known.drafter
+    if drafter is None and target is None:
+        return own, None
+    if drafter == "auto":
+        return own or "lookup", PromptLookup() if own else None
+    if isinstance(drafter, str) and drafter.endswith("+lookup"):
+        return drafter.removesuffix("+lookup"), PromptLookup()
+    return drafter, None
 
 
 def names_no_model(drafter: Any) -> bool:

@@ -1,0 +1,188 @@
+"""What a block costs on this device: measured on the real blocks of a decoder, and remembered on disk.
+
+The parts of a block cannot be timed one by one without changing them. So passes over 1 … 9 rows are timed, and whole
+blocks that draft nothing or a few tokens, queued behind each other as in decoding; what drafting and verifying cost is
+the difference.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxspec.decoding.block import State
+from mlxspec.decoding.cache import CAPACITY_STEP
+from mlxspec.decoding.draft_length import LONGEST_CHOICE, MODEL, NOBODY, PLAIN, BlockCosts, Choice
+from mlxspec.models.quantizing import cache_folder
+
+if TYPE_CHECKING:
+    from mlxspec.decoding.decoder import SpeculativeDecoder
+
+FORMAT = 1  # of the files; another one is measured anew
+QUEUED = 3  # passes timed together
+ROUNDS, FEWEST_ROUNDS = 9, 3
+SECONDS = 2.0  # after which no round is begun, but for the fewest
+MOST_ROWS = LONGEST_CHOICE + 1
+DRAFTED = 4  # tokens of the block that a draft step's cost is taken from
+TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
+
+
+def known_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
+    """From the disk if this pair was measured on this device with this MLX, else measured now."""
+    file = costs_file(decoder)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(file.read_text())["costs"]
+        return BlockCosts(**{**stored, "verify": tuple(stored["verify"])})
+    return measure_and_keep(decoder)
+
+
+def are_known(decoder: "SpeculativeDecoder") -> bool:
+    return costs_file(decoder).exists()
+
+
+def measure_and_keep(decoder: "SpeculativeDecoder") -> BlockCosts:
+    costs, file = measured_costs(decoder), costs_file(decoder)
+    with suppress(OSError):  # no place to keep it: it is measured again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps({"of": described(decoder), "costs": asdict(costs)}, indent=1))
+        os.replace(aside, file)
+    return costs
+
+
+def costs_file(decoder: "SpeculativeDecoder") -> Path:
+    key = hashlib.sha256(json.dumps(described(decoder), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "costs" / f"{key}.json"
+
+
+def described(decoder: "SpeculativeDecoder") -> dict[str, Any]:
+    """All that the costs depend on, in words."""
+    sampling, info = decoder.sampling, mx.device_info()
+    described = {
+        "format": FORMAT,
+        "mlx": mx.__version__,
+        "device": [str(mx.default_device()), info.get("device_name"), info.get("architecture"), platform.machine()],
+        "target": model_described(decoder.pair.target),
+        "drafters": sorted(decoder.drafters.proposers),
+        "drafter": model_described(decoder.pair.drafter) if MODEL in decoder.drafters.proposers else None,
+        "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
+        "verification": decoder.verification,
+    }
+    if mx.default_device().type == mx.cpu:
+        names = [name for name in sorted(os.environ) if name.startswith(("OPENBLAS_", "OMP_")) or name == "LD_PRELOAD"]
+        described["blas"] = [[name, os.environ[name]] for name in names]
+        described["cores"] = os.cpu_count()
+    return described
+
+
+def model_described(model: nn.Module) -> str:
+    """The kind of a model and the shapes of its weights."""
+    shapes = [(name, weight.shape, str(weight.dtype)) for name, weight in tree_flatten(model.parameters())]
+    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+    return f"{type(model).__module__}.{type(model).__name__} {digest}"
+
+
+def measured_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
+    """Time everything in turns, so that what disturbs a round disturbs all of it; medians over the rounds."""
+    names = [name for name in decoder.drafters.proposers if name != NOBODY]
+    runs: dict[Any, Callable[[], float]] = {rows: target_passes(decoder, rows) for rows in range(1, MOST_ROWS + 1)}
+    choices = [PLAIN, *(Choice(name, DRAFTED) for name in names)]
+    tracing = {choice: trace_seconds(decoder, choice) for choice in choices}
+    runs |= {choice: blocks(decoder, choice) for choice in choices}
+    for run in runs.values():
+        run()  # traces, and compiles kernels
+    rounds: dict[Any, list[float]] = {what: [] for what in runs}
+    end = time.perf_counter() + SECONDS
+    for number in range(ROUNDS):
+        if number >= FEWEST_ROUNDS and time.perf_counter() > end:
+            break
+        for what, run in runs.items():
+            rounds[what].append(run())
+    taken = {what: statistics.median(seconds) for what, seconds in rounds.items()}
+    beside = taken[PLAIN] - taken[1]  # what a block is more than its pass
+    verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
+    drafted = {name: max(0.0, taken[Choice(name, DRAFTED)] - verify[DRAFTED]) / DRAFTED for name in names}
+    return BlockCosts(
+        verify=verify,
+        draft=drafted,
+        catch_up={MODEL: catching_up_seconds(decoder)} if MODEL in names else {},
+        trace=max(tracing.values()),
+    )
+
+
+def target_passes(decoder: "SpeculativeDecoder", rows: int) -> Callable[[], float]:
+    """Seconds of a pass of the target over ``rows`` tokens, of several each of which is fed by the one before."""
+    target, sampling = decoder.target, decoder.sampling
+
+    def one(state: Any) -> tuple[mx.array, Any]:
+        tokens, buffers = state
+        logits, buffers = target(tokens, buffers, mx.array(TEXT))
+        tokens = mx.argmax(sampling.probs(logits), axis=-1).astype(mx.int32)
+        return tokens, (tokens, buffers)
+
+    compiled = mx.compile(one, inputs=[decoder.pair.target.state])
+    return lambda: seconds_of(compiled, (mx.zeros(rows, mx.int32), target.empty(CAPACITY_STEP)))
+
+
+def blocks(decoder: "SpeculativeDecoder", choice: Choice) -> Callable[[], float]:
+    """Seconds of a whole block, of several."""
+    return lambda: seconds_of(decoder.compiled(choice), state_before(decoder, choice.proposer))
+
+
+def trace_seconds(decoder: "SpeculativeDecoder", choice: Choice) -> float:
+    """How long it takes to trace a block anew; nothing is evaluated."""
+    state = state_before(decoder, choice.proposer)
+    start = time.perf_counter()
+    decoder.compiled(choice)(state)
+    return time.perf_counter() - start
+
+
+def seconds_of(step: Callable[[Any], tuple[mx.array, Any]], state: Any) -> float:
+    """Seconds of a step that takes its state and gives the next, of QUEUED of them."""
+    mx.eval(state)
+    start = time.perf_counter()
+    for _ in range(QUEUED):
+        result, state = step(state)
+        mx.async_eval(result, state)
+    mx.eval(result)
+    return (time.perf_counter() - start) / QUEUED
+
+
+def state_before(decoder: "SpeculativeDecoder", name: str) -> State:
+    """A block's state, behind a text of zeros that no cache has really seen."""
+    proposer = decoder.drafters.proposers[name]
+    if name == MODEL:
+        drafter = proposer.run.empty(CAPACITY_STEP)
+    else:
+        drafter = proposer.start(None, [0] * TEXT, 0, lambda tokens: None)
+    return {
+        "recent": mx.zeros(2, mx.int32),
+        "committed": mx.array(TEXT, mx.int32),
+        "target": decoder.target.empty(CAPACITY_STEP),
+        "drafter": drafter,
+        "key": mx.random.key(0),
+    }
+
+
+def catching_up_seconds(decoder: "SpeculativeDecoder") -> float:
+    """What a token costs that the model drafter reads as one of many."""
+    run = decoder.drafters.proposers[MODEL].run
+    tokens = mx.zeros(TEXT, mx.int32)
+
+    def read() -> float:
+        start = time.perf_counter()
+        mx.eval(run.prefill(tokens, None, 0, lambda tokens: None))
+        return (time.perf_counter() - start) / TEXT
+
+    return statistics.median(read() for _ in range(4))

@@ -1,0 +1,273 @@
+"""How many tokens to draft next, and who drafts them: measured cost times measured acceptance.
+
+A block of γ drafted tokens costs ``v(γ+1) + γ·d`` seconds, which ``calibration.py`` measured, and yields
+``1 + Σ_i Π_{j≤i} a_j`` tokens, where a_j is how often draft position j was accepted if those before it were. The choice
+is what maximises tokens per second, "draft nothing" included.
+
+Everything here is arithmetic on what was committed earlier, so the emitted text stays distributed as the target's own,
+and with the same costs and the same past the choice is the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+LONGEST_CHOICE = 8  # of "auto": beyond 9 rows the cheap kernels end everywhere
+MODEL, LOOKUP, NOBODY = "model", "lookup", "none"
+
+PRIOR_RATE, PRIOR_WEIGHT = 0.8, 3.0  # of a drafter that nothing is known of
+MEMORY = 0.98  # what a block's evidence is worth a block later: about the last 50 count
+PROBE_BLOCKS = 4
+PROBE_SHARE = 0.02  # of the time, spent on finding out whether drafting would pay by now
+TYPICAL_ANSWER = 128  # tokens, before any was seen
+
+
+class Choice(NamedTuple):
+    """Who drafts the next block, and how many tokens."""
+
+    proposer: str
+    length: int
+
+
+PLAIN = Choice(NOBODY, 0)
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """Seconds on this device, by the names of the proposers where it depends on them.
+
+    ``verify[m-1]`` is a block over m rows (m = 1 … 9) but for the drafting, ``draft`` each drafted token, ``catch_up``
+    each token of a text that a drafter has not seen yet, ``trace`` the first block of a length that is new.
+    """
+
+    verify: tuple[float, ...]
+    draft: dict[str, float] = field(default_factory=dict)
+    catch_up: dict[str, float] = field(default_factory=dict)
+    trace: float = 0.0
+
+    def block(self, choice: Choice) -> float:
+        """Seconds of a block."""
+        return self.verify[choice.length] + choice.length * self.draft.get(choice.proposer, 0.0)
+
+
+class Acceptance:
+    """How often each draft position is accepted, given that those before it were: a running estimate with a prior."""
+
+    def __init__(self, rate: float = PRIOR_RATE, weight: float = PRIOR_WEIGHT):
+        self.prior = (rate, weight)
+        self.tried = [0.0] * LONGEST_CHOICE
+        self.passed = [0.0] * LONGEST_CHOICE
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """One more block, of which the first LONGEST_CHOICE positions count."""
+        self.fade(MEMORY)
+        for position in range(min(accepted + 1, drafted, LONGEST_CHOICE)):
+            self.tried[position] += 1
+            self.passed[position] += position < accepted
+
+    def fade(self, factor: float) -> None:
+        """Count what was seen so far for less."""
+        self.tried = [count * factor for count in self.tried]
+        self.passed = [count * factor for count in self.passed]
+
+    @property
+    def rates(self) -> list[float]:
+        """By position; one that was hardly tried borrows from all of them together."""
+        rate, weight = self.prior
+        together = (sum(self.passed) + rate * weight) / (sum(self.tried) + weight)
+        return [
+            (passed + together * weight) / (tried + weight)
+            for passed, tried in zip(self.passed, self.tried, strict=True)
+        ]
+
+
+def expected_tokens(rates: Sequence[float], length: int) -> float:
+    """Block efficiency of ``length`` drafted tokens that are accepted at ``rates``: 1 … length + 1."""
+    expected, all_so_far = 1.0, 1.0
+    for rate in rates[:length]:
+        all_so_far *= rate
+        expected += all_so_far
+    return expected
+
+
+class Chooser(Protocol):
+    """What the decoder asks."""
+
+    choice: Choice  # of the next block
+
+    def begin(self, prompt: Sequence[int], max_tokens: float, behind: int) -> None:
+        """A new answer; the model drafter has not seen the last ``behind`` tokens of its prompt."""
+
+    def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, behind: int) -> None:
+        """A block: what it was, what it committed; ``behind`` as above, by now."""
+
+    def expected_tokens(self, choice: Choice) -> float:
+        """That a block will yield."""
+
+
+class Fixed:
+    """The same for every block."""
+
+    def __init__(self, choice: Choice):
+        self.choice = choice
+        self.acceptance = Acceptance()
+
+    def begin(self, prompt, max_tokens, behind):
+        pass
+
+    def observe(self, choice, tokens, accepted, behind):
+        self.acceptance.observe(choice.length, accepted)
+
+    def expected_tokens(self, choice):
+        return expected_tokens(self.acceptance.rates, choice.length)
+
+
+class Automatic:
+    """What yields the most tokens per second by what was measured and seen so far, kept across prompts.
+
+    A change costs time once (a new length is traced, a drafter reads what it missed). So it is made when what the
+    present choice has lost so far, by these estimates, amounts to that: then no more than twice the unavoidable is ever
+    lost. While nothing is drafted nothing is learnt of a model drafter; it is tried once for nothing and then as often
+    as PROBE_SHARE of the time allows, but not where even a drafter that is always right would lose. How prompt lookup
+    would have fared is known without trying it.
+    """
+
+    def __init__(self, costs: BlockCosts, proposers: Sequence[str], watch: "Watch | None" = None):
+        self.costs = costs
+        self.acceptance = {name: Acceptance() for name in proposers}
+        self.watch = watch
+        if watch:
+            self.acceptance[LOOKUP] = watch.acceptance
+        self.choices = [PLAIN, *(Choice(name, n) for name in proposers for n in range(1, LONGEST_CHOICE + 1))]
+        self.traced: set[Choice] = set()
+        self.choice = PLAIN
+        self.lost = 0.0  # seconds, by not having changed yet
+        self.saved_up = float("inf")  # seconds that may be spent on a probe
+        self.probing = 0  # blocks left
+        self.typical, self.answered = float(TYPICAL_ANSWER), None
+
+    def begin(self, prompt, max_tokens, behind):
+        if self.answered:
+            self.typical += (self.answered - self.typical) / 2
+        self.answered, self.probing = 0, 0
+        if self.watch:
+            self.watch.begin(prompt)
+        # A length that is new has to be worth its tracing first, as within an answer; but for the very first.
+        known, length = self.traced - {PLAIN} or self.choices, min(max_tokens, self.typical)
+        best = max([*known, PLAIN], key=self.rate)
+        gained = length * (1 / self.rate(PLAIN) - 1 / self.rate(best))
+        # To draft for a long prompt and a short answer may not be worth the drafter's reading of the prompt.
+        self.choice = best if gained > self.catching_up(best, behind) else PLAIN
+        self.traced.add(self.choice)
+
+    def observe(self, choice, tokens, accepted, behind):
+        self.answered += len(tokens)
+        if choice.proposer == MODEL:
+            self.acceptance[MODEL].observe(choice.length, accepted)
+        if self.watch:
+            self.watch.extend(tokens)
+        spent = self.costs.block(choice)
+        if self.probing:
+            self.probing -= choice.proposer == MODEL
+            if not self.probing:
+                self.change(self.best())
+            return
+        best = self.best()
+        self.lost += spent * max(0.0, 1 - self.rate(self.choice) / self.rate(best))
+        if best != self.choice and self.lost >= self.price(best, behind):
+            self.change(best)
+        elif self.choice.proposer != MODEL and MODEL in self.acceptance:
+            self.saved_up += PROBE_SHARE * spent
+            self.probe_if_affordable(behind)
+
+    def expected_tokens(self, choice):
+        if choice.length == 0:
+            return 1.0
+        return expected_tokens(self.acceptance[choice.proposer].rates, choice.length)
+
+    def rate(self, choice: Choice) -> float:
+        """Tokens per second, as estimated."""
+        return self.expected_tokens(choice) / self.costs.block(choice)
+
+    def best(self) -> Choice:
+        return max(self.choices, key=self.rate)
+
+    def change(self, choice: Choice) -> None:
+        self.choice, self.lost = choice, 0.0
+        self.traced.add(choice)
+
+    def price(self, choice: Choice, behind: int) -> float:
+        """Seconds that a change costs once."""
+        trace = 0.0 if choice in self.traced else self.costs.trace
+        return trace + (self.catching_up(choice, behind) if self.choice.proposer != choice.proposer else 0.0)
+
+    def catching_up(self, choice: Choice, behind: int) -> float:
+        return behind * self.costs.catch_up.get(choice.proposer, 0.0) if choice.proposer == MODEL else 0.0
+
+    def probe_if_affordable(self, behind: int) -> None:
+        drafting = [Choice(MODEL, length) for length in range(1, LONGEST_CHOICE + 1)]
+        if max(self.rate_if(choice, 1.0) for choice in drafting) <= self.rate(self.choice):
+            return
+        known = [choice for choice in drafting if choice in self.traced] or drafting
+        probe = max(known, key=lambda choice: self.rate_if(choice, PRIOR_RATE))
+        extra = self.costs.block(probe) - self.costs.block(PLAIN)
+        if self.saved_up >= self.price(probe, behind) + PROBE_BLOCKS * extra:
+            self.saved_up, self.probing = 0.0, PROBE_BLOCKS
+            self.acceptance[MODEL].fade(0.25)
+            self.change(probe)
+
+    def rate_if(self, choice: Choice, rate: float) -> float:
+        """Tokens per second if every draft position were accepted at ``rate``."""
+        return expected_tokens([rate] * LONGEST_CHOICE, choice.length) / self.costs.block(choice)
+
+
+class Watch:
+    """How prompt lookup would have fared at every token of the text, had it drafted there; costs no device time.
+
+    A token-by-token replay of ``LookupProposer``: the continuation of the longest suffix of at most ``ngram`` tokens
+    where it last occurred. Whether a drafted token is accepted has the probability that the target gives it, which is
+    also how often the text goes on with it; so the text itself tells the acceptance.
+    """
+
+    def __init__(self, ngram: int):
+        self.ngram = ngram
+        self.acceptance = Acceptance(rate=0.3)
+        self.begin([])
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """A new text. What was learnt of the last one is kept."""
+        self.text: list[int] = []
+        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended, the text's end excepted
+        self.open: list[tuple[int, int, int]] = []  # drafts under way: their match, its distance, how many were right
+        for token in prompt:
+            self._append(token)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._judge(token)
+            self._append(token)
+            self._draft()
+
+    def _judge(self, token: int) -> None:
+        still_open = []
+        for match, period, right in self.open:
+            right += (hit := self.text[match + 1 + right % period] == token)
+            if hit and right < LONGEST_CHOICE:
+                still_open.append((match, period, right))
+            else:
+                self.acceptance.observe(LONGEST_CHOICE, right)
+        self.open = still_open
+
+    def _append(self, token: int) -> None:
+        end = len(self.text) - 1  # of the text so far, which is no longer its last token
+        for n in range(1, min(self.ngram, len(self.text)) + 1):
+            self.ends[tuple(self.text[-n:])] = end
+        self.text.append(token)
+
+    def _draft(self) -> None:
+        last = len(self.text) - 1
+        for n in range(min(self.ngram, last), 0, -1):
+            if (match := self.ends.get(tuple(self.text[-n:]))) is not None:
+                self.open.append((match, last - match, 0))
+                return
+        self.open.append((last - 1, 1, 0))

@@ -1,0 +1,252 @@
+"""The choice of who drafts how many tokens is the best one by what was measured, and never changes the text."""
+
+import itertools
+import random
+
+import mlx.core as mx
+import pytest
+
+from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
+from mlxspec.decoding.draft_length import (
+    LOOKUP,
+    MODEL,
+    PLAIN,
+    PROBE_SHARE,
+    Acceptance,
+    Automatic,
+    BlockCosts,
+    Choice,
+    Fixed,
+    Watch,
+    expected_tokens,
+)
+from mlxspec.decoding.drafting import LookupProposer
+from tests.conftest import decoded, plain_greedy, random_llama
+
+CHEAP_ROWS = tuple(1 + 0.05 * rows for rows in range(9))
+LINEAR_ROWS = tuple(1.0 * (rows + 1) for rows in range(9))
+
+
+def costs(draft: float, verify=CHEAP_ROWS, trace=0.5, **others) -> BlockCosts:
+    return BlockCosts(verify, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, **others)
+
+
+def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> list[Choice]:
+    """What a chooser chooses while each drafted token is accepted with probability ``rate``."""
+    rng, chosen, behind = random.Random(seed), [], 0
+    chooser.begin([1, 2, 3], blocks, 0)
+    for _ in range(blocks):
+        choice = chooser.choice
+        chosen.append(choice)
+        accepted = next((i for i in range(choice.length) if rng.random() >= rate), choice.length)
+        behind = 0 if choice.proposer == MODEL else behind + accepted + 1
+        chooser.observe(choice, [0] * (accepted + 1), accepted, behind)
+    return chosen
+
+
+def true_rate(table: BlockCosts, choice: Choice, rate: float) -> float:
+    return expected_tokens([rate] * 8, choice.length) / table.block(choice)
+
+
+@pytest.mark.parametrize(("rate", "draft"), [(0.9, 0.02), (0.7, 0.1), (0.5, 0.05), (0.3, 0.3), (0.0, 0.1), (0.6, 1.0)])
+@pytest.mark.parametrize("verify", [CHEAP_ROWS, LINEAR_ROWS], ids=["cheap rows", "linear rows"])
+def test_it_settles_within_a_few_percent_of_the_best_length(rate, draft, verify):
+    table = costs(draft, verify)
+    chosen = simulated(Automatic(table, [MODEL]), rate, 600)
+    best = max(true_rate(table, Choice(MODEL, n), rate) for n in range(1, 9))
+    best = max(best, true_rate(table, PLAIN, rate))
+    settled = chosen[100:]
+    tokens = sum(expected_tokens([rate] * 8, choice.length) for choice in settled)
+    assert tokens / sum(table.block(choice) for choice in settled) > 0.96 * best
+
+
+def test_a_hopeless_drafter_costs_next_to_nothing():
+    table = costs(0.1)
+    chosen = simulated(Automatic(table, [MODEL]), 0.0, 3000)[20:]
+    assert len(chosen) / sum(table.block(choice) for choice in chosen) > 0.97
+    assert any(choice != PLAIN for choice in chosen)  # it is tried again now and then
+
+
+def test_a_drafter_that_could_not_win_if_it_were_always_right_is_never_tried_again():
+    assert set(simulated(Automatic(costs(0.5, LINEAR_ROWS), [MODEL]), 1.0, 500)) == {PLAIN}
+
+
+def test_a_drafter_that_has_become_good_is_found_out():
+    chooser = Automatic(costs(0.1), [MODEL])
+    assert simulated(chooser, 0.0, 300)[-1] == PLAIN
+    assert simulated(chooser, 0.95, 3000)[-1].length > 3
+
+
+def test_a_long_prompt_is_not_read_by_the_drafter_for_a_short_answer():
+    chooser = Automatic(costs(0.02), [MODEL])
+    chooser.begin([1] * 4000, 8, 4000)
+    assert chooser.choice == PLAIN
+    chooser.begin([1] * 4000, 2000, 4000)
+    assert chooser.choice.proposer == MODEL
+
+
+def test_a_new_length_is_traced_when_it_has_cost_as_much_not_to():
+    chooser = Automatic(costs(0.1, trace=20.0), [MODEL])
+    chosen = simulated(chooser, 0.3, 500)
+    first, lost = chosen[0], 0.0
+    best = max(true_rate(chooser.costs, Choice(MODEL, n), 0.3) for n in range(1, 9))
+    for choice in itertools.takewhile(lambda choice: choice == first, chosen):
+        lost += chooser.costs.block(choice) * (1 - true_rate(chooser.costs, first, 0.3) / best)
+    assert len(set(chosen)) > 1
+    assert 10 < lost < 40
+
+
+def test_the_same_past_gives_the_same_choice():
+    assert simulated(Automatic(costs(0.1), [MODEL]), 0.6, 300) == simulated(Automatic(costs(0.1), [MODEL]), 0.6, 300)
+
+
+def test_acceptance_is_counted_by_position_given_those_before():
+    acceptance = Acceptance(rate=0.5, weight=1e-9)
+    for accepted in (0, 1, 3, 3):
+        acceptance.observe(3, accepted)
+    first, second, third, *_ = acceptance.rates
+    assert first == pytest.approx(3 / 4, abs=0.02)
+    assert second == pytest.approx(2 / 3, abs=0.02)
+    assert third == pytest.approx(1, abs=0.02)
+
+
+def test_expected_tokens_of_equal_rates_is_the_geometric_sum():
+    for rate, length in itertools.product([0.0, 0.3, 0.9], [0, 1, 4, 8]):
+        assert expected_tokens([rate] * 8, length) == pytest.approx((1 - rate ** (length + 1)) / (1 - rate))
+
+
+def test_the_watch_drafts_what_prompt_lookup_would():
+    rng = random.Random(3)
+    text = [rng.randrange(4) for _ in range(60)]
+    watch, proposer, ngram = Watch(3), LookupProposer(PromptLookup(3), 10), 3
+    watch.begin(text[:2])
+    for end in range(3, len(text)):
+        watch.extend([text[end - 1]])
+        match, period, right = watch.open[-1]
+        mine = [watch.text[match + 1 + i % period] for i in range(8)]
+        state = proposer.start(None, text[:end], 0, lambda tokens: None)
+        theirs, _, _ = proposer.propose(state, mx.array(text[end - 2 : end]), mx.array(end), mx.zeros(8))
+        assert mine == theirs.tolist(), (end, ngram)
+        assert right == 0
+
+
+def test_the_watch_knows_a_repetition_from_noise():
+    rng = random.Random(0)
+    noise, repeating = Watch(3), Watch(3)
+    noise.extend([rng.randrange(10_000) for _ in range(200)])
+    repeating.extend(list(range(20)) * 10)
+    assert noise.acceptance.rates[0] < 0.05
+    assert min(repeating.acceptance.rates) > 0.9
+
+
+def test_lookup_is_chosen_where_the_text_repeats_itself_and_left_where_it_does_not():
+    chooser = Automatic(costs(0.1), [LOOKUP], Watch(3))
+    chooser.begin([5, 6, 7], 1000, 0)
+    rng = random.Random(0)
+    for _ in range(60):
+        chooser.observe(chooser.choice, [rng.randrange(10_000)], 0, 0)
+    assert chooser.choice == PLAIN
+    for token in list(range(12)) * 6:
+        chooser.observe(chooser.choice, [token], 0, 0)
+    assert chooser.choice.proposer == LOOKUP
+
+
+def test_probes_take_no_more_than_their_share_of_the_time():
+    chooser, time, probing, behind = Automatic(costs(0.1, trace=0.0), [MODEL]), 0.0, 0.0, 0
+    chooser.begin([1], 10**6, 0)
+    for number in range(20_000):
+        choice = chooser.choice
+        behind = 0 if choice != PLAIN else behind + 1
+        chooser.observe(choice, [0], 0, behind)
+        if number > 500:
+            time += chooser.costs.block(choice)
+            probing += choice != PLAIN and chooser.costs.block(choice) - 1
+    assert 0 < probing < 1.2 * PROBE_SHARE * time
+
+
+# ----------------------------------------------------------------------- the decoder, whatever is chosen
+
+
+class Scripted(Fixed):
+    """Goes round a list of choices."""
+
+    def __init__(self, choices):
+        super().__init__(choices[0])
+        self.choices = itertools.cycle(choices)
+
+    def observe(self, choice, tokens, accepted, behind):
+        self.choice = next(self.choices)
+
+
+SCHEDULE = [
+    *[Choice(MODEL, 3)] * 3, *[PLAIN] * 5, Choice(LOOKUP, 4), Choice(MODEL, 1), *[Choice(LOOKUP, 2)] * 3,
+    Choice(MODEL, 8), PLAIN, Choice(MODEL, 2),
+]  # fmt: skip
+
+
+def scripted(target, drafter, sampling=None) -> SpeculativeDecoder:
+    decoder = SpeculativeDecoder(ModelPair(target, drafter, lookup=PromptLookup()), sampling)
+    decoder._chooser = Scripted(SCHEDULE)
+    return decoder
+
+
+def test_changing_drafters_and_lengths_within_a_text_leaves_greedy_text_alone():
+    target, drafter = random_llama(vocab_size=60, scale=4), random_llama(1, vocab_size=60)
+    decoder = scripted(target, drafter)
+    for prompt in ([3], list(range(40)), list(range(30)), [1] * 300):
+        assert decoded(decoder, prompt, 150) == plain_greedy(target, prompt, 150)
+    assert set(decoder.stats.blocks_by) == {"model", "lookup", "none"}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, seed=0), Sampling(0.7, seed=1)])
+def test_a_drafter_that_drafts_again_has_read_what_it_missed(sampling):
+    """The target drafting for itself is always right, if its cache holds the text."""
+    target = random_llama(vocab_size=60)
+    decoder = SpeculativeDecoder(ModelPair(target, target, lookup=PromptLookup()), sampling)
+    decoder._chooser = Scripted(SCHEDULE)
+    for prompt in ([3, 4], list(range(40)), list(range(40)) + [9] * 10):
+        blocks = list(decoder.blocks(prompt, 200))
+        by_model = [block for block in blocks if block.drafted in (1, 3, 8)]
+        assert len(by_model) > 10
+        assert all(block.accepted == block.drafted for block in by_model)
+
+
+def test_the_distribution_is_the_targets_while_the_choice_follows_the_past():
+    """Counts of the third token, given a chooser whose choice depends on what was accepted."""
+    target, drafter = random_llama(vocab_size=4, scale=3), random_llama(1, vocab_size=4, scale=3)
+
+    class Nervous(Fixed):
+        def observe(self, choice, tokens, accepted, behind):
+            self.choice = Choice(MODEL, 3) if accepted else PLAIN if choice.length else Choice(MODEL, 1)
+
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0))
+    decoder._chooser = Nervous(Choice(MODEL, 1))
+    counts, runs = [0] * 4, 1000
+    for seed in range(runs):
+        tokens = [token for block in decoder.blocks([1], 4, seed=seed) for token in block.tokens]
+        counts[tokens[3]] += 1
+    expected = mx.array([1.0])
+    states = {(1,): 1.0}
+    for _ in range(4):
+        following = {}
+        for text, chance in states.items():
+            p = mx.softmax(target(mx.array([text]))[0, -1], axis=-1).tolist()
+            for token, probability in enumerate(p):
+                following[(*text, token)] = following.get((*text, token), 0) + chance * probability
+        states = following
+    expected = [sum(chance for text, chance in states.items() if text[-1] == token) for token in range(4)]
+    for count, probability in zip(counts, expected, strict=True):
+        assert abs(count / runs - probability) < 4.5 * (probability * (1 - probability) / runs) ** 0.5
+
+
+def test_seeded_automatic_runs_repeat_exactly():
+    target, drafter = random_llama(vocab_size=50), random_llama(1, vocab_size=50)
+    pair = ModelPair(target, drafter, lookup=PromptLookup())
+    answers = [decoded(SpeculativeDecoder(pair, Sampling(1.0, seed=5)), [1, 2, 3], 200) for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_nothing_is_measured_where_nothing_can_draft(monkeypatch):
+    monkeypatch.setattr("mlxspec.decoding.decoder.known_costs", lambda decoder: pytest.fail("measured"))
+    target = random_llama(vocab_size=50)
+    assert decoded(SpeculativeDecoder(ModelPair(target)), [1], 20) == plain_greedy(target, [1], 20)
