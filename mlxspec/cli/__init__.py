@@ -5,6 +5,7 @@ import sys
 import click
 
 from mlxspec import MlxspecError, __version__
+from mlxspec.cli.bench import bench, report
 from mlxspec.cli.chat import chat
 from mlxspec.cli.generate import generate
 from mlxspec.cli.models import models
@@ -18,11 +19,13 @@ def cli() -> None:
     """Lossless speculative decoding on MLX, and training of the drafters that make it fast."""
 
 
+cli.add_command(bench)
 cli.add_command(chat)
 cli.add_command(generate)
 cli.add_command(models)
 cli.add_command(export_command)
 cli.add_command(push_command)
+cli.add_command(report)
 cli.add_command(train)
 
 

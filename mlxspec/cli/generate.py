@@ -7,7 +7,15 @@ from collections.abc import Iterable
 import click
 
 from mlxspec import InvalidRequestError, Segment
-from mlxspec.cli.options import decoder_from, decoder_options, detailed, prefill_bar, summary
+from mlxspec.cli.options import (
+    decoder_from,
+    decoder_options,
+    detailed,
+    drafter_name,
+    prefill_bar,
+    summary,
+    target_name,
+)
 
 INTERRUPTED = 130
 
@@ -36,8 +44,8 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
             "tokens": answer.tokens,
             "finish_reason": answer.finish_reason,
             "stats": decoder.stats.to_dict(),
-            "target": target or "demo",
-            "drafter": drafter or ("none" if target else "demo"),
+            "target": target_name(target),
+            "drafter": drafter_name(target, drafter),
             "sampling": decoder.sampling.to_dict(),
         }))  # fmt: skip
     else:

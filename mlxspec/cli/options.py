@@ -1,5 +1,6 @@
 """Options that several verbs share, and the decoder that they describe."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 import mlxspec
 from mlxspec import DecodingStats, Sampling, SpeculativeDecoder
+from mlxspec.decoding.calibration import are_known
 from mlxspec.decoding.decoder import Progress
 from mlxspec.decoding.verification import RULES
 
@@ -71,7 +73,18 @@ def decoder_from(max_tokens, target, drafter, quantize, draft_length, verificati
     """What the options of ``decoder_options`` ask for; the cheap ones are checked before anything is loaded."""
     sampling = Sampling(**sampling)
     pair = mlxspec.load(target, drafter, quantize=quantize, context=max_tokens if max_tokens > 0 else None)
-    return SpeculativeDecoder(pair, sampling, draft_length, verification)
+    decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
+    if draft_length == "auto" and (pair.drafter or pair.lookup) and sys.stderr.isatty() and not are_known(decoder):
+        click.echo("measuring, once, what blocks of this pair cost on this machine ...", err=True)
+    return decoder
+
+
+def target_name(target: str | None) -> str:
+    return target or "demo"
+
+
+def drafter_name(target: str | None, drafter: str | None) -> str:
+    return drafter or ("none" if target else "demo")
 
 
 @contextmanager
@@ -97,7 +110,7 @@ def summary(stats: DecodingStats) -> str:
 
 
 def detailed(stats: DecodingStats) -> str:
-    by_position = [f"{a / n:.2f}" for a, n in zip(stats.accepted_at, stats.drafted_at, strict=True)]
+    by_position = [f"{share:.2f}" for share in stats.acceptance_by_position]
     by = ", ".join(f"{count} {WHO[name]}" for name, count in stats.blocks_by.items())
     reused = f", {stats.prompt_tokens_reused} of them known already" if stats.prompt_tokens_reused else ""
     return "\n".join([

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -94,7 +93,7 @@ def model_described(model: nn.Module) -> str:
 
 
 def measured_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
-    """Time everything in turns, so that what disturbs a round disturbs all of it; medians over the rounds."""
+    """Time everything in turns; of each the least over the rounds counts, since nothing else disturbed that one."""
     names = [name for name in decoder.drafters.proposers if name != NOBODY]
     runs: dict[Any, Callable[[], float]] = {rows: target_passes(decoder, rows) for rows in range(1, MOST_ROWS + 1)}
     choices = [PLAIN, *(Choice(name, DRAFTED) for name in names)]
@@ -109,8 +108,8 @@ def measured_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
             break
         for what, run in runs.items():
             rounds[what].append(run())
-    taken = {what: statistics.median(seconds) for what, seconds in rounds.items()}
-    beside = taken[PLAIN] - taken[1]  # what a block is more than its pass
+    taken = {what: min(seconds) for what, seconds in rounds.items()}
+    beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
     verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
     drafted = {name: max(0.0, taken[Choice(name, DRAFTED)] - verify[DRAFTED]) / DRAFTED for name in names}
     return BlockCosts(
@@ -121,13 +120,15 @@ def measured_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
     )
 
 
-def target_passes(decoder: "SpeculativeDecoder", rows: int) -> Callable[[], float]:
-    """Seconds of a pass of the target over ``rows`` tokens, of several each of which is fed by the one before."""
+def target_passes(decoder: "SpeculativeDecoder", rows: int, sampled: bool = True) -> Callable[[], float]:
+    """Seconds of a pass of the target over ``rows`` tokens, of several; ``sampled``: each feeds the next."""
     target, sampling = decoder.target, decoder.sampling
 
     def one(state: Any) -> tuple[mx.array, Any]:
         tokens, buffers = state
         logits, buffers = target(tokens, buffers, mx.array(TEXT))
+        if not sampled:
+            return logits, (tokens, buffers)
         tokens = mx.argmax(sampling.probs(logits), axis=-1).astype(mx.int32)
         return tokens, (tokens, buffers)
 
@@ -185,4 +186,4 @@ def catching_up_seconds(decoder: "SpeculativeDecoder") -> float:
         mx.eval(run.prefill(tokens, None, 0, lambda tokens: None))
         return (time.perf_counter() - start) / TEXT
 
-    return statistics.median(read() for _ in range(4))
+    return min(read() for _ in range(4))

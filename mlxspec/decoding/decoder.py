@@ -162,18 +162,20 @@ class SpeculativeDecoder:
         system: str | None = None,
         raw: bool = False,
         progress: Progress | None = None,
+        seed: int | None = None,
     ) -> Iterator[Segment]:
         """Decode to text as it comes; the last segment carries the finish_reason.
 
         A text prompt goes through the tokenizer's chat template if it has one, unless ``raw``; token ids are taken
-        as they are. Raises InvalidRequestError at once for a bad prompt or an empty stop string.
+        as they are. The rest is as for ``blocks``. Raises InvalidRequestError at once for a bad prompt or an empty stop
+        string.
         """
         if self.pair.tokenizer is None:
             raise InvalidRequestError("this pair has no tokenizer; use blocks() for token ids")
         if isinstance(prompt, str):
             prompt = encode_prompt(self.pair.tokenizer, prompt, system, raw)
         text = AnswerText(self.pair.tokenizer, self.pair.eos_token_ids, stop)
-        blocks = self.blocks(prompt, max_tokens, progress)
+        blocks = self.blocks(prompt, max_tokens, progress, seed)
         return self._segments(blocks, text, self._stream)
 
     def _check_owner(self, stream: int) -> None:

@@ -1,6 +1,7 @@
 """What one answer cost: counted block by block, printed by the command line, compared by the benchmark."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
 
 
@@ -37,6 +38,25 @@ class DecodingStats:
             for position in range(times):
                 counts[position] += 1
 
+    def __add__(self, other: "DecodingStats") -> "DecodingStats":
+        """Of both answers together; the larger peak of memory."""
+        total = DecodingStats()
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, list):
+                value = [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
+            elif isinstance(mine, dict):
+                value = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+            else:
+                value = max(mine, theirs) if f.name == "peak_memory_bytes" else mine + theirs
+            setattr(total, f.name, value)
+        return total
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "DecodingStats":
+        """What ``to_dict`` made of one."""
+        return cls(**{f.name: content[f.name] for f in fields(cls)})
+
     @property
     def block_efficiency(self) -> float:
         """Tokens a target pass yields: accepted + 1, averaged over the blocks; 0 before the first."""
@@ -46,6 +66,11 @@ class DecodingStats:
     def acceptance_rate(self) -> float:
         """Accepted of drafted tokens; 0 if none were drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """How often each draft position was accepted, of the times that it was drafted."""
+        return [accepted / drafted for accepted, drafted in zip(self.accepted_at, self.drafted_at, strict=True)]
 
     @property
     def tokens_per_second(self) -> float:

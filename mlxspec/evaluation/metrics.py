@@ -1,9 +1,11 @@
-"""What a drafter is worth: block efficiency as served, by the real decoder."""
+"""What a drafter is worth: block efficiency as served, by the real decoder, and the speed-up that it could give."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
@@ -42,3 +44,30 @@ def served_block_efficiency(
         return {"block_efficiency": sum(found.values()) / len(found), **found}
 
     return measure
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Of the weights as they were before they were quantised."""
+    count = 0
+    for _, module in model.named_modules():
+        for name, weight in module.items():
+            if isinstance(weight, mx.array):
+                packed = name == "weight" and hasattr(module, "bits")
+                belongs = not (hasattr(module, "bits") and name in ("scales", "biases"))
+                count += weight.size * 32 // module.bits if packed else weight.size * belongs
+    return count
+
+
+def step_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a step of one row reads: all, but of an embedding that is no output head too only a row."""
+    read = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+    tied = not any(name.endswith("lm_head") for name, _ in model.named_modules())
+    for name, module in model.named_modules():
+        if name.endswith("embed_tokens") and not tied:
+            read -= sum(weight.nbytes for _, weight in tree_flatten(module.parameters()))
+    return read
+
+
+def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
+    """MBSU = τ / (c·γ + 1), the speed-up where a step costs what it reads. Source: Goel et al. 2024, section 4."""
+    return block_efficiency / (cost_ratio * draft_length + 1)
