@@ -104,6 +104,12 @@ class SpeculativeDecoder:
             self._compiled[choice] = CompiledBlock(parts, models, self._weights)
         return self._compiled[choice]
 
+    def forget(self) -> None:
+        """Drop the caches, as if nothing had been decoded; how often drafts were accepted is not forgotten."""
+        self._state, self._tokens = None, []
+        self.drafters.forget_beyond(0)
+        self._stream += 1
+
     def blocks(
         self,
         prompt: Sequence[int],

@@ -103,11 +103,15 @@ def mlx_lm_engine(
 
 
 def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Decode:
-    """Our stream, text included, as mlx-lm's includes it."""
+    """Our stream, text included, as mlx-lm's includes it; of earlier prompts nothing is reused, as mlx-lm does not."""
 
     def pieces(prompt: list[int], seed: int) -> Iterable[list[int]]:
         for segment in decoder.stream(prompt, max_tokens, seed=seed):
             if segment.tokens:
                 yield segment.tokens
 
-    return lambda prompt, seed: timed(prompt, lambda: pieces(prompt, seed), lambda: decoder.stats.tokens)
+    def decode(prompt: list[int], seed: int) -> Answer:
+        decoder.forget()
+        return timed(prompt, lambda: pieces(prompt, seed), lambda: decoder.stats.tokens)
+
+    return decode

@@ -58,7 +58,7 @@ def calibrated(
             progress(turn * len(decoders) + length, (rounds + 1) * len(decoders))
             stats = decoded(fixed, prompts, max_tokens, turn)
             if turn:  # the first round traces
-                rates[length].append(stats.tokens / (stats.prompt_seconds + stats.decode_seconds))
+                rates[length].append(stats.tokens_per_second)
                 seen = seen + stats if length == LONGEST_CHOICE else seen
     progress((rounds + 1) * len(decoders), (rounds + 1) * len(decoders))
     reached = [seen.blocks, *seen.accepted_at]  # how often each position's predecessors were all accepted

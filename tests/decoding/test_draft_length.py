@@ -250,3 +250,15 @@ def test_nothing_is_measured_where_nothing_can_draft(monkeypatch):
     monkeypatch.setattr("mlxspec.decoding.decoder.known_costs", lambda decoder: pytest.fail("measured"))
     target = random_llama(vocab_size=50)
     assert decoded(SpeculativeDecoder(ModelPair(target)), [1], 20) == plain_greedy(target, [1], 20)
+
+
+def test_a_decoder_that_forgets_reuses_nothing_and_says_the_same():
+    target, drafter = random_llama(vocab_size=60, scale=4), random_llama(1, vocab_size=60)
+    decoder = scripted(target, drafter)
+    prompt = list(range(50))
+    first = decoded(decoder, prompt, 60)
+    assert decoded(decoder, prompt, 60) == first
+    assert decoder.stats.prompt_tokens_reused == 48
+    decoder.forget()
+    assert decoded(decoder, prompt, 60) == first
+    assert decoder.stats.prompt_tokens_reused == 0

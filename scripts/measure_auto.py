@@ -1,0 +1,306 @@
+"""Does ``draft_length="auto"`` keep its promises? Each command is one table, measured in one process, interleaved.
+
+    python scripts/measure_auto.py never-slower --stories STORIES260K_FOLDER
+    python scripts/measure_auto.py nearly-best --stories STORIES260K_FOLDER
+    python scripts/measure_auto.py peer --stories STORIES260K_FOLDER
+    python scripts/measure_auto.py lookup --stories STORIES260K_FOLDER
+    python scripts/measure_auto.py context --stories STORIES260K_FOLDER
+    python scripts/measure_auto.py block --stories STORIES260K_FOLDER
+
+Pairs are made of the public stories260K model and of the demo pair: padded with layers that change no text, and drafted
+for by noised or random copies. Every round runs every engine once, after rounds that are thrown away; ratios are taken
+within a round and are medians over rounds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+from compare_speed import noise, pad
+from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import llama
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import dequantize_model, load_model
+
+import mlxspec
+from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
+from mlxspec.evaluation.speedup import calibrated, profile
+
+DEMO = Path(mlxspec.__file__).parent / "demo"
+Run = Callable[[int], int]  # the round's number -> tokens
+
+rounds = click.option("--rounds", default=7, show_default=True)
+tokens = click.option("--tokens", default=150, show_default=True, help="Tokens an engine decodes in a round.")
+
+
+def read(folder: Path) -> nn.Module:
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32 if mx.default_device().type == mx.cpu else mx.float16)
+    return dequantize_model(model)  # padding and noise need plain weights
+
+
+class Pairs:
+    """The pairs that are measured, made when they are asked for."""
+
+    def __init__(self, stories: Path):
+        self.stories = stories
+
+    @cache  # noqa: B019
+    def target(self, kind: str, layers: int, width: int = 8192) -> nn.Module:
+        """The stories model, or the demo's, with padding."""
+        model = read(self.stories if kind == "stories" else DEMO / "target")
+        pad(model, layers, width)
+        return model
+
+    @cache  # noqa: B019
+    def noised(self, amount: float, layers: int = 0, width: int = 8192) -> nn.Module:
+        model = read(self.stories)
+        noise(model, amount)
+        if layers:
+            pad(model, layers, width)
+        return model
+
+    @cache  # noqa: B019
+    def random(self) -> nn.Module:
+        """A drafter as small as the stories model that knows nothing."""
+        args = replace(read(self.stories).args)
+        mx.random.seed(3)
+        model = llama.Model(args)
+        mx.eval(model.parameters())
+        return model
+
+    @cache  # noqa: B019
+    def demo_drafter(self) -> nn.Module:
+        return read(DEMO / "drafter")
+
+
+def plain(target: nn.Module, temperature: float, count: int, prompts: list[list[int]]) -> Run:
+    sampler = make_sampler(temp=temperature)
+
+    def run(seed: int) -> int:
+        mx.random.seed(seed)
+        stream = (generate_step(mx.array(p), target, sampler=sampler, max_tokens=count) for p in prompts)
+        return sum(1 for steps in stream for _ in steps)
+
+    return run
+
+
+def peer(target, drafter, temperature: float, count: int, length: int, prompts: list[list[int]]) -> Run:
+    sampler = make_sampler(temp=temperature)
+
+    def run(seed: int) -> int:
+        mx.random.seed(seed)
+        streams = (
+            speculative_generate_step(
+                mx.array(p), target, drafter, num_draft_tokens=length, sampler=sampler, max_tokens=count
+            )
+            for p in prompts
+        )
+        return sum(1 for steps in streams for _ in steps)
+
+    return run
+
+
+def ours(target, drafter, temperature: float, count: int, length, prompts: list[list[int]], lookup=None) -> Run:
+    decoder = SpeculativeDecoder(ModelPair(target, drafter, lookup=lookup), Sampling(temperature), length)
+
+    def run(seed: int) -> int:
+        count_of = 0
+        for prompt in prompts:
+            decoder.forget()  # mlx-lm reuses nothing of the last prompt either
+            count_of += sum(len(block.tokens) for block in decoder.blocks(prompt, count, seed=seed))
+        return count_of
+
+    run.decoder = decoder
+    return run
+
+
+def measure(runs: dict[str, Run], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Tokens/s of every engine in every counted round."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(-warm_up, rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            count = run(number + warm_up)
+            if number >= 0:
+                rates[name].append(count / (time.perf_counter() - start))
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], over: str, under: str) -> str:
+    ratios = [a / b for a, b in zip(rates[over], rates[under], strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def settled(run: Run) -> str:
+    stats = run.decoder.stats
+    return f"τ {stats.block_efficiency:.2f}, γ {stats.draft_length:.1f}, {stats.blocks_by}"
+
+
+@click.group()
+@click.option("--stories", type=click.Path(exists=True, path_type=Path), required=True, help="stories260K's folder.")
+@click.pass_context
+def main(context: click.Context, stories: Path):
+    context.obj = Pairs(stories)
+
+
+@main.command()
+@rounds
+@tokens
+@click.pass_obj
+def never_slower(pairs: Pairs, rounds: int, tokens: int):
+    """auto over mlx-lm plain where speculation cannot win, or hardly."""
+    prompts = [[1], [1, 403, 407, 261]]
+    stories = pairs.target("stories", 24)
+    demo = mlxspec.load()
+    cases = {
+        "a random drafter, T = 0": (stories, pairs.random(), 0.0, tokens, prompts),
+        "a random drafter, T = 1": (stories, pairs.random(), 1.0, tokens, prompts),
+        "a drafter as costly as the target": (stories, pairs.noised(0.07, 24), 0.0, tokens, prompts),
+        "a 4-bit target, T = 0": (demo.target, demo.drafter, 0.0, tokens, prompts),
+        "a 4-bit target, T = 1": (demo.target, demo.drafter, 1.0, tokens, prompts),
+        "temperature 1.5": (stories, pairs.noised(0.07), 1.5, tokens, prompts),
+        "temperature 1.5, demo pair": (pairs.target("demo", 4), pairs.demo_drafter(), 1.5, tokens, prompts),
+        "8-token answers": (stories, pairs.noised(0.07), 0.0, 8, prompts * 8),
+        "8-token answers, a random drafter": (stories, pairs.random(), 0.0, 8, prompts * 8),
+        "8-token answers, long prompts": (stories, pairs.noised(0.07), 0.0, 8, [[1] * 400 + [n] for n in range(4)]),
+    }
+    for name, (target, drafter, temperature, count, asked) in cases.items():
+        auto = ours(target, drafter, temperature, count, "auto", asked)
+        rates = measure({"plain": plain(target, temperature, count, asked), "auto": auto}, rounds)
+        click.echo(f"{name:38s} auto / plain {ratio(rates, 'auto', 'plain')}   {settled(auto)}")
+
+
+# Padded pairs whose best fixed draft length is small, middling and large.
+LADDER = {
+    "costly and often wrong": ("stories", 24, (0.2, 8)),
+    "middling": ("stories", 24, (0.12, 0)),
+    "cheap and nearly always right": ("stories", 32, (0.03, 0)),
+}
+
+
+@main.command()
+@rounds
+@tokens
+@click.option("--temperature", default=0.0, show_default=True)
+@click.pass_obj
+def nearly_best(pairs: Pairs, rounds: int, tokens: int, temperature: float):
+    """auto over the best fixed draft length; and the cost model's prediction for each, at the same time."""
+    for name, (kind, layers, (amount, drafter_layers)) in LADDER.items():
+        target, drafter = pairs.target(kind, layers), pairs.noised(amount, drafter_layers)
+        runs = {str(n): ours(target, drafter, temperature, tokens, n, [[1]]) for n in (*range(9), "auto")}
+        rates = measure(runs, rounds)
+        best = max((n for n in rates if n != "auto"), key=lambda n: statistics.median(rates[n]))
+        medians = " ".join(f"{n}: {statistics.median(values):.1f}" for n, values in rates.items())
+        click.echo(f"{name:32s} best γ {best}; auto / best {ratio(rates, 'auto', best)}   {settled(runs['auto'])}")
+        click.echo(f"    tokens/s  {medians}")
+        found = calibrated(ModelPair(target, drafter), [[1]], Sampling(temperature), rounds, tokens)
+        entries = [(e["draft_length"], e["predicted"], e["measured"]) for e in found["lengths"]]
+        worst = max(abs(p / m - 1) for _, p, m in entries)
+        click.echo("    predicted/measured  " + " ".join(f"{n}: {p:.2f}/{m:.2f}" for n, p, m in entries)
+                   + f"; at worst {worst:.0%} apart")  # fmt: skip
+
+
+@main.command("peer")
+@rounds
+@tokens
+@click.option("--layers", multiple=True, type=int, default=[24], show_default=True, help="Of the padding.")
+@click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0, 1.0], show_default=True)
+@click.pass_obj
+def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, temperatures):
+    """auto over mlx-lm speculative with the same pair and its best fixed draft length."""
+    for kind in ("stories", "demo"):
+        for count in layers:
+            target = pairs.target(kind, count)
+            drafter = pairs.noised(0.07) if kind == "stories" else pairs.demo_drafter()
+            for temperature in temperatures:
+                auto = ours(target, drafter, temperature, tokens, "auto", [[1]])
+                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, [[1]]) for n in range(1, 9)}
+                rates = measure({"plain": plain(target, temperature, tokens, [[1]]), **runs, "auto": auto}, rounds)
+                best = max(runs, key=lambda n: statistics.median(rates[n]))
+                click.echo(f"{kind} + {count} layers, T = {temperature:g}: auto / {best} {ratio(rates, 'auto', best)}, "
+                           f"/ plain {ratio(rates, 'auto', 'plain')}, {best} / plain {ratio(rates, best, 'plain')}   "
+                           f"{settled(auto)}")  # fmt: skip
+
+
+@main.command()
+@rounds
+@tokens
+@click.pass_obj
+def lookup(pairs: Pairs, rounds: int, tokens: int):
+    """Prompt lookup where the answer repeats the text, and what it costs where nothing ever matches."""
+    target = pairs.target("stories", 24)
+    found = ours(target, None, 0.0, 400, "auto", [[1]], PromptLookup())
+    rates = measure({"plain": ours(target, None, 0.0, 400, 0, [[1]]), "auto": found}, rounds)
+    click.echo(f"a greedy text that repeats itself, auto / nobody {ratio(rates, 'auto', 'plain')}   {settled(found)}")
+    never = ours(target, None, 1.5, tokens, "auto", [[1]], PromptLookup())
+    rates = measure({"plain": ours(target, None, 1.5, tokens, 0, [[1]]), "auto": never}, rounds)
+    click.echo(f"text at temperature 1.5, auto / nobody {ratio(rates, 'auto', 'plain')}   {settled(never)}")
+
+
+@main.command()
+@rounds
+@click.pass_obj
+def context(pairs: Pairs, rounds: int):
+    """Tokens/s behind 4000 tokens over tokens/s behind 200, ours and mlx-lm plain's."""
+    target, drafter = pairs.target("stories", 24), pairs.noised(0.07)
+
+    def decode_rate(run: Callable[[list[int]], tuple[int, float]], length: int) -> float:
+        prompt = [1] + [(7 * n) % 500 + 3 for n in range(length - 1)]
+        count, seconds = run(prompt)
+        return count / seconds
+
+    def mlx_lm(prompt: list[int]) -> tuple[int, float]:
+        stream = generate_step(mx.array(prompt), target, max_tokens=60)
+        next(stream)
+        start = time.perf_counter()
+        return sum(1 for _ in stream), time.perf_counter() - start
+
+    def decoder_run(length) -> Callable:
+        decoder = SpeculativeDecoder(ModelPair(target, drafter), None, length)
+
+        def run(prompt: list[int]) -> tuple[int, float]:
+            for _ in decoder.blocks(prompt, 60):
+                pass
+            return decoder.stats.tokens, decoder.stats.decode_seconds
+
+        return run
+
+    # Only what comes after the prompt is timed, so that nothing depends on what is reused of it.
+    runs = {"mlx-lm plain": mlx_lm, "auto": decoder_run("auto"), "γ = 4": decoder_run(4), "γ = 0": decoder_run(0)}
+    falls: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            short, long = decode_rate(run, 200), decode_rate(run, 4000)
+            if number:
+                falls[name].append(long / short)
+    for name, values in falls.items():
+        click.echo(f"{name:14s} at 4000 over at 200: {statistics.median(values):.2f} "
+                   f"({min(values):.2f}-{max(values):.2f})")  # fmt: skip
+
+
+@main.command()
+@rounds
+@click.pass_obj
+def block(pairs: Pairs, rounds: int):
+    """Where the time of a block goes, on the padded pairs."""
+    for name, target, drafter in (
+        ("stories + 24 layers", pairs.target("stories", 24), pairs.noised(0.07)),
+        ("demo + 6 layers", pairs.target("demo", 6), pairs.demo_drafter()),
+    ):
+        for temperature in (0.0, 1.0):
+            found = profile(ModelPair(target, drafter), Sampling(temperature), 4, rounds)
+            parts = ", ".join(f"{part} {1000 * found[part]:.2f}"
+                              for part in ("drafting", "verification", "acceptance", "host"))  # fmt: skip
+            click.echo(f"{name}, T = {temperature:g}: {1000 * found['block']:.2f} ms: {parts}; outside the models "
+                       f"{found['outside_the_models']:.1%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
