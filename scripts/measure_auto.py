@@ -13,6 +13,7 @@ within a round and are medians over rounds.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from compare_speed import noise, pad
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import llama
@@ -29,8 +31,14 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import dequantize_model, load_model
 
 import mlxspec
-from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
+from mlxspec import Drafter, DrafterConfig, ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.evaluation.speedup import calibrated, profile
+from mlxspec.training.losses import Loss
+from mlxspec.training.mixture import Mixture
+from mlxspec.training.objectives import objective
+from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.trainer import Trainer
+from mlxspec.training.training_settings import TrainingSettings
 
 DEMO = Path(mlxspec.__file__).parent / "demo"
 Run = Callable[[int], int]  # the round's number -> tokens
@@ -229,12 +237,42 @@ def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, temperature
                            f"{settled(auto)}")  # fmt: skip
 
 
+def copier(work: Path) -> nn.Module:
+    """A model that was taught to go on copying: trained here, in a minute, on random tokens that repeat themselves."""
+    vocab_size, length, rng = 64, 64, np.random.default_rng(0)
+    with ShardWriter(work / "tokens", vocab_size, "random tokens") as writer:
+        for _ in range(6000):
+            period = rng.integers(8, 31)
+            row = np.tile(rng.integers(0, vocab_size, period), 9)[: length + 1]
+            writer.add(row, np.arange(length + 1) >= period)
+        writer.finish()
+    mx.random.seed(0)
+    model = Drafter(DrafterConfig(vocab_size, 64, 128, 2, 4))
+    settings = TrainingSettings(steps=600, batch=48, length=length, learning_rate=3e-3, warmup=50)
+    batches = Mixture([TokenShards(work / "tokens")], [1], length, 48, seed=0)
+    Trainer(model, objective(Loss("ce"), None, False), batches, settings, work / "out").run()
+    return model
+
+
 @main.command()
 @rounds
 @tokens
 @click.pass_obj
 def lookup(pairs: Pairs, rounds: int, tokens: int):
-    """Prompt lookup where the answer repeats the text, and what it costs where nothing ever matches."""
+    """Prompt lookup where the answer copies the prompt, and what it costs where nothing ever matches."""
+    with tempfile.TemporaryDirectory() as work:
+        model = copier(Path(work))
+    rng, lengths = np.random.default_rng(1), range(14, 22)
+    texts = [rng.integers(0, 64, n).tolist() for n in lengths]
+    for length in (0, 4, "auto"):
+        decoder, emitted, passes, copied = SpeculativeDecoder(ModelPair(model, PromptLookup()), None, length), 0, 0, 0
+        for text in texts:
+            answer = [token for block in decoder.blocks(text + text[:2], 40) for token in block.tokens]
+            copied += sum(a == b for a, b in zip(answer, (text * 4)[2:], strict=False))
+            emitted += decoder.stats.accepted + decoder.stats.blocks
+            passes += decoder.stats.blocks
+        click.echo(f"copying, draft length {length}: block efficiency {emitted / passes:.2f}; "
+                   f"{copied / (40 * len(texts)):.0%} of the answers is the prompt's text")  # fmt: skip
     target = pairs.target("stories", 24)
     found = ours(target, None, 0.0, 400, "auto", [[1]], PromptLookup())
     rates = measure({"plain": ours(target, None, 0.0, 400, 0, [[1]]), "auto": found}, rounds)

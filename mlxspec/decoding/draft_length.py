@@ -8,8 +8,9 @@ Everything here is arithmetic on what was committed earlier, so the emitted text
 and with the same costs and the same past the choice is the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple, Protocol
 
 LONGEST_CHOICE = 8  # of "auto": beyond 9 rows the cheap kernels end everywhere
@@ -17,6 +18,7 @@ MODEL, LOOKUP, NOBODY = "model", "lookup", "none"
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.8, 3.0  # of a drafter that nothing is known of
 MEMORY = 0.98  # what a block's evidence is worth a block later: about the last 50 count
+SHORT_MEMORY = 0.95  # of prompt lookup's: copied passages come and go
 PROBE_BLOCKS = 4
 PROBE_SHARE = 0.02  # of the time, spent on finding out whether drafting would pay by now
 TYPICAL_ANSWER = 128  # tokens, before any was seen
@@ -53,14 +55,15 @@ class BlockCosts:
 class Acceptance:
     """How often each draft position is accepted, given that those before it were: a running estimate with a prior."""
 
-    def __init__(self, rate: float = PRIOR_RATE, weight: float = PRIOR_WEIGHT):
+    def __init__(self, rate: float = PRIOR_RATE, weight: float = PRIOR_WEIGHT, memory: float = MEMORY):
         self.prior = (rate, weight)
+        self.memory = memory
         self.tried = [0.0] * LONGEST_CHOICE
         self.passed = [0.0] * LONGEST_CHOICE
 
     def observe(self, drafted: int, accepted: int) -> None:
         """One more block, of which the first LONGEST_CHOICE positions count."""
-        self.fade(MEMORY)
+        self.fade(self.memory)
         for position in range(min(accepted + 1, drafted, LONGEST_CHOICE)):
             self.tried[position] += 1
             self.passed[position] += position < accepted
@@ -222,41 +225,43 @@ class Automatic:
 
 
 class Watch:
-    """How prompt lookup would have fared at every token of the text, had it drafted there; costs no device time.
+    """How prompt lookup would have fared on the text, had it drafted all of it; costs no device time.
 
-    A token-by-token replay of ``LookupProposer``: the continuation of the longest suffix of at most ``ngram`` tokens
+    A replay of ``LookupProposer`` block after block: the continuation of the longest suffix of at most ``ngram`` tokens
     where it last occurred. Whether a drafted token is accepted has the probability that the target gives it, which is
     also how often the text goes on with it; so the text itself tells the acceptance.
     """
 
     def __init__(self, ngram: int):
         self.ngram = ngram
-        self.acceptance = Acceptance(rate=0.3)
+        self.acceptance = Acceptance(rate=0.3, memory=SHORT_MEMORY)
         self.begin([])
 
     def begin(self, prompt: Sequence[int]) -> None:
         """A new text. What was learnt of the last one is kept."""
         self.text: list[int] = []
         self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended, the text's end excepted
-        self.open: list[tuple[int, int, int]] = []  # drafts under way: their match, its distance, how many were right
+        self.draft: Iterator[int] | None = None  # what the draft under way says next
+        self.right = 0  # of its tokens, so far
         for token in prompt:
             self._append(token)
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            self._judge(token)
+            ended = self._judge(token)
             self._append(token)
-            self._draft()
+            if ended and len(self.text) > 1:
+                self.draft, self.right = self._drafted(), 0
 
-    def _judge(self, token: int) -> None:
-        still_open = []
-        for match, period, right in self.open:
-            right += (hit := self.text[match + 1 + right % period] == token)
-            if hit and right < LONGEST_CHOICE:
-                still_open.append((match, period, right))
-            else:
-                self.acceptance.observe(LONGEST_CHOICE, right)
-        self.open = still_open
+    def _judge(self, token: int) -> bool:
+        """Whether the draft under way ends with ``token``: the first that it has wrong, or the one behind all of it."""
+        if self.draft is None:
+            return True
+        if self.right < LONGEST_CHOICE and next(self.draft) == token:
+            self.right += 1
+            return False
+        self.acceptance.observe(LONGEST_CHOICE, self.right)
+        return True
 
     def _append(self, token: int) -> None:
         end = len(self.text) - 1  # of the text so far, which is no longer its last token
@@ -264,10 +269,9 @@ class Watch:
             self.ends[tuple(self.text[-n:])] = end
         self.text.append(token)
 
-    def _draft(self) -> None:
+    def _drafted(self) -> Iterator[int]:
+        """What followed the match, round and round if the text ends there; the text grows meanwhile."""
         last = len(self.text) - 1
-        for n in range(min(self.ngram, last), 0, -1):
-            if (match := self.ends.get(tuple(self.text[-n:]))) is not None:
-                self.open.append((match, last - match, 0))
-                return
-        self.open.append((last - 1, 1, 0))
+        found = (self.ends.get(tuple(self.text[-n:])) for n in range(min(self.ngram, last), 0, -1))
+        match = next((end for end in found if end is not None), last - 1)
+        return (self.text[match + 1 + i % (last - match)] for i in count())
