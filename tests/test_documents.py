@@ -36,10 +36,11 @@ def test_the_two_commands_of_the_readme_are_run_by_ci():
 
 
 TRAINING = [command for command in commands(README) if command.startswith("mlxspec train ")]
+MEASURING = [command for command in commands(README) if command.startswith(("mlxspec bench", "mlxspec report"))]
 
 
 @pytest.mark.parametrize(
-    "command", [one for one in commands(README) if " mlxspec " in f" {one}" and one not in TRAINING]
+    "command", [one for one in commands(README) if " mlxspec " in f" {one}" and one not in (*TRAINING, *MEASURING)]
 )
 def test_a_command_of_the_readme_works(command, tmp_path):
     if run_by_ci(command):
@@ -85,6 +86,17 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
         arguments = command.replace("llama2-7b-chat", str(DEMO / "target")).split()[1:]
         outcome = mlxspec_command(*arguments, *sizes.get(arguments[1], "").split())
         assert outcome.status == 0, outcome.err
+
+
+def test_the_measuring_commands_of_the_readme_work_one_after_the_other(tmp_path, mlxspec_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"bench": "--prompts 1 --rounds 1 --max-tokens 12".split()}
+    assert [command.split()[1] for command in MEASURING] == ["bench", "report", "bench"]
+    for command in MEASURING:
+        verb, *arguments = command.split()[1:]
+        outcome = mlxspec_command(verb, *arguments, *small.get(verb, []))
+        assert outcome.status == 0, outcome.err
+        assert outcome.out.strip()
 
 
 @pytest.mark.parametrize("program", code_blocks(README, "python"))
