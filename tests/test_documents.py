@@ -90,7 +90,7 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
 
 def test_the_measuring_commands_of_the_readme_work_one_after_the_other(tmp_path, mlxspec_command, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = {"bench": "--prompts 1 --rounds 1 --max-tokens 12".split()}
+    small = {"bench": ["--prompts", "1", "--rounds", "1", "--max-tokens", "12"]}
     assert [command.split()[1] for command in MEASURING] == ["bench", "report", "bench"]
     for command in MEASURING:
         verb, *arguments = command.split()[1:]
