@@ -333,7 +333,7 @@ def block(pairs: Pairs, rounds: int):
         ("demo + 6 layers", pairs.target("demo", 6), pairs.demo_drafter()),
     ):
         for temperature in (0.0, 1.0):
-            found = profile(ModelPair(target, drafter), Sampling(temperature), 4, rounds)
+            found = profile(ModelPair(target, drafter), Sampling(temperature), 4, rounds=rounds)
             parts = ", ".join(f"{part} {1000 * found[part]:.2f}"
                               for part in ("drafting", "verification", "acceptance", "host"))  # fmt: skip
             click.echo(f"{name}, T = {temperature:g}: {1000 * found['block']:.2f} ms: {parts}; outside the models "

@@ -1,5 +1,6 @@
 """``mlxspec bench`` and ``mlxspec report``: what a pair is worth on this machine, as a table, JSON and a page."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,33 @@ import click
 from tqdm import tqdm
 
 import mlxspec
-from mlxspec import Sampling
 from mlxspec.cli.generate import INTERRUPTED
 from mlxspec.cli.options import DraftLength, drafter_name, target_name
+from mlxspec.decoding.block import CompiledBlocks
+from mlxspec.decoding.calibration import measure_and_keep
 from mlxspec.decoding.verification import RULES
 from mlxspec.errors import InvalidRequestError
-from mlxspec.evaluation.benchmark import BenchmarkSettings, Record, compared, run_benchmark, summaries
+from mlxspec.evaluation.benchmark import (
+    BenchmarkSettings,
+    Record,
+    compared,
+    new_record,
+    run_benchmark,
+    samplings,
+    summaries,
+)
 from mlxspec.evaluation.engines import PEER_DRAFT_LENGTH
-from mlxspec.evaluation.report import HEADINGS, cells, headline, read_record, write_report
+from mlxspec.evaluation.report import (
+    ENGINE_HEADINGS,
+    HEADINGS,
+    cells,
+    engine_cells,
+    headline,
+    read_record,
+    write_report,
+)
 from mlxspec.evaluation.speedup import calibrated, profile
-from mlxspec.evaluation.tasks import TASK_NAMES, read_tasks
+from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
 
 PROFILED = 4  # tokens drafted by the block whose time is taken apart
@@ -49,39 +67,47 @@ def bench(target, drafter, quantize, tasks, prompts, out, calibrate, compare, **
     settings = BenchmarkSettings(**settings)
     if prompts < 1:
         raise InvalidRequestError(f"prompts is {prompts}; use 1 or more")
-    if not out.parent.is_dir():
-        raise InvalidRequestError(f"there is no folder {out.parent} for {out.name}; make it or choose another")
+    check_writable(out)
     pair = mlxspec.load(target, drafter, quantize=quantize)
+    if calibrate and pair.drafter is None:
+        raise InvalidRequestError("--calibrate needs a drafter; name one with --drafter")
     room = (pair.context_length or float("inf")) - settings.max_tokens
     chosen = read_tasks([name for name in tasks.split(",") if name], pair.tokenizer, prompts, room)
-    names = {"target": target_name(target), "drafter": drafter_name(target, drafter)}
-    record: Record = {}
+    record = new_record(pair, settings, {"target": target_name(target), "drafter": drafter_name(target, drafter)})
     try:
-        beside = measured_beside(pair, chosen[0].prompts, settings, calibrate)
+        if pair.drafter is not None:
+            measure_blocks(pair, chosen, settings, calibrate, record)
         with tqdm(disable=None, leave=False, unit="round") as bar:
 
             def progress(what: str, done: int, total: int) -> None:
                 bar.total, bar.n = total, done
                 bar.set_description(what)
 
-            record = run_benchmark(pair, chosen, settings, names, out, progress, beside)
+            run_benchmark(pair, chosen, settings, record, out, progress)
     except KeyboardInterrupt:
-        record = read_record(out) if out.exists() and not record else record
-        click.echo(f"interrupted; the finished rounds are in {out}" if record else "interrupted", err=True)
+        finished = any(result["rounds"] for result in record["results"])
+        where = f"the finished rounds are in {out}" if finished else "no round was finished"
+        click.echo(f"interrupted; {where}", err=True)
         print_results(record)
         sys.exit(INTERRUPTED)
     print_results(record)
     click.echo(f"\n{out}; a page of it: mlxspec report {out}", err=True)
 
 
-def measured_beside(pair: ModelPair, prompts: list[list[int]], settings: BenchmarkSettings, calibrate: bool) -> Record:
-    """The profile of a block and, if asked for, the table of costs; nothing where nobody drafts."""
-    if pair.drafter is None:
-        if calibrate:
-            raise InvalidRequestError("--calibrate needs a drafter; name one with --drafter")
-        return {}
-    sampling = Sampling(settings.temperatures[0] if settings.temperatures else 0.0)
-    found = {"profile": profile(pair, sampling, PROFILED)}
+def check_writable(out: Path) -> None:
+    """Before anything is measured that could then not be kept."""
+    if not out.parent.is_dir():
+        raise InvalidRequestError(f"there is no folder {out.parent} for {out.name}; make it or choose another")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InvalidRequestError(f"{out} cannot be written; name a file in a folder of yours with --out")
+
+
+def measure_blocks(
+    pair: ModelPair, tasks: list[Task], settings: BenchmarkSettings, calibrate: bool, record: Record
+) -> None:
+    """The profile of a block and, if asked for, the table of costs, into the record."""
+    sampling, verification = samplings(tasks[0], settings)[0], settings.verification
+    record["profile"] = profile(pair, sampling, PROFILED, verification)
     if calibrate:
         with tqdm(disable=None, leave=False, unit="run", desc="draft lengths") as bar:
 
@@ -89,24 +115,29 @@ def measured_beside(pair: ModelPair, prompts: list[list[int]], settings: Benchma
                 bar.total, bar.n = total, done
                 bar.refresh()
 
-            found["calibration"] = calibrated(pair, prompts, sampling, settings.rounds, settings.max_tokens, progress)
-        print_calibration(found["calibration"])
-    return found
+            prompts, rounds, longest = tasks[0].prompts, settings.rounds, settings.max_tokens
+            record["calibration"] = calibrated(pair, prompts, sampling, rounds, longest, verification, progress)
+        for other in {s for task in tasks for s in samplings(task, settings)} - {sampling}:
+            measure_and_keep(CompiledBlocks(pair, other, verification))
+        print_calibration(record["calibration"])
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the page and its pictures.  [default: FILE's name]"
+    "--out", type=click.Path(path_type=Path), help="Folder for the page and its pictures.  [default: FILE-report]"
 )
 def report(file: Path, out: Path | None) -> None:
     """Make a page of what bench wrote into FILE: index.html, which needs nothing beside it, and the pictures as PNG."""
-    click.echo(write_report(read_record(file), out or file.with_suffix("")))
+    record = read_record(file)
+    click.echo(write_report(record, out or file.with_name(f"{file.stem}-report")))
 
 
 def print_results(record: Record) -> None:
     if record and (rows := summaries(record)):
         print_table(HEADINGS, [cells(row) for row in rows])
+        click.echo()
+        print_table(ENGINE_HEADINGS, [line for row in rows for line in engine_cells(row)])
         click.echo(f"\n{headline(rows)}")
         print_block(record.get("profile"))
 

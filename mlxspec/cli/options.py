@@ -74,7 +74,8 @@ def decoder_from(max_tokens, target, drafter, quantize, draft_length, verificati
     sampling = Sampling(**sampling)
     pair = mlxspec.load(target, drafter, quantize=quantize, context=max_tokens if max_tokens > 0 else None)
     decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
-    if draft_length == "auto" and (pair.drafter or pair.lookup) and sys.stderr.isatty() and not are_known(decoder):
+    to_measure = draft_length == "auto" and decoder.compiled.drafters and not are_known(decoder.compiled)
+    if to_measure and sys.stderr.isatty():
         click.echo("measuring, once, what blocks of this pair cost on this machine ...", err=True)
     return decoder
 

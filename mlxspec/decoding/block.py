@@ -1,9 +1,11 @@
 """A block of speculative decoding as one graph: draft, verify, commit, with nothing read on the host.
 
-``block_graph`` is the algorithm. ``CompiledBlock`` compiles it together with the models' weights.
+``block_graph`` is the algorithm. ``CompiledBlock`` compiles it together with the models' weights, and
+``CompiledBlocks`` has one for each choice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxspec.decoding.cache import CachedModel
-from mlxspec.decoding.drafting import Proposer
+from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, Choice
+from mlxspec.decoding.drafting import NobodyProposer, Proposer, proposer_for
 from mlxspec.decoding.sampling import Sampling
-from mlxspec.decoding.verification import Rule
+from mlxspec.decoding.verification import RULES, Rule
+from mlxspec.models.pair import ModelPair
 
 State = dict[str, Any]  # recent, committed, target, drafter, key: what one block hands to the next
 
@@ -79,6 +83,17 @@ class Weights:
         for module, name, array in self._noted:
             module[name] = array
 
+    @contextmanager
+    def safe(self) -> Iterator[None]:
+        """While functions over the weights are traced that are no blocks: nothing is lost if that is interrupted."""
+        self.note()
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+        self.note()
+
 
 class CompiledBlock:
     """``block_graph``, compiled with the weights of ``models``, some of those of ``weights``, as inputs.
@@ -116,6 +131,39 @@ class CompiledBlock:
             self._traces.clear()
             self._weights.note()
         return result
+
+
+class CompiledBlocks:
+    """The blocks that a pair can be decoded with, one for each choice of drafter and length; traced when first called.
+
+    Raises UnsupportedModelError for a model that cannot be rewound.
+    """
+
+    def __init__(self, pair: ModelPair, sampling: Sampling, verification: str, drafting: bool = True):
+        self.pair = pair
+        self.sampling = sampling  # never another one: it is compiled into the blocks
+        self.verification = verification
+        self.target = CachedModel(pair.target)
+        self.proposers: dict[str, Proposer] = {NOBODY: NobodyProposer(self.target.vocab_size)}
+        for drafter in (pair.drafter, pair.lookup) if drafting else ():
+            if drafter is not None:
+                name = MODEL if isinstance(drafter, nn.Module) else LOOKUP
+                self.proposers[name] = proposer_for(drafter, sampling, self.target.vocab_size)
+        self.weights = Weights([pair.target, *([pair.drafter] if MODEL in self.proposers else [])])
+        self._made: dict[Choice, CompiledBlock] = {}
+
+    @property
+    def drafters(self) -> list[str]:
+        """The names of those who draft something."""
+        return [name for name in self.proposers if name != NOBODY]
+
+    def __getitem__(self, choice: Choice) -> CompiledBlock:
+        if choice not in self._made:
+            proposer, rule = self.proposers[choice.proposer], RULES[self.verification]
+            parts = BlockParts(self.target, proposer, rule, self.sampling, choice.length)
+            models = self.weights.models if choice.proposer == MODEL else [self.pair.target]
+            self._made[choice] = CompiledBlock(parts, models, self.weights)
+        return self._made[choice]
 
 
 def arrays(models: list[nn.Module]) -> Iterable[tuple[nn.Module, str, mx.array]]:

@@ -1,4 +1,4 @@
-"""What a block costs on this device: measured on the real blocks of a decoder, and remembered on disk.
+"""What a block costs on this device: measured on the real blocks of a pair, and remembered on disk.
 
 The parts of a block cannot be timed one by one without changing them. So passes over 1 … 9 rows are timed, and whole
 blocks that draft nothing or a few tokens, queued behind each other as in decoding; what drafting and verifying cost is
@@ -7,6 +7,7 @@ the difference.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -14,19 +15,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxspec.decoding.block import State
+from mlxspec.decoding.block import CompiledBlocks, State
 from mlxspec.decoding.cache import CAPACITY_STEP
-from mlxspec.decoding.draft_length import LONGEST_CHOICE, MODEL, NOBODY, PLAIN, BlockCosts, Choice
+from mlxspec.decoding.draft_length import LONGEST_CHOICE, LOOKUP, MODEL, PLAIN, BlockCosts, Choice
 from mlxspec.models.quantizing import cache_folder
-
-if TYPE_CHECKING:
-    from mlxspec.decoding.decoder import SpeculativeDecoder
 
 FORMAT = 1  # of the files; another one is measured anew
 QUEUED = 3  # passes timed together
@@ -37,46 +35,61 @@ DRAFTED = 4  # tokens of the block that a draft step's cost is taken from
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
 
-def known_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
+def known_costs(compiled: CompiledBlocks) -> BlockCosts:
     """From the disk if this pair was measured on this device with this MLX, else measured now."""
-    file = costs_file(decoder)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(file.read_text())["costs"]
-        return BlockCosts(**{**stored, "verify": tuple(stored["verify"])})
-    return measure_and_keep(decoder)
+    return stored_costs(compiled) or measure_and_keep(compiled, replace=False)
 
 
-def are_known(decoder: "SpeculativeDecoder") -> bool:
-    return costs_file(decoder).exists()
+def are_known(compiled: CompiledBlocks) -> bool:
+    return stored_costs(compiled) is not None
 
 
-def measure_and_keep(decoder: "SpeculativeDecoder") -> BlockCosts:
-    costs, file = measured_costs(decoder), costs_file(decoder)
+def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
+    """What the disk has; None for nothing, or nothing that can be used."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = json.loads(costs_file(compiled).read_text())["costs"]
+        costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"])})
+        numbers = [*costs.verify, *costs.draft.values(), *costs.catch_up.values(), costs.trace]
+        whole = len(costs.verify) == MOST_ROWS and sorted(costs.draft) == sorted(compiled.drafters)
+        if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
+            return costs
+    return None
+
+
+def measure_and_keep(compiled: CompiledBlocks, replace: bool = True) -> BlockCosts:
+    """Measure, and write down; without ``replace``, what another process has written meanwhile is what counts."""
+    costs, file = measured_costs(compiled), costs_file(compiled)
     with suppress(OSError):  # no place to keep it: it is measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps({"of": described(decoder), "costs": asdict(costs)}, indent=1))
-        os.replace(aside, file)
+        aside.write_text(json.dumps({"of": described(compiled), "costs": asdict(costs)}, indent=1))
+        theirs = None if replace else stored_costs(compiled)
+        if theirs is None:
+            os.replace(aside, file)
+        else:
+            aside.unlink()
+            return theirs
     return costs
 
 
-def costs_file(decoder: "SpeculativeDecoder") -> Path:
-    key = hashlib.sha256(json.dumps(described(decoder), sort_keys=True).encode()).hexdigest()[:16]
+def costs_file(compiled: CompiledBlocks) -> Path:
+    key = hashlib.sha256(json.dumps(described(compiled), sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "costs" / f"{key}.json"
 
 
-def described(decoder: "SpeculativeDecoder") -> dict[str, Any]:
+def described(compiled: CompiledBlocks) -> dict[str, Any]:
     """All that the costs depend on, in words."""
-    sampling, info = decoder.sampling, mx.device_info()
+    sampling, info = compiled.sampling, mx.device_info()
     described = {
         "format": FORMAT,
         "mlx": mx.__version__,
         "device": [str(mx.default_device()), info.get("device_name"), info.get("architecture"), platform.machine()],
-        "target": model_described(decoder.pair.target),
-        "drafters": sorted(decoder.drafters.proposers),
-        "drafter": model_described(decoder.pair.drafter) if MODEL in decoder.drafters.proposers else None,
+        "target": model_described(compiled.pair.target),
+        "drafters": sorted(compiled.drafters),
+        "ngram": compiled.proposers[LOOKUP].lookup.ngram if LOOKUP in compiled.drafters else None,
+        "drafter": model_described(compiled.pair.drafter) if MODEL in compiled.drafters else None,
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
-        "verification": decoder.verification,
+        "verification": compiled.verification,
     }
     if mx.default_device().type == mx.cpu:
         names = [name for name in sorted(os.environ) if name.startswith(("OPENBLAS_", "OMP_")) or name == "LD_PRELOAD"]
@@ -92,13 +105,23 @@ def model_described(model: nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__name__} {digest}"
 
 
-def measured_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
+def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
     """Time everything in turns; of each the least over the rounds counts, since nothing else disturbed that one."""
-    names = [name for name in decoder.drafters.proposers if name != NOBODY]
-    runs: dict[Any, Callable[[], float]] = {rows: target_passes(decoder, rows) for rows in range(1, MOST_ROWS + 1)}
-    choices = [PLAIN, *(Choice(name, DRAFTED) for name in names)]
-    tracing = {choice: trace_seconds(decoder, choice) for choice in choices}
-    runs |= {choice: blocks(decoder, choice) for choice in choices}
+    with compiled.weights.safe():
+        taken, trace = least_seconds(compiled)
+        catch_up = {MODEL: catching_up_seconds(compiled)} if MODEL in compiled.drafters else {}
+    beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
+    verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
+    drafted = {name: max(0.0, taken[Choice(name, DRAFTED)] - verify[DRAFTED]) / DRAFTED for name in compiled.drafters}
+    return BlockCosts(verify, drafted, catch_up, trace)
+
+
+def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
+    """Seconds of passes over so many rows and of the blocks of some choices; seconds of tracing a block."""
+    choices = [PLAIN, *(Choice(name, DRAFTED) for name in compiled.drafters)]
+    trace = max(trace_seconds(compiled, choice) for choice in choices)
+    runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in range(1, MOST_ROWS + 1)}
+    runs |= {choice: blocks(compiled, choice) for choice in choices}
     for run in runs.values():
         run()  # traces, and compiles kernels
     rounds: dict[Any, list[float]] = {what: [] for what in runs}
@@ -108,21 +131,12 @@ def measured_costs(decoder: "SpeculativeDecoder") -> BlockCosts:
             break
         for what, run in runs.items():
             rounds[what].append(run())
-    taken = {what: min(seconds) for what, seconds in rounds.items()}
-    beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
-    verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
-    drafted = {name: max(0.0, taken[Choice(name, DRAFTED)] - verify[DRAFTED]) / DRAFTED for name in names}
-    return BlockCosts(
-        verify=verify,
-        draft=drafted,
-        catch_up={MODEL: catching_up_seconds(decoder)} if MODEL in names else {},
-        trace=max(tracing.values()),
-    )
+    return {what: min(seconds) for what, seconds in rounds.items()}, trace
 
 
-def target_passes(decoder: "SpeculativeDecoder", rows: int, sampled: bool = True) -> Callable[[], float]:
+def target_passes(compiled: CompiledBlocks, rows: int, sampled: bool = True) -> Callable[[], float]:
     """Seconds of a pass of the target over ``rows`` tokens, of several; ``sampled``: each feeds the next."""
-    target, sampling = decoder.target, decoder.sampling
+    target, sampling = compiled.target, compiled.sampling
 
     def one(state: Any) -> tuple[mx.array, Any]:
         tokens, buffers = state
@@ -132,20 +146,20 @@ def target_passes(decoder: "SpeculativeDecoder", rows: int, sampled: bool = True
         tokens = mx.argmax(sampling.probs(logits), axis=-1).astype(mx.int32)
         return tokens, (tokens, buffers)
 
-    compiled = mx.compile(one, inputs=[decoder.pair.target.state])
-    return lambda: seconds_of(compiled, (mx.zeros(rows, mx.int32), target.empty(CAPACITY_STEP)))
+    step = mx.compile(one, inputs=[compiled.pair.target.state])
+    return lambda: seconds_of(step, (mx.zeros(rows, mx.int32), target.empty(CAPACITY_STEP)))
 
 
-def blocks(decoder: "SpeculativeDecoder", choice: Choice) -> Callable[[], float]:
+def blocks(compiled: CompiledBlocks, choice: Choice) -> Callable[[], float]:
     """Seconds of a whole block, of several."""
-    return lambda: seconds_of(decoder.compiled(choice), state_before(decoder, choice.proposer))
+    return lambda: seconds_of(compiled[choice], state_before(compiled, choice.proposer))
 
 
-def trace_seconds(decoder: "SpeculativeDecoder", choice: Choice) -> float:
+def trace_seconds(compiled: CompiledBlocks, choice: Choice) -> float:
     """How long it takes to trace a block anew; nothing is evaluated."""
-    state = state_before(decoder, choice.proposer)
+    state = state_before(compiled, choice.proposer)
     start = time.perf_counter()
-    decoder.compiled(choice)(state)
+    compiled[choice](state)
     return time.perf_counter() - start
 
 
@@ -160,9 +174,9 @@ def seconds_of(step: Callable[[Any], tuple[mx.array, Any]], state: Any) -> float
     return (time.perf_counter() - start) / QUEUED
 
 
-def state_before(decoder: "SpeculativeDecoder", name: str) -> State:
+def state_before(compiled: CompiledBlocks, name: str) -> State:
     """A block's state, behind a text of zeros that no cache has really seen."""
-    proposer = decoder.drafters.proposers[name]
+    proposer = compiled.proposers[name]
     if name == MODEL:
         drafter = proposer.run.empty(CAPACITY_STEP)
     else:
@@ -170,15 +184,15 @@ def state_before(decoder: "SpeculativeDecoder", name: str) -> State:
     return {
         "recent": mx.zeros(2, mx.int32),
         "committed": mx.array(TEXT, mx.int32),
-        "target": decoder.target.empty(CAPACITY_STEP),
+        "target": compiled.target.empty(CAPACITY_STEP),
         "drafter": drafter,
         "key": mx.random.key(0),
     }
 
 
-def catching_up_seconds(decoder: "SpeculativeDecoder") -> float:
+def catching_up_seconds(compiled: CompiledBlocks) -> float:
     """What a token costs that the model drafter reads as one of many."""
-    run = decoder.drafters.proposers[MODEL].run
+    run = compiled.proposers[MODEL].run
     tokens = mx.zeros(TEXT, mx.int32)
 
     def read() -> float:

@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlxspec.decoding.block import BlockParts, CompiledBlock, State, Weights
-from mlxspec.decoding.cache import CachedModel, with_room
+from mlxspec.decoding.block import CompiledBlocks, State
+from mlxspec.decoding.cache import with_room
 from mlxspec.decoding.calibration import known_costs
 from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, PLAIN, Automatic, Choice, Chooser, Fixed, Watch
-from mlxspec.decoding.drafting import Drafters, NobodyProposer, proposer_for
+from mlxspec.decoding.drafting import Drafters
 from mlxspec.decoding.request import answer_budget, check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.text import AnswerText, Segment
-from mlxspec.decoding.verification import RULES
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.tokens import encode_prompt
@@ -64,19 +62,9 @@ class SpeculativeDecoder:
         check_options(draft_length, verification)
         self.pair = pair
         self.stats = DecodingStats()
-        self.sampling = sampling or Sampling()  # never another one: it is compiled into the blocks
         self.draft_length = draft_length
-        self.verification = verification
-        self.target = CachedModel(pair.target)
-        drafting = {NOBODY: NobodyProposer(self.target.vocab_size)}
-        for drafter in (pair.drafter, pair.lookup) if draft_length else ():
-            if drafter is not None:
-                name = MODEL if isinstance(drafter, nn.Module) else LOOKUP
-                drafting[name] = proposer_for(drafter, self.sampling, self.target.vocab_size)
-        self.drafters = Drafters(drafting)
-        models = [pair.target, *([pair.drafter] if MODEL in drafting else [])]
-        self._weights = Weights(models)
-        self._compiled: dict[Choice, CompiledBlock] = {}
+        self.compiled = CompiledBlocks(pair, sampling or Sampling(), verification, drafting=draft_length != 0)
+        self.drafters = Drafters(self.compiled.proposers)
         self._chooser: Chooser | None = None
         self._state: State | None = None
         self._drafting = NOBODY  # whose state is in there
@@ -84,25 +72,21 @@ class SpeculativeDecoder:
         self._stream = 0  # which call of ``blocks`` owns the state
 
     @property
+    def sampling(self) -> Sampling:
+        """Fixed, as it is compiled into the blocks."""
+        return self.compiled.sampling
+
+    @property
     def chooser(self) -> Chooser:
         """Who says what the next block is; what "auto" needs to know of costs is measured here if nobody knows."""
         if self._chooser is None:
-            names = [name for name in self.drafters.proposers if name != NOBODY]
+            names, proposers = self.compiled.drafters, self.compiled.proposers
             if self.draft_length != "auto" or not names:
                 self._chooser = Fixed(Choice(names[0], self.draft_length) if names else PLAIN)
             else:
-                watch = Watch(self.drafters.proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
-                self._chooser = Automatic(known_costs(self), names, watch)
+                watch = Watch(proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
+                self._chooser = Automatic(known_costs(self.compiled), names, watch)
         return self._chooser
-
-    def compiled(self, choice: Choice) -> CompiledBlock:
-        """The block of a choice; it is traced when it is first called."""
-        if choice not in self._compiled:
-            proposer, rule = self.drafters.proposers[choice.proposer], RULES[self.verification]
-            parts = BlockParts(self.target, proposer, rule, self.sampling, choice.length)
-            models = self._weights.models if choice.proposer == MODEL else [self.pair.target]
-            self._compiled[choice] = CompiledBlock(parts, models, self._weights)
-        return self._compiled[choice]
 
     def forget(self) -> None:
         """Drop the caches, as if nothing had been decoded; how often drafts were accepted is not forgotten."""
@@ -120,11 +104,12 @@ class SpeculativeDecoder:
         """Decode token ids; the concatenated ``Block.tokens`` are the answer, an EOS included.
 
         ``max_tokens`` −1 goes on until an EOS or a full context. ``progress`` is told of the prompt's prefill. ``seed``
-        takes the place of the sampling's. Raises InvalidRequestError at once for an empty prompt or one that leaves no
+        takes the place of the sampling's; it repeats a text exactly, if ``draft_length`` is "auto" on a decoder that
+        has seen the same before. Raises InvalidRequestError at once for an empty prompt or one that leaves no
         room in the context, and later if another stream is started on this decoder.
         """
         prompt = [int(token) for token in prompt]
-        budget = answer_budget(prompt, max_tokens, self.pair.context_length, self.target.vocab_size)
+        budget = answer_budget(prompt, max_tokens, self.pair.context_length, self.compiled.target.vocab_size)
         seed = self.sampling.seed if seed is None else seed
         key = mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
         self._stream += 1
@@ -144,7 +129,7 @@ class SpeculativeDecoder:
             tokens = tokens[:end]
             self._tokens += tokens
             self.chooser.observe(choice, tokens, accepted, self._behind())
-            self.stats.add(len(tokens), choice.length, accepted, choice.proposer)
+            self.stats.add(len(tokens), choice, accepted)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
             yield Block(tokens, choice.length, accepted)
@@ -158,7 +143,8 @@ class SpeculativeDecoder:
             return True
         if len(in_flight) == BLOCKS_IN_FLIGHT or self.chooser.choice.proposer != self._drafting:
             return False
-        return self.stats.tokens + sum(self.chooser.expected_tokens(choice) for choice, _ in in_flight) < budget
+        (choice, _), missing = in_flight[0], budget - self.stats.tokens
+        return self.chooser.chance_of(choice, missing) < 0.5
 
     def stream(
         self,
@@ -215,12 +201,15 @@ class SpeculativeDecoder:
         choice = self.chooser.choice
         if choice.proposer != self._drafting:  # nothing is in flight then
             self._set_aside()
-            self._state["drafter"] = self.drafters.ready(choice.proposer, self._tokens)
-            self._drafting = choice.proposer
+            # Taken from the decoder meanwhile: if reading is interrupted, the next prompt starts from nothing.
+            state, self._state = self._state, None
+            state["drafter"] = self.drafters.ready(choice.proposer, self._tokens)
+            self._state, self._drafting = state, choice.proposer
+            del state
         longest = len(self._tokens) + sum(length + 1 for _, length in [*in_flight, choice])
         # Nothing may refer to the old state when the new one is evaluated: a buffer that somebody else holds would be
         # copied instead of written in place.
-        result, self._state = self.compiled(choice)(self._state_with_room(longest))
+        result, self._state = self.compiled[choice](self._state_with_room(longest))
         mx.async_eval(result, self._state)
         return result
 
@@ -236,22 +225,23 @@ class SpeculativeDecoder:
         """The state, taken from the decoder: if the block fails, the next prompt starts from nothing."""
         state, self._state = self._state, None
         state["target"] = with_room(state["target"], length)
-        state["drafter"] = self.drafters.proposers[self._drafting].with_room(state["drafter"], length)
+        state["drafter"] = self.compiled.proposers[self._drafting].with_room(state["drafter"], length)
         return state
 
     def _prefill(self, prompt: list[int], progress: Progress, key: mx.array, budget: float) -> None:
         """Bring the caches to the prompt, reusing what they share with it; that of a drafter if it is to draft."""
+        chooser = self.chooser  # which may have to measure something
         mx.reset_peak_memory()
-        chooser, start = self.chooser, time.perf_counter()
+        start = time.perf_counter()
         # The caches are taken from the decoder, for the same reasons as above; of other weights they are of no use.
-        reused = self._reusable(prompt) if self._weights.note() and self._state else 0
+        reused = self._reusable(prompt) if self.compiled.weights.note() and self._state else 0
         if self._state:
             self._set_aside()
         old, self._state = self._state or {}, None
         self.drafters.forget_beyond(reused)
         chooser.begin(prompt, budget, self.drafters.behind(MODEL, len(prompt)))
         drafting = chooser.choice.proposer
-        passes = 1 + self.drafters.proposers[drafting].prefills
+        passes = 1 + self.compiled.proposers[drafting].prefills
         new, done = len(prompt) - reused, 0
 
         def advanced(tokens: int) -> None:
@@ -262,7 +252,7 @@ class SpeculativeDecoder:
         state = {
             "recent": mx.array(prompt[-2:], mx.int32),
             "committed": mx.array(len(prompt), mx.int32),
-            "target": self.target.prefill(
+            "target": self.compiled.target.prefill(
                 mx.array(prompt[reused:-1], mx.int32), old.pop("target", None) if reused else None, reused, advanced
             ),
             "drafter": self.drafters.ready(drafting, prompt, advanced),

@@ -11,12 +11,13 @@ and with the same costs and the same past the choice is the same.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import prod
 from typing import NamedTuple, Protocol
 
 LONGEST_CHOICE = 8  # of "auto": beyond 9 rows the cheap kernels end everywhere
 MODEL, LOOKUP, NOBODY = "model", "lookup", "none"
 
-PRIOR_RATE, PRIOR_WEIGHT = 0.8, 3.0  # of a drafter that nothing is known of
+PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2.0  # of a drafter that nothing is known of
 MEMORY = 0.98  # what a block's evidence is worth a block later: about the last 50 count
 SHORT_MEMORY = 0.95  # of prompt lookup's: copied passages come and go
 PROBE_BLOCKS = 4
@@ -93,6 +94,13 @@ def expected_tokens(rates: Sequence[float], length: int) -> float:
     return expected
 
 
+def chance_of(rates: Sequence[float], length: int, tokens: float) -> float:
+    """The probability that a block of ``length`` drafted tokens yields at least ``tokens``."""
+    if tokens > length + 1:
+        return 0.0
+    return prod(rates[: max(0, int(tokens) - 1)])
+
+
 class Chooser(Protocol):
     """What the decoder asks."""
 
@@ -104,8 +112,8 @@ class Chooser(Protocol):
     def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, behind: int) -> None:
         """A block: what it was, what it committed; ``behind`` as above, by now."""
 
-    def expected_tokens(self, choice: Choice) -> float:
-        """That a block will yield."""
+    def chance_of(self, choice: Choice, tokens: float) -> float:
+        """The probability that a block yields at least so many."""
 
 
 class Fixed:
@@ -121,8 +129,8 @@ class Fixed:
     def observe(self, choice, tokens, accepted, behind):
         self.acceptance.observe(choice.length, accepted)
 
-    def expected_tokens(self, choice):
-        return expected_tokens(self.acceptance.rates, choice.length)
+    def chance_of(self, choice, tokens):
+        return chance_of(self.acceptance.rates, choice.length, tokens)
 
 
 class Automatic:
@@ -130,9 +138,9 @@ class Automatic:
 
     A change costs time once (a new length is traced, a drafter reads what it missed). So it is made when what the
     present choice has lost so far, by these estimates, amounts to that: then no more than twice the unavoidable is ever
-    lost. While nothing is drafted nothing is learnt of a model drafter; it is tried once for nothing and then as often
-    as PROBE_SHARE of the time allows, but not where even a drafter that is always right would lose. How prompt lookup
-    would have fared is known without trying it.
+    lost. While nothing is drafted nothing is learnt of a model drafter; it is tried as often as PROBE_SHARE of the time
+    allows, but not where even a drafter that is always right would lose. How prompt lookup would have fared is known
+    without trying it. What a drafter is worth has to be found out once: a first, short answer pays for that.
     """
 
     def __init__(self, costs: BlockCosts, proposers: Sequence[str], watch: "Watch | None" = None):
@@ -145,7 +153,7 @@ class Automatic:
         self.traced: set[Choice] = set()
         self.choice = PLAIN
         self.lost = 0.0  # seconds, by not having changed yet
-        self.saved_up = float("inf")  # seconds that may be spent on a probe
+        self.saved_up = 0.0  # seconds that may be spent on a probe
         self.probing = 0  # blocks left
         self.typical, self.answered = float(TYPICAL_ANSWER), None
 
@@ -160,8 +168,10 @@ class Automatic:
         best = max([*known, PLAIN], key=self.rate)
         gained = length * (1 / self.rate(PLAIN) - 1 / self.rate(best))
         # To draft for a long prompt and a short answer may not be worth the drafter's reading of the prompt.
-        self.choice = best if gained > self.catching_up(best, behind) else PLAIN
-        self.traced.add(self.choice)
+        chosen = best if gained > self.catching_up(best, behind) else PLAIN
+        if chosen != self.choice:
+            self.change(chosen)
+        self.traced.add(chosen)
 
     def observe(self, choice, tokens, accepted, behind):
         self.answered += len(tokens)
@@ -173,7 +183,7 @@ class Automatic:
         if self.probing:
             self.probing -= choice.proposer == MODEL
             if not self.probing:
-                self.change(self.best())
+                self.change(max(self.traced, key=self.rate))
             return
         best = self.best()
         self.lost += spent * max(0.0, 1 - self.rate(self.choice) / self.rate(best))
@@ -183,14 +193,15 @@ class Automatic:
             self.saved_up += PROBE_SHARE * spent
             self.probe_if_affordable(behind)
 
-    def expected_tokens(self, choice):
-        if choice.length == 0:
-            return 1.0
-        return expected_tokens(self.acceptance[choice.proposer].rates, choice.length)
+    def chance_of(self, choice, tokens):
+        return chance_of(self.rates(choice), choice.length, tokens)
+
+    def rates(self, choice: Choice) -> list[float]:
+        return self.acceptance[choice.proposer].rates if choice.length else []
 
     def rate(self, choice: Choice) -> float:
         """Tokens per second, as estimated."""
-        return self.expected_tokens(choice) / self.costs.block(choice)
+        return expected_tokens(self.rates(choice), choice.length) / self.costs.block(choice)
 
     def best(self) -> Choice:
         return max(self.choices, key=self.rate)

@@ -29,8 +29,11 @@ class Proposer(Protocol):
 
     prefills: bool  # whether ``start`` runs over the prompt, and tells of it
 
-    def start(self, state: Any, tokens: list[int], reused: int, advanced: Callable[[int], None]) -> Any:
-        """The state for a prompt whose first ``reused`` tokens ``state`` covers already (None: there is none)."""
+    def start(self, kept: list[Any], tokens: list[int], reused: int, advanced: Callable[[int], None]) -> Any:
+        """The state for a text. ``kept`` holds one that covers its first ``reused`` tokens, or nothing.
+
+        A list, so that it can be taken out: buffers that a caller still holds would be copied instead of written to.
+        """
 
     def with_room(self, state: Any, length: int) -> Any:
         """The state with room for ``length`` tokens."""
@@ -52,8 +55,9 @@ class ModelProposer:
         self.sampling = sampling
         self.vocab_size = vocab_size
 
-    def start(self, state, tokens, reused, advanced):
-        return self.run.prefill(self._known(mx.array(tokens[reused:-2], mx.int32)), state, reused, advanced)
+    def start(self, kept, tokens, reused, advanced):
+        unread = self._known(mx.array(tokens[reused:-2], mx.int32))
+        return self.run.prefill(unread, kept.pop() if kept else None, reused, advanced)
 
     def with_room(self, state, length):
         return with_room(state, length)
@@ -90,7 +94,7 @@ class LookupProposer:
         self.lookup = lookup
         self.vocab_size = vocab_size
 
-    def start(self, state, tokens, reused, advanced):
+    def start(self, kept, tokens, reused, advanced):
         history = mx.array(tokens, dtype=mx.int32)
         return mx.concatenate([history, mx.zeros(capacity_for(len(tokens)) - len(tokens), mx.int32)])
 
@@ -126,7 +130,7 @@ class NobodyProposer:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def start(self, state, tokens, reused, advanced):
+    def start(self, kept, tokens, reused, advanced):
         return None
 
     def with_room(self, state, length):
@@ -148,34 +152,32 @@ class Drafters:
 
     def __init__(self, proposers: dict[str, Proposer]):
         self.proposers = proposers
-        self._states: dict[str, tuple[Any, int]] = {}  # state, tokens of the text that it covers
+        self._states: dict[str, tuple[list[Any], int]] = {}  # the state, and the tokens of the text that it covers
 
     def behind(self, name: str, length: int) -> int:
         """Tokens of a text of ``length`` that a proposer would have to read before it drafts."""
-        return max(0, length - 2 - self._states.get(name, (None, 0))[1])
+        return max(0, length - 2 - self._states.get(name, ([], 0))[1])
 
     def ready(self, name: str, tokens: list[int], advanced: Callable[[int], None] = lambda tokens: None) -> Any:
         """The state for ``tokens``, of which it reads what it has not seen; ``advanced`` is told of each chunk."""
-        state, covered = self._states.pop(name, (None, 0))
-        return self.proposers[name].start(state, tokens, covered, advanced)
+        kept, covered = self._states.pop(name, ([], 0))
+        return self.proposers[name].start(kept, tokens, covered, advanced)
 
     def put_back(self, name: str, state: Any, covered: int) -> None:
         """Keep a state that covers the first ``covered`` tokens of the text."""
         if state is not None:
-            self._states[name] = state, covered
+            self._states[name] = [state], covered
 
     def forget_beyond(self, length: int) -> None:
         """The text goes on differently behind ``length`` tokens; 0 frees everything."""
-        for name, (state, covered) in list(self._states.items()):
+        for name, (kept, covered) in list(self._states.items()):
             if length <= 0:
                 del self._states[name]
             else:
-                self._states[name] = state, min(covered, length)
+                self._states[name] = kept, min(covered, length)
 
 
-def proposer_for(drafter: nn.Module | PromptLookup | None, sampling: Sampling, vocab_size: int) -> Proposer:
-    if drafter is None:
-        return NobodyProposer(vocab_size)
+def proposer_for(drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_size: int) -> Proposer:
     if isinstance(drafter, PromptLookup):
         return LookupProposer(drafter, vocab_size)
     if isinstance(drafter, nn.Module):

@@ -31,7 +31,7 @@ def generate(
 ) -> Generation:
     """Answer one prompt; for several, keep a ``SpeculativeDecoder`` and its compiled block.
 
-    ``stream_options`` are those of ``SpeculativeDecoder.stream``: stop, system, raw, progress.
+    ``stream_options`` are those of ``SpeculativeDecoder.stream``: stop, system, raw, progress, seed.
     """
     decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
     segments = list(decoder.stream(prompt, max_tokens, **stream_options))

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.nn as nn
 
 from mlxspec.decoding.decoder import SpeculativeDecoder
-from mlxspec.decoding.draft_length import NOBODY
+from mlxspec.decoding.draft_length import MODEL
+from mlxspec.decoding.request import check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.errors import InvalidRequestError
@@ -53,32 +54,34 @@ class BenchmarkSettings:
         for name in ("rounds", "max_tokens", "peer_draft_length"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
+        check_options(self.draft_length, self.verification)
         for temperature in self.temperatures:
             Sampling(temperature)
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise InvalidRequestError(f"temperatures are {self.temperatures}; give each once")
+
+
+def new_record(pair: ModelPair, settings: BenchmarkSettings, names: dict[str, Any]) -> Record:
+    """A record without results. ``names`` says what the models are called; ``speedup.py`` may add to it."""
+    return {
+        "format": FORMAT,
+        "machine": machine(),
+        "pair": {**names, **sizes(pair)},
+        "settings": asdict(settings),
+        "results": [],
+        "complete": False,
+    }
 
 
 def run_benchmark(
     pair: ModelPair,
     tasks: Sequence[Task],
     settings: BenchmarkSettings,
-    names: dict[str, Any],
+    record: Record,
     out: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    others: Record | None = None,
-) -> Record:
-    """The record of a benchmark, written to ``out`` after every round, so that an interruption keeps what is finished.
-
-    ``names`` says what the models are called, ``others`` is what else belongs into the record (``speedup.py``).
-    """
-    record = {
-        "format": FORMAT,
-        "machine": machine(),
-        "pair": {**names, **sizes(pair)},
-        "settings": asdict(settings),
-        **(others or {}),
-        "results": [],
-        "complete": False,
-    }
+) -> None:
+    """Fill a record, and write it to ``out`` after every round, so that an interruption keeps what is finished."""
     wanted = [(task, sampling) for task in tasks for sampling in samplings(task, settings)]
     total = len(wanted) * (settings.rounds + 1)
     for number, (task, sampling) in enumerate(wanted):
@@ -94,7 +97,6 @@ def run_benchmark(
     record["complete"] = True
     keep(record, out)
     progress("", total, total)
-    return record
 
 
 def keep(record: Record, out: Path | None) -> None:
@@ -173,18 +175,18 @@ def summary(record: Record, result: Record) -> Record:
         "acceptance_rate": blocks.acceptance_rate,
         "acceptance_by_position": blocks.acceptance_by_position,
         "draft_length": blocks.draft_length,
-        "drafted_by": blocks.blocks_by,
+        "blocks_by": blocks.blocks_by,
         "same_text": all(turn["same_text"] == result["prompts"] for turn in rounds)
         if rounds[0]["same_text"] is not None
         else None,
         "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "decode": medians(rounds, lambda e: later(e) / max(e["seconds"] - e["first_seconds"], 1e-9)),
-        "prefill": medians(rounds, lambda e: e["prompt_tokens"] / e["first_seconds"]),
+        "decode_tokens_per_second": medians(rounds, lambda e: later(e) / max(e["seconds"] - e["first_seconds"], 1e-9)),
+        "prefill_tokens_per_second": medians(rounds, lambda e: e["prompt_tokens"] / e["first_seconds"]),
         "peak_memory_bytes": medians(rounds, lambda e: e["peak_memory_bytes"]),
         "joules_per_token": medians(rounds, lambda e: e["joules"] / e["tokens"] if e["joules"] else None),
         "ratio": {name: spread(rates[OURS], rates[name]) for name in (PLAIN, PEER) if name in rates},
     }
-    length = blocks.drafted / max(1, blocks.blocks - blocks.blocks_by.get(NOBODY, 0))
+    length = blocks.drafted_by.get(MODEL, 0) / blocks.blocks  # by the model; prompt lookup reads no weights
     for what in ("parameters", "step_bytes"):
         cost = pair[f"drafter_{what}"] / pair[f"target_{what}"]
         row[f"mbsu_{what}"] = memory_bound_speedup(blocks.block_efficiency, cost, length)

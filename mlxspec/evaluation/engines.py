@@ -41,17 +41,6 @@ class Answer:
         peak = max(self.peak_memory_bytes, other.peak_memory_bytes)
         return Answer(**sums, peak_memory_bytes=peak, joules=energy)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the whole answer, the prompt's prefill included: what somebody waits for."""
-        return self.tokens / self.seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """After the first token or block; 0 if nothing came after it."""
-        later = self.tokens - self.first_tokens
-        return later / (self.seconds - self.first_seconds) if later else 0.0
-
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "ids"}
 
@@ -73,7 +62,8 @@ def timed(
             first_seconds, first_tokens = time.perf_counter() - start, arrived()
         ids += piece
     seconds = time.perf_counter() - start
-    used = None if energy is None else joules() - energy
+    later = joules()
+    used = None if energy is None or later is None or later < energy else later - energy  # the counter goes round
     return Answer(len(ids), first_tokens, len(prompt), seconds, first_seconds, mx.get_peak_memory(), used, tuple(ids))
 
 
@@ -112,6 +102,8 @@ def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Decode:
 
     def decode(prompt: list[int], seed: int) -> Answer:
         decoder.forget()
-        return timed(prompt, lambda: pieces(prompt, seed), lambda: decoder.stats.tokens)
+        answer = timed(prompt, lambda: pieces(prompt, seed), lambda: decoder.stats.tokens)
+        decoder.forget()  # nor does it have our caches in its memory
+        return answer
 
     return decode

@@ -33,6 +33,7 @@ def read_record(file: Path) -> Record:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         summaries(record)
+        described(record)
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}")
     except OSError as error:
@@ -66,7 +67,8 @@ def page_of(record: Record, drawn: dict[str, bytes]) -> str:
     unfinished = (
         "" if record["complete"] else "<p><strong>Interrupted: only the finished rounds are shown.</strong></p>"
     )
-    lowest = worst(rows)
+    lowest = "Lowest τ: {task} at temperature {temperature:g}.".format(**worst(rows))
+    engines = [line for row in rows for line in engine_cells(row)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{text(title)}</title><style>{STYLE}</style></head><body>
@@ -75,7 +77,10 @@ def page_of(record: Record, drawn: dict[str, bytes]) -> str:
 <h2>By task</h2><div class="wide">{table(HEADINGS, [cells(row) for row in rows])}</div>
 <p>Ratios are of tokens per second of whole answers, taken within a round; in brackets the least and the most over the
 rounds. τ: tokens for each pass of the target. MBSU: the speed-up where a step costs what it reads, with the drafter's
-cost by parameters and by bytes. Lowest τ: {text(lowest["task"])} at temperature {lowest["temperature"]:g}.</p>
+cost by parameters and by bytes. Same text: at temperature 0, whether all engines gave it. {text(lowest)}</p>
+<h2>By engine</h2><div class="wide">{table(ENGINE_HEADINGS, engines)}</div>
+<p>Tokens per second: of whole answers, of the prompt, and after the first token or block. Energy where it can be
+read.</p>
 <h2>Pictures</h2>{figures}
 <h2>Measured on</h2><dl>{"".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in described(record))}</dl>
 </body></html>
@@ -111,6 +116,31 @@ def cells(row: Record) -> list[str]:
         f"{row['tokens_per_second'][OURS]:.1f}",
         mbsu,
         same,
+    ]
+
+
+ENGINE_HEADINGS = ("task", "T", "engine", "tokens/s", "prefill", "decode", "peak memory", "J/token")
+
+
+def engine_cells(row: Record) -> list[list[str]]:
+    """A line for each engine: tokens per second of whole answers, of the prompt, and after it."""
+
+    def energy(name: str) -> str:
+        joules = row["joules_per_token"][name]
+        return "-" if joules is None else f"{joules:.3g}"
+
+    return [
+        [
+            row["task"],
+            f"{row['temperature']:g}",
+            name,
+            f"{row['tokens_per_second'][name]:.1f}",
+            f"{row['prefill_tokens_per_second'][name]:.0f}",
+            f"{row['decode_tokens_per_second'][name]:.1f}",
+            f"{row['peak_memory_bytes'][name] / 1e6:.0f} MB",
+            energy(name),
+        ]
+        for name in row["tokens_per_second"]
     ]
 
 

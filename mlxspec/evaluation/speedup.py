@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -30,7 +31,7 @@ Record = dict[str, Any]
 def drafter_of(decoder: SpeculativeDecoder) -> str:
     """The name of its proposer, the model before prompt lookup. Raises InvalidRequestError if there is none."""
     for name in (MODEL, LOOKUP):
-        if name in decoder.drafters.proposers:
+        if name in decoder.compiled.proposers:
             return name
     raise InvalidRequestError("there is no drafter to measure; name one with --drafter")
 
@@ -41,16 +42,17 @@ def calibrated(
     sampling: Sampling,
     rounds: int,
     max_tokens: int,
+    verification: str = "block",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Record:
     """The cost table, measured anew and kept, and the speed-up over drafting nothing at γ = 0 … 8.
 
     Predicted from the costs and from the acceptance of the γ = 8 runs, and measured in interleaved rounds.
     """
-    decoder = SpeculativeDecoder(pair, sampling)
+    decoder = SpeculativeDecoder(pair, sampling, "auto", verification)
     name = drafter_of(decoder)
-    costs = measure_and_keep(decoder)
-    decoders = [SpeculativeDecoder(pair, sampling, length) for length in range(LONGEST_CHOICE + 1)]
+    costs = measure_and_keep(decoder.compiled)
+    decoders = [SpeculativeDecoder(pair, sampling, length, verification) for length in range(LONGEST_CHOICE + 1)]
     rates: list[list[float]] = [[] for _ in decoders]
     seen = DecodingStats()
     for turn in range(rounds + 1):
@@ -94,28 +96,34 @@ def decoded(decoder: SpeculativeDecoder, prompts: Sequence[list[int]], max_token
         for _ in decoder.blocks(prompt, max_tokens, seed=seed):
             pass
         total += decoder.stats
+    decoder.forget()
     return total
 
 
-def profile(pair: ModelPair, sampling: Sampling, draft_length: int, rounds: int = 7) -> Record:
+def profile(
+    pair: ModelPair, sampling: Sampling, draft_length: int, verification: str = "block", rounds: int = 7
+) -> Record:
     """Seconds of a block: the drafter's passes, the target's pass, the rest on the device, and what the host adds.
 
     The passes are those of the two models alone, compiled as in a block; the rest is drawing and verifying; the host's
     part is what a block takes longer while its result is read and turned into tokens. Medians over interleaved rounds.
     """
-    decoder = SpeculativeDecoder(pair, sampling, draft_length)
+    # Without a tokenizer nothing ends the text that is timed, and how long the context is does not matter for that.
+    endless = replace(pair, tokenizer=None, context_length=2**31)
+    decoder = SpeculativeDecoder(endless, sampling, draft_length, verification)
     name = drafter_of(decoder)
     choice = Choice(name, draft_length)
     runs = {
-        "verification": target_passes(decoder, draft_length + 1, sampled=False),
+        "verification": target_passes(decoder.compiled, draft_length + 1, sampled=False),
         "drafting": drafter_passes(decoder, draft_length) if name == MODEL else lambda: 0.0,
-        "device": blocks(decoder, choice),
+        "device": blocks(decoder.compiled, choice),
         "whole": lambda: served_seconds(decoder),
     }
     rounds_of: dict[str, list[float]] = {what: [] for what in runs}
     for turn in range(rounds + 1):
         for what, run in runs.items():
-            seconds = run()
+            with decoder.compiled.weights.safe():
+                seconds = run()
             if turn:
                 rounds_of[what].append(seconds)
     taken = {what: statistics.median(values) for what, values in rounds_of.items()}
@@ -133,7 +141,7 @@ def profile(pair: ModelPair, sampling: Sampling, draft_length: int, rounds: int 
 
 def drafter_passes(decoder: SpeculativeDecoder, count: int) -> Callable[[], float]:
     """Seconds of ``count`` passes of the drafter, over two tokens and then one each, as in a block."""
-    run = decoder.drafters.proposers[MODEL].run
+    run = decoder.compiled.proposers[MODEL].run
 
     def one(state: Any) -> tuple[mx.array, Any]:
         tokens, buffers = state
@@ -155,8 +163,8 @@ def served_seconds(decoder: SpeculativeDecoder) -> float:
     stream = decoder.blocks([1] * TEXT, CAPACITY_STEP * length)
     next(stream)
     start = time.perf_counter()
-    for _, _block in zip(range(count), stream, strict=False):
-        pass
+    for _ in range(count):
+        next(stream)
     seconds = time.perf_counter() - start
     stream.close()
     return seconds / count

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
 from mlxspec.training.corpus import BadLines, Record, asked, corpus_files, records
 
 OWN = Path(__file__).parent / "prompts"
+MOST_SKIPPED = 1000  # prompts that do not fit, before a set is given up
 OWN_TASKS = tuple(path.stem for path in sorted(OWN.glob("*.jsonl")))
 
 
@@ -53,16 +55,16 @@ def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = f
     """The first ``count`` prompts of each task that have at most ``room`` tokens.
 
     A name is one of TASK_NAMES or a .jsonl file: Spec-Bench's own, which is one task for each of its categories (the
-    first turn of each conversation is asked), or lines with "prompt", "text" or "messages". Raises InvalidRequestError
+    first turn of each conversation is asked), or lines with "prompt", "text" or "messages". Raises MlxspecError
     for an unknown name, a task of which no prompt fits, and a malformed line, by file and number.
     """
     if not names:
         raise InvalidRequestError(f"name at least one task: a .jsonl file or {', '.join(TASK_NAMES)}")
     found = []
     for name in names:
-        for title, contents, sampling in named(name, count):
-            prompts = (encoded(content, tokenizer) for content in contents)
-            fitting = [prompt for prompt, _ in zip((p for p in prompts if len(p) <= room), range(count), strict=False)]
+        for title, contents, sampling in named(name):
+            prompts = (encoded(content, tokenizer) for content in islice(contents, count + MOST_SKIPPED))
+            fitting = list(islice((prompt for prompt in prompts if len(prompt) <= room), count))
             if not fitting:
                 raise InvalidRequestError(
                     f"task {title}: no prompt of it fits into {room:g} tokens beside the answer; use fewer --max-tokens"
@@ -77,7 +79,7 @@ def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = f
 Content = str | list[Message]
 
 
-def named(name: str, count: int) -> Iterator[tuple[str, Iterable[Content], dict[str, float]]]:
+def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, float]]]:
     """(title, contents, sampling) of what a name stands for."""
     if name in OWN_TASKS:
         yield name, file_contents(OWN / f"{name}.jsonl")[name], {}
@@ -93,17 +95,24 @@ def named(name: str, count: int) -> Iterator[tuple[str, Iterable[Content], dict[
 
 def hub_contents(source: HubSet, text_of: Callable[[dict[str, Any]], str | None]) -> Iterator[str]:
     for row in rows_of(source):
-        if text := text_of(row):
+        try:
+            text = text_of(row)
+        except (KeyError, TypeError):
+            raise InvalidRequestError(
+                f"{source.name} has columns {', '.join(map(str, row))} now, and not those that are asked for; give "
+                "prompts in a .jsonl file"
+            ) from None
+        if text:
             yield text
 
 
 def file_contents(file: Path) -> dict[str, list[Content]]:
     """Prompts by title: the file's name, or Spec-Bench's categories. Raises InvalidRequestError for a bad line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # a JSON string may hold what splitlines() splits at
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"{file} cannot be read as UTF-8 text ({error}); give a .jsonl file") from None
-    if any('"turns"' in line for line in lines[:1]):
+    if '"turns"' in next((line for line in lines if line.strip()), ""):
         return spec_bench(file, lines)
     bad = BadLines()
     contents = [content_of(record) for record in records(corpus_files([file]), bad)]

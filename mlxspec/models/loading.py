@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 from tokenizers import AddedToken
 
-from mlxspec.errors import MlxspecError, ModelLoadError, in_one_line
+from mlxspec.errors import InvalidRequestError, MlxspecError, ModelLoadError, in_one_line
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.memory import check_memory, declared_context
@@ -47,8 +47,8 @@ def load(
 
     ``target`` is a folder, a hub id or a short name (``mlxspec models`` lists them); None is the embedded demo target.
     ``drafter`` is the same, or "lookup" (prompt lookup), "none", or None: the demo's own drafter for the demo target,
-    nobody for any other. With "+lookup" behind a name both may draft, whichever is faster for the text at hand; "auto"
-    is that with the drafter that belongs to the target, if one is known.
+    nobody for any other. With "+lookup" behind a name both may draft, whichever is faster for the text at hand, as long
+    as the draft length is "auto"; "auto" is that with the drafter that belongs to the target, if one is known.
     ``dtype`` is the precision of weights and quantisation scales; by default float32 on the CPU back end, where 16 bits
     are ten times slower, and 16 bits on a GPU.
     ``quantize`` the target to "4" or "8" bits, "mxfp4" or "nvfp4"; the copy is kept. None leaves it as it is stored,
@@ -78,15 +78,20 @@ def load(
 
 
 def drafters_named(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
-    """What "auto", "+lookup" and None mean for a target."""
-    known = KNOWN_MODELS.get(str(target))
+    """What "auto", "+lookup" and None mean for a target: its drafter, and whether to look up as well."""
+    known = next((model for model in KNOWN_MODELS.values() if str(target) in (model.name, model.hub_id)), None)
     own = DEMO / "drafter" if target is None else known and known.drafter
     if drafter is None and target is None:
         return own, None
     if drafter == "auto":
         return own or "lookup", PromptLookup() if own else None
     if isinstance(drafter, str) and drafter.endswith("+lookup"):
-        return drafter.removesuffix("+lookup"), PromptLookup()
+        name = drafter.removesuffix("+lookup")
+        if name in ("", "auto", "none", "lookup"):
+            raise InvalidRequestError(
+                f'drafter is {drafter!r}; put a model before "+lookup", or use "auto" or "lookup"'
+            )
+        return name, PromptLookup()
     return drafter, None
 
 

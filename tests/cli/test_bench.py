@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 
 import pytest
@@ -19,8 +20,8 @@ def test_bench_prints_a_table_and_writes_json_that_report_makes_a_page_of(mlxspe
     assert "times its tokens per second" in outcome.out
     assert "a page of it: mlxspec report bench.json" in outcome.err
     page = mlxspec_command("report", "bench.json")
-    assert page.out.strip() == "bench/index.html"
-    assert "<h2>By task</h2>" in (tmp_path / "bench" / "index.html").read_text()
+    assert page.out.strip() == "bench-report/index.html"
+    assert "<h2>By task</h2>" in (tmp_path / "bench-report" / "index.html").read_text()
     compared = mlxspec_command("bench", "--compare", "bench.json", "bench.json")
     assert compared.out.splitlines()[1].split() == ["stories", "0", "1.00", "1.00", "1.00"]
 
@@ -40,6 +41,8 @@ def test_calibrate_prints_what_rows_cost_and_says_which_length_wins(mlxspec_comm
         (["--prompts", "0"], "prompts is 0"),
         (["--rounds", "0"], "rounds is 0"),
         (["--temperature", "-1"], "temperature is -1"),
+        (["--draft-length", "99"], "draft length is 99"),
+        (["--out", "."], ". cannot be written"),
         (["--drafter", "none", "--calibrate"], "--calibrate needs a drafter"),
         (["--compare", "a.json", "b.json"], "a.json cannot be read"),
         (["--out", "no/such/folder/b.json"], "there is no folder no/such/folder"),
@@ -53,6 +56,21 @@ def test_what_is_wrong_is_said_in_one_line(mlxspec_command, tmp_path, monkeypatc
     assert words in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_before_the_first_round_shows_no_older_results(mlxspec_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mlxspec_command("bench", *SHORT).status == 0
+    older = (tmp_path / "bench.json").read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["mlxspec.cli.bench"], "profile", interrupted)
+    outcome = mlxspec_command("bench", *SHORT)
+    assert (outcome.status, outcome.out) == (130, "")
+    assert outcome.err.strip() == "interrupted; no round was finished"
+    assert (tmp_path / "bench.json").read_bytes() == older
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ import pytest
 
 from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.decoding import calibration
+from mlxspec.decoding.block import CompiledBlocks
+from mlxspec.decoding.cache import CachedModel
 from mlxspec.decoding.calibration import are_known, costs_file, known_costs, measured_costs
 from mlxspec.decoding.draft_length import LOOKUP, MODEL, Choice
-from tests.conftest import random_llama
+from tests.conftest import decoded, plain_greedy, random_llama
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +24,12 @@ def models():
     return random_llama(num_hidden_layers=6, **shape), random_llama(1, num_hidden_layers=1, **shape)
 
 
-def decoder_for(models, sampling=None, **options) -> SpeculativeDecoder:
-    return SpeculativeDecoder(ModelPair(*models, lookup=PromptLookup()), sampling, **options)
+def blocks_of(models, sampling=None, verification="block") -> CompiledBlocks:
+    return CompiledBlocks(ModelPair(*models, lookup=PromptLookup()), sampling or Sampling(), verification)
 
 
 def test_costs_are_positive_and_grow_with_rows(models):
-    costs = measured_costs(decoder_for(models))
+    costs = measured_costs(blocks_of(models))
     assert len(costs.verify) == 9
     assert 0 < costs.verify[0] < costs.verify[8]
     assert costs.draft[MODEL] < costs.verify[0]
@@ -38,44 +40,82 @@ def test_costs_are_positive_and_grow_with_rows(models):
 
 
 def test_they_are_measured_once_and_then_known(models, monkeypatch):
-    assert not are_known(decoder_for(models))
-    measured = known_costs(decoder_for(models))
-    assert are_known(decoder_for(models))
-    monkeypatch.setattr(calibration, "measured_costs", lambda decoder: pytest.fail("measured again"))
-    assert known_costs(decoder_for(models)) == measured
+    assert not are_known(blocks_of(models))
+    measured = known_costs(blocks_of(models))
+    assert are_known(blocks_of(models))
+    monkeypatch.setattr(calibration, "measured_costs", lambda compiled: pytest.fail("measured again"))
+    assert known_costs(blocks_of(models)) == measured
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"costs": {}}', '{"costs": {"verify": 3}}', '{"costs": {"x": []}}']
-)
+NUMBERS = {"verify": [1.0] * 9, "draft": {"model": 1.0, "lookup": 0.0}, "catch_up": {"model": 1.0}, "trace": 0.0}
+DAMAGED = {
+    "empty": "",
+    "cut": "{",
+    "a list": "[]",
+    "no numbers": {},
+    "not a list of rows": {"verify": 3},
+    "an unknown field": {"x": 1},
+    "no rows": NUMBERS | {"verify": []},
+    "words": NUMBERS | {"verify": ["a"] * 9},
+    "rows for nothing": NUMBERS | {"verify": [0.0] * 9},
+    "no drafters": NUMBERS | {"draft": None},
+    "another drafter": NUMBERS | {"draft": {"model": 1.0}},
+    "no number": NUMBERS | {"trace": float("nan")},
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_measured_anew(models, content, monkeypatch):
-    decoder = decoder_for(models)
-    measured = known_costs(decoder)
-    costs_file(decoder).write_text(content)
-    monkeypatch.setattr(calibration, "measured_costs", lambda decoder: measured)
-    assert known_costs(decoder_for(models)) == measured
-    assert json.loads(costs_file(decoder).read_text())["costs"]["trace"] == measured.trace
+    compiled = blocks_of(models)
+    measured = known_costs(compiled)
+    costs_file(compiled).write_text(content if isinstance(content, str) else json.dumps({"costs": content}))
+    monkeypatch.setattr(calibration, "measured_costs", lambda compiled: measured)
+    assert known_costs(blocks_of(models)) == measured
+    assert json.loads(costs_file(compiled).read_text())["costs"]["trace"] == measured.trace
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(models, monkeypatch, tmp_path):
     (tmp_path / "a file").write_text("")
     monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path / "a file")
-    assert known_costs(decoder_for(models)).verify[0] > 0
+    assert known_costs(blocks_of(models)).verify[0] > 0
 
 
 def test_another_pair_sampling_or_rule_has_other_costs(models):
     target, drafter = models
     files = {
-        costs_file(decoder)
-        for decoder in (
-            decoder_for(models),
-            decoder_for((drafter, drafter)),
-            decoder_for((target, target)),
-            decoder_for(models, Sampling(1.0)),
-            decoder_for(models, Sampling(1.0, top_p=0.9)),
-            decoder_for(models, verification="token"),
-            SpeculativeDecoder(ModelPair(target, drafter)),
+        costs_file(compiled)
+        for compiled in (
+            blocks_of(models),
+            blocks_of((drafter, drafter)),
+            blocks_of((target, target)),
+            blocks_of(models, Sampling(1.0)),
+            blocks_of(models, Sampling(1.0, top_p=0.9)),
+            blocks_of(models, verification="token"),
+            CompiledBlocks(ModelPair(target, drafter), Sampling(), "block"),
         )
     }
     assert len(files) == 7
-    assert costs_file(decoder_for(models, Sampling(0.7, seed=3))) == costs_file(decoder_for(models, Sampling(1.0)))
+    assert costs_file(blocks_of(models, Sampling(0.7, seed=3))) == costs_file(blocks_of(models, Sampling(1.0)))
+
+
+@pytest.mark.parametrize("traced", range(1, 18, 4))
+def test_an_interruption_while_costs_are_measured_spoils_neither_models_nor_decoder(monkeypatch, traced):
+    target, drafter = random_llama(vocab_size=60, scale=4), random_llama(1, vocab_size=60)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter))
+    original, calls = CachedModel.__call__, 0
+
+    def interrupted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        result = original(self, *arguments)
+        if calls == traced:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(CachedModel, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(decoder, [1, 2], 20)
+    monkeypatch.undo()
+    assert decoded(SpeculativeDecoder(ModelPair(target, drafter), draft_length=3), [1, 2], 40) == plain_greedy(
+        target, [1, 2], 40
+    )

@@ -20,7 +20,7 @@ from mlxspec.decoding.draft_length import (
     Watch,
     expected_tokens,
 )
-from mlxspec.decoding.drafting import LookupProposer
+from mlxspec.decoding.drafting import LookupProposer, ModelProposer
 from tests.conftest import decoded, plain_greedy, random_llama
 
 CHEAP_ROWS = tuple(1 + 0.05 * rows for rows in range(9))
@@ -80,7 +80,9 @@ def test_a_drafter_that_has_become_good_is_found_out():
 def test_a_long_prompt_is_not_read_by_the_drafter_for_a_short_answer():
     chooser = Automatic(costs(0.02), [MODEL])
     chooser.begin([1] * 4000, 8, 4000)
-    assert chooser.choice == PLAIN
+    for _ in range(8):
+        assert chooser.choice == PLAIN
+        chooser.observe(PLAIN, [5], 0, 4000)
     chooser.begin([1] * 4000, 2000, 4000)
     assert chooser.choice.proposer == MODEL
 
@@ -125,7 +127,7 @@ def test_the_watch_replays_prompt_lookup_block_after_block():
     watch.extend(text[5:])
     expected, end = [], 6  # the first token tells nothing: it was not drafted
     while end < len(text):
-        state = proposer.start(None, text[:end], 0, lambda tokens: None)
+        state = proposer.start([], text[:end], 0, lambda tokens: None)
         drafted, _, _ = proposer.propose(state, mx.array(text[end - 2 : end]), mx.array(end), mx.zeros(8))
         following = text[end : end + 8]
         accepted = next((i for i, (a, b) in enumerate(zip(drafted.tolist(), following, strict=False)) if a != b), 8)
@@ -249,8 +251,12 @@ def test_the_distribution_is_the_targets_while_the_choice_follows_the_past():
 def test_seeded_automatic_runs_repeat_exactly():
     target, drafter = random_llama(vocab_size=50), random_llama(1, vocab_size=50)
     pair = ModelPair(target, drafter, lookup=PromptLookup())
-    answers = [decoded(SpeculativeDecoder(pair, Sampling(1.0, seed=5)), [1, 2, 3], 200) for _ in range(3)]
+    decoders = [SpeculativeDecoder(pair, Sampling(1.0, seed=5)) for _ in range(3)]
+    for decoder in decoders:
+        decoder._chooser = Automatic(costs(0.05, trace=0.0), [MODEL, LOOKUP], Watch(3))
+    answers = [decoded(decoder, [1, 2, 3], 300) for decoder in decoders]
     assert answers[0] == answers[1] == answers[2]
+    assert len({drafted for drafted in decoders[0].stats.drafted_at if drafted}) > 1  # of several lengths
 
 
 def test_nothing_is_measured_where_nothing_can_draft(monkeypatch):
@@ -269,3 +275,53 @@ def test_a_decoder_that_forgets_reuses_nothing_and_says_the_same():
     decoder.forget()
     assert decoded(decoder, prompt, 60) == first
     assert decoder.stats.prompt_tokens_reused == 0
+
+
+def test_a_probe_ends_with_what_is_traced_already():
+    chooser = Automatic(costs(0.1, trace=1000.0), [MODEL])
+    chooser.traced.add(Choice(MODEL, 2))
+    chooser.saved_up = float("inf")
+    chooser.begin([1], 1000, 0)
+    chooser.choice, chooser.acceptance[MODEL] = PLAIN, Acceptance(rate=0.1)
+    chooser.probe_if_affordable(0)
+    assert chooser.choice == Choice(MODEL, 2)
+    while chooser.probing:
+        chooser.observe(chooser.choice, [1, 1, 1], 2, 0)
+    assert chooser.choice in (PLAIN, Choice(MODEL, 2))
+
+
+def test_an_interrupted_catching_up_leaves_a_decoder_that_starts_from_nothing(monkeypatch):
+    target, drafter = random_llama(vocab_size=60, scale=4), random_llama(1, vocab_size=60)
+    decoder = scripted(target, drafter)
+    original, calls = ModelProposer.start, []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ModelProposer, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(decoder, [3, 4, 5], 100)
+    assert decoded(decoder, [3, 4, 5], 60) == plain_greedy(target, [3, 4, 5], 60)
+
+
+def test_no_block_is_queued_that_will_probably_be_thrown_away():
+    """The target drafting for itself one token a block: four blocks for eight tokens, once that is known."""
+    target = random_llama(vocab_size=60)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 1)
+    decoded(decoder, [1, 2], 200)
+    launched, original = [], decoder._launch
+    decoder._launch = lambda in_flight: (launched.append(1), original(in_flight))[1]
+    for _ in range(3):
+        assert len(decoded(decoder, [5, 6], 8)) == 8
+    assert len(launched) == 3 * 4
+
+
+def test_a_block_that_may_fall_short_is_not_the_last_one_queued():
+    chooser = Fixed(Choice(MODEL, 3))
+    chooser.acceptance = Acceptance(rate=0.8, weight=1e9)
+    assert chooser.chance_of(chooser.choice, 1) == 1
+    assert chooser.chance_of(chooser.choice, 3) == pytest.approx(0.64, abs=0.01)
+    assert chooser.chance_of(chooser.choice, 5) == 0

@@ -8,10 +8,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxspec
-from mlxspec import InvalidRequestError, ModelPair, PromptLookup, Sampling
+from mlxspec import Drafter, DrafterConfig, InvalidRequestError, ModelPair, PromptLookup, Sampling
 from mlxspec.decoding import calibration
+from mlxspec.decoding.draft_length import MODEL, Choice
+from mlxspec.decoding.draft_length import PLAIN as NOTHING
 from mlxspec.decoding.stats import DecodingStats
-from mlxspec.evaluation.benchmark import BenchmarkSettings, compared, run_benchmark, summaries
+from mlxspec.evaluation import speedup
+from mlxspec.evaluation.benchmark import BenchmarkSettings, compared, new_record, run_benchmark, summaries, summary
 from mlxspec.evaluation.engines import OURS, PEER, PLAIN
 from mlxspec.evaluation.machine import joules, machine
 from mlxspec.evaluation.metrics import memory_bound_speedup, parameter_count, step_bytes
@@ -34,9 +37,11 @@ def demo():
 def record(demo, tmp_path_factory, module_cache):
     tasks = read_tasks(["stories"], demo.tokenizer, 2)
     settings = BenchmarkSettings(rounds=2, max_tokens=24, draft_length=3)
-    others = {"profile": profile(demo, Sampling(), 3, rounds=2)}
-    others["calibration"] = calibrated(demo, tasks[0].prompts, Sampling(), 1, 16)
-    return run_benchmark(demo, tasks, settings, NAMES, tmp_path_factory.mktemp("bench") / "b.json", others=others)
+    made = new_record(demo, settings, NAMES)
+    made["profile"] = profile(demo, Sampling(), 3, rounds=2)
+    made["calibration"] = calibrated(demo, tasks[0].prompts, Sampling(), 1, 16)
+    run_benchmark(demo, tasks, settings, made, tmp_path_factory.mktemp("bench") / "b.json")
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ def test_what_was_finished_is_on_disk_after_every_round(demo, tmp_path):
 
     tasks, settings = [Task("stories", [[1, 2, 3]])], BenchmarkSettings(rounds=3, max_tokens=8, draft_length=2)
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark(demo, tasks, settings, NAMES, tmp_path / "b.json", progress)
+        run_benchmark(demo, tasks, settings, new_record(demo, settings, NAMES), tmp_path / "b.json", progress)
     kept = read_record(tmp_path / "b.json")
     assert seen == [(0, 8), (1, 8), (2, 8), (3, 8)]
     assert not kept["complete"]
@@ -105,14 +110,19 @@ def test_what_was_finished_is_on_disk_after_every_round(demo, tmp_path):
 def test_a_pair_without_a_model_drafter_is_compared_with_plain_only(demo):
     pair = ModelPair(demo.target, PromptLookup(), demo.tokenizer)
     settings = BenchmarkSettings((0.0,), rounds=1, max_tokens=8, draft_length=2)
-    (row,) = summaries(run_benchmark(pair, [Task("mine", [[1, 2, 3]])], settings, NAMES))
+    made = new_record(pair, settings, NAMES)
+    run_benchmark(pair, [Task("mine", [[1, 2, 3]])], settings, made)
+    (row,) = summaries(made)
     assert list(row["ratio"]) == [PLAIN]
-    assert row["drafted_by"].keys() == {"lookup"}
+    assert row["blocks_by"].keys() == {"lookup"}
 
 
-@pytest.mark.parametrize("given", [{"rounds": 0}, {"max_tokens": 0}, {"peer_draft_length": 0}, {"temperatures": (-1,)}])
+@pytest.mark.parametrize("given", [
+    {"rounds": 0}, {"max_tokens": 0}, {"peer_draft_length": 0}, {"temperatures": (-1,)}, {"temperatures": (1.0, 1.0)},
+    {"draft_length": 99}, {"verification": "nope"},
+])  # fmt: skip
 def test_settings_out_of_range_are_refused(given):
-    with pytest.raises(InvalidRequestError, match="use"):
+    with pytest.raises(InvalidRequestError, match=r"use|give each once"):
         BenchmarkSettings(**given)
 
 
@@ -121,12 +131,14 @@ def test_settings_out_of_range_are_refused(given):
 
 def test_statistics_add_up_position_by_position():
     one, other, whole = DecodingStats(), DecodingStats(), DecodingStats()
-    for number, (drafted, accepted, proposer) in enumerate([(3, 2, "model"), (0, 0, "none"), (5, 5, "model")]):
-        (one if number < 2 else other).add(accepted + 1, drafted, accepted, proposer)
-        whole.add(accepted + 1, drafted, accepted, proposer)
+    for number, (choice, accepted) in enumerate([(Choice(MODEL, 3), 2), (NOTHING, 0), (Choice(MODEL, 5), 5)]):
+        (one if number < 2 else other).add(accepted + 1, choice, accepted)
+        whole.add(accepted + 1, choice, accepted)
     assert one + other == whole
     assert DecodingStats.from_dict(whole.to_dict()) == whole
     assert whole.acceptance_by_position == [1, 1, 0.5, 1, 1]
+    assert whole.blocks_by == {"model": 2, "none": 1}
+    assert whole.drafted_by == {"model": 8, "none": 0}
 
 
 def test_parameters_are_those_before_quantisation():
@@ -137,10 +149,23 @@ def test_parameters_are_those_before_quantisation():
     assert parameter_count(model) == plain
 
 
-def test_an_embedding_is_read_by_every_step_only_if_it_is_the_head_too():
-    tied = random_llama(hidden_size=64, vocab_size=100, tie_word_embeddings=False)
-    everything = sum(weight.nbytes for _, weight in tree_flatten(tied.parameters()))
-    assert step_bytes(tied) == everything - 100 * 64 * 4
+@pytest.mark.parametrize(("tied", "unread"), [(False, 100 * 64 * 4), (True, 0)])
+def test_an_embedding_is_read_by_every_step_only_if_it_is_the_head_too(tied, unread):
+    model = Drafter(DrafterConfig(100, 64, 128, 1, 2, tie_word_embeddings=tied))
+    everything = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+    assert step_bytes(model) == everything - unread
+
+
+def test_mbsu_of_mixed_blocks_charges_what_the_model_drafted(record):
+    """Half plain blocks and half of four tokens by the model, all accepted: τ = 3, 2 drafted a block."""
+    stats = DecodingStats()
+    for choice, accepted in [(Choice(MODEL, 4), 4), (NOTHING, 0)]:
+        stats.add(accepted + 1, choice, accepted)
+    result = json.loads(json.dumps(record["results"][0]))
+    for turn in result["rounds"]:
+        turn["blocks"] = stats.to_dict()
+    pair = {**record["pair"], "drafter_parameters": 1, "target_parameters": 10}
+    assert summary({**record, "pair": pair}, result)["mbsu_parameters"] == pytest.approx(3 / (1 + 0.1 * 2))
 
 
 def test_mbsu_is_the_papers_formula():
@@ -157,12 +182,23 @@ def test_energy_is_summed_over_packages_where_it_can_be_read(tmp_path):
     assert joules(tmp_path) is None
 
 
-def test_a_profile_adds_up_to_the_block(record):
-    found = record["profile"]
-    parts = sum(found[name] for name in ("drafting", "verification", "acceptance", "host"))
-    assert parts == pytest.approx(found["block"], rel=0.5)  # two rounds on a busy machine
-    assert found["drafting"] < found["verification"]
-    assert 0 <= found["outside_the_models"] < 1
+def test_a_profile_has_the_parts_that_were_measured(demo, monkeypatch):
+    seconds = {"target_passes": 0.010, "drafter_passes": 0.004, "blocks": 0.016}
+    for name, each in seconds.items():
+        monkeypatch.setattr(speedup, name, lambda *_, each=each, **__: lambda: each)
+    monkeypatch.setattr(speedup, "served_seconds", lambda decoder: 0.017)
+    found = profile(demo, Sampling(), 3)
+    expected = {"drafting": 0.004, "verification": 0.010, "acceptance": 0.002, "host": 0.001, "block": 0.017}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["outside_the_models"] == pytest.approx(3 / 17)
+
+
+def test_a_profile_is_of_whole_blocks_whatever_the_context_and_whenever_the_text_ends(demo):
+    """A target that says EOS at once, with room for 20 tokens."""
+    ending = random_llama(vocab_size=2048, max_position_embeddings=20)
+    ending.lm_head.weight = mx.zeros_like(ending.lm_head.weight)  # token 0 at temperature 0
+    found = profile(ModelPair(ending, random_llama(1, vocab_size=2048), demo.tokenizer), Sampling(), 3, rounds=2)
+    assert found["block"] > 0.5 * found["verification"] > 0
 
 
 def test_the_calibration_has_every_length_and_is_1_without_a_draft(record):

@@ -9,7 +9,7 @@ import pytest
 
 from mlxspec import InvalidRequestError
 from mlxspec.evaluation import hub_rows
-from mlxspec.evaluation.tasks import OWN_TASKS, read_tasks
+from mlxspec.evaluation.tasks import HUB_TASKS, OWN_TASKS, read_tasks
 from mlxspec.models.loading import DEMO, read_tokenizer
 from tests.conftest import shared
 
@@ -89,6 +89,12 @@ def test_a_malformed_line_is_named_by_file_and_number(tokenizer, lines, entries,
         read_tasks([lines(*entries)], tokenizer, 1)
 
 
+def test_lines_end_where_the_file_says_and_not_where_unicode_does(tokenizer, lines):
+    odd = '{"question_id": 1, "category": "qa", "turns": ["a\u2028b"]}'
+    (task,) = read_tasks([lines("", odd, '{"category": "qa", "turns": ["c"]}')], tokenizer, 5)
+    assert texts(task, tokenizer) == ["a\u2028b", "c"]
+
+
 def test_unknown_names_and_names_given_twice_are_refused(tokenizer, lines):
     with pytest.raises(InvalidRequestError, match="no task and no file is named sotries; use a"):
         read_tasks(["sotries"], tokenizer, 1)
@@ -130,6 +136,20 @@ def test_a_public_set_is_read_page_by_page_and_filtered(tokenizer, rows_service)
     (task,) = read_tasks(["dolly"], tokenizer, 120)
     assert texts(task, tokenizer) == [f"say {n}" for n in range(0, 240, 2)]
     assert task.sampling == {"temperature": 0.6, "top_p": 0.9}
+
+
+def test_no_more_pages_are_asked_for_than_needed(tokenizer, rows_service, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Rows, "log_request", lambda self, *_: asked.append(self.path))
+    read_tasks(["dolly"], tokenizer, 50)
+    assert len(asked) == 1
+
+
+def test_other_columns_than_expected_are_one_line(tokenizer, rows_service, monkeypatch):
+    source, _, sampling = HUB_TASKS["dolly"]
+    monkeypatch.setitem(HUB_TASKS, "dolly", (source, lambda row: row["article"], sampling))
+    with pytest.raises(InvalidRequestError, match="has columns instruction, category now"):
+        read_tasks(["dolly"], tokenizer, 1)
 
 
 def test_what_the_service_should_not_say_is_one_line(tokenizer, rows_service):
