@@ -58,7 +58,7 @@ def write_report(record: Record, folder: Path) -> Path:
 
 def page_of(record: Record, drawn: dict[str, bytes]) -> str:
     pair, rows = record["pair"], summaries(record)
-    title = f"{pair['target']} drafted for by {pair['drafter']}"
+    title = f"{pair['target']}, with {pair['drafter']} drafting"
     figures = "".join(
         f'<figure><img alt="{CAPTIONS[name]}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
         f"<figcaption>{CAPTIONS[name]}</figcaption></figure>"
@@ -154,9 +154,10 @@ def headline(rows: list[Record]) -> str:
     ratios = [row["ratio"][PLAIN]["median"] for row in rows]
     slowest = worst(rows)
     verdict = "faster than" if min(ratios) > 1 else "slower than" if max(ratios) < 1 else "not always faster than"
+    span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
     return (
-        f"mlxspec is {verdict} mlx-lm's plain decoding here: {min(ratios):.2f} to {max(ratios):.2f} times its tokens "
-        f"per second; block efficiency is {slowest['block_efficiency']:.2f} on the worst task, {slowest['task']}."
+        f"mlxspec is {verdict} mlx-lm's plain decoding here: {span} times its tokens per second; block efficiency is "
+        f"{slowest['block_efficiency']:.2f} on the worst task, {slowest['task']}."
     )
 
 

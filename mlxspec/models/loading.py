@@ -88,9 +88,7 @@ def drafters_named(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]
     if isinstance(drafter, str) and drafter.endswith("+lookup"):
         name = drafter.removesuffix("+lookup")
         if name in ("", "auto", "none", "lookup"):
-            raise InvalidRequestError(
-                f'drafter is {drafter!r}; put a model before "+lookup", or use "auto" or "lookup"'
-            )
+            raise InvalidRequestError(f'drafter is {drafter!r}; name a model before "+lookup", or use "auto"')
         return name, PromptLookup()
     return drafter, None
 

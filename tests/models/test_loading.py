@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxspec
-from mlxspec import PromptLookup
-from mlxspec.models.loading import DEMO
+from mlxspec import InvalidRequestError, PromptLookup
+from mlxspec.models.loading import DEMO, drafters_named
 from mlxspec.models.tokens import LLAMA2_TEMPLATE
 
 
@@ -113,3 +113,21 @@ def test_importing_mlxspec_leaves_mlx_lm_able_to_load_a_bare_tokenizer(tmp_path,
         shutil.copyfile(stories_folder / name, tmp_path / name)
     program = "import sys, mlxspec, mlx_lm; mlxspec.load(sys.argv[1]); mlx_lm.load(sys.argv[1])"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, timeout=60)
+
+
+def test_auto_is_the_targets_own_drafter_and_prompt_lookup():
+    pair = mlxspec.load(drafter="auto")
+    assert pair.drafter.args.hidden_size == mlxspec.load().drafter.args.hidden_size
+    assert pair.lookup == PromptLookup()
+    for name in ("llama2-7b-chat", "mlx-community/Llama-2-7b-chat-4-bit"):
+        assert drafters_named(name, "auto") == ("amd-135m", PromptLookup())
+    assert drafters_named("some/model", "auto") == ("lookup", None)
+
+
+def test_lookup_behind_a_name_adds_it_to_that_drafter():
+    pair = mlxspec.load(drafter=f"{DEMO / 'drafter'}+lookup")
+    assert pair.lookup == PromptLookup()
+    assert pair.drafter is not None
+    for name in ("+lookup", "auto+lookup", "none+lookup", "lookup+lookup"):
+        with pytest.raises(InvalidRequestError, match=r'name a model before "\+lookup"'):
+            mlxspec.load(drafter=name)
