@@ -26,6 +26,7 @@ def test_bench_prints_a_table_and_writes_json_that_report_makes_a_page_of(mlxspe
     assert compared.out.splitlines()[1].split() == ["stories", "0", "1.00", "1.00", "1.00"]
 
 
+@pytest.mark.slow
 def test_calibrate_prints_what_rows_cost_and_says_which_length_wins(mlxspec_command, tmp_path):
     outcome = mlxspec_command("bench", *SHORT, "--calibrate", "--out", str(tmp_path / "b.json"))
     lines = outcome.out.splitlines()
