@@ -152,7 +152,7 @@ def print_block(found: Record | None) -> None:
 
 
 def print_calibration(found: Record) -> None:
-    verify, draft = found["costs"]["verify"], found["costs"]["draft"]
+    verify, once, draft = (found["costs"][name] for name in ("verify", "once", "draft"))
     rows = [
         [
             str(entry["draft_length"]),
@@ -165,7 +165,10 @@ def print_calibration(found: Record) -> None:
         for entry, seconds in zip(found["lengths"], verify, strict=True)
     ]
     print_table(("γ", "rows", "verifying them", "/ one row", "predicted", "measured"), rows)
-    click.echo(f"a drafted token costs {1000 * draft:.2f} ms; speed-ups are over γ = 0")
+    click.echo(
+        f"a drafted token costs {1000 * draft:.2f} ms, drafting at all {1000 * once:.2f} ms more; speed-ups are over "
+        "γ = 0"
+    )
     best = max(found["lengths"], key=lambda entry: entry["measured"])
     if best["draft_length"] == 0:
         click.echo("Plain decoding wins: with this drafter, no draft length is faster than drafting nothing.\n")

@@ -26,12 +26,12 @@ from mlxspec.decoding.cache import CAPACITY_STEP
 from mlxspec.decoding.draft_length import LONGEST_CHOICE, LOOKUP, MODEL, PLAIN, BlockCosts, Choice
 from mlxspec.models.quantizing import cache_folder
 
-FORMAT = 1  # of the files; another one is measured anew
+FORMAT = 2  # of the files; another one is measured anew
 QUEUED = 3  # passes timed together
 ROUNDS, FEWEST_ROUNDS = 9, 3
 SECONDS = 2.0  # after which no round is begun, but for the fewest
 MOST_ROWS = LONGEST_CHOICE + 1
-DRAFTED = 4  # tokens of the block that a draft step's cost is taken from
+FEW, MORE = 1, 4  # tokens drafted by the blocks that the costs of drafting are taken from
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
 
@@ -49,8 +49,9 @@ def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         stored = json.loads(costs_file(compiled).read_text())["costs"]
         costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"])})
-        numbers = [*costs.verify, *costs.draft.values(), *costs.catch_up.values(), costs.trace]
-        whole = len(costs.verify) == MOST_ROWS and sorted(costs.draft) == sorted(compiled.drafters)
+        numbers = [*costs.verify, *costs.once.values(), *costs.draft.values(), *costs.catch_up.values(), costs.trace]
+        whole = len(costs.verify) == MOST_ROWS
+        whole = whole and sorted(costs.draft) == sorted(costs.once) == sorted(compiled.drafters)
         if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
             return costs
     return None
@@ -112,13 +113,17 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
         catch_up = {MODEL: catching_up_seconds(compiled)} if MODEL in compiled.drafters else {}
     beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
     verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
-    drafted = {name: max(0.0, taken[Choice(name, DRAFTED)] - verify[DRAFTED]) / DRAFTED for name in compiled.drafters}
-    return BlockCosts(verify, drafted, catch_up, trace)
+    once, draft = {}, {}
+    for name in compiled.drafters:
+        few, more = (max(0.0, taken[Choice(name, length)] - verify[length]) for length in (FEW, MORE))
+        draft[name] = min(max(0.0, (more - few) / (MORE - FEW)), more / MORE)
+        once[name] = more - MORE * draft[name]
+    return BlockCosts(verify, once, draft, catch_up, trace)
 
 
 def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
     """Seconds of passes over so many rows and of the blocks of some choices; seconds of tracing a block."""
-    choices = [PLAIN, *(Choice(name, DRAFTED) for name in compiled.drafters)]
+    choices = [PLAIN, *(Choice(name, length) for name in compiled.drafters for length in (FEW, MORE))]
     trace = max(trace_seconds(compiled, choice) for choice in choices)
     runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in range(1, MOST_ROWS + 1)}
     runs |= {choice: blocks(compiled, choice) for choice in choices}

@@ -1,6 +1,6 @@
 """How many tokens to draft next, and who drafts them: measured cost times measured acceptance.
 
-A block of γ drafted tokens costs ``v(γ+1) + γ·d`` seconds, which ``calibration.py`` measured, and yields
+A block of γ drafted tokens costs ``v(γ+1) + o + γ·d`` seconds, which ``calibration.py`` measured, and yields
 ``1 + Σ_i Π_{j≤i} a_j`` tokens, where a_j is how often draft position j was accepted if those before it were. The choice
 is what maximises tokens per second, "draft nothing" included.
 
@@ -20,6 +20,7 @@ MODEL, LOOKUP, NOBODY = "model", "lookup", "none"
 PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2.0  # of a drafter that nothing is known of
 MEMORY = 0.98  # what a block's evidence is worth a block later: about the last 50 count
 SHORT_MEMORY = 0.95  # of prompt lookup's: copied passages come and go
+CAUTION = 0.97  # costs are not known better than that, and drafting in vain is the worse mistake
 PROBE_BLOCKS = 4
 PROBE_SHARE = 0.02  # of the time, spent on finding out whether drafting would pay by now
 TYPICAL_ANSWER = 128  # tokens, before any was seen
@@ -39,18 +40,21 @@ PLAIN = Choice(NOBODY, 0)
 class BlockCosts:
     """Seconds on this device, by the names of the proposers where it depends on them.
 
-    ``verify[m-1]`` is a block over m rows (m = 1 … 9) but for the drafting, ``draft`` each drafted token, ``catch_up``
-    each token of a text that a drafter has not seen yet, ``trace`` the first block of a length that is new.
+    ``verify[m-1]`` is a block over m rows (m = 1 … 9) but for the drafting, ``once`` that anything is drafted at all,
+    ``draft`` each drafted token, ``catch_up`` each token of a text that a drafter has not seen yet, ``trace`` the first
+    block of a length that is new.
     """
 
     verify: tuple[float, ...]
+    once: dict[str, float] = field(default_factory=dict)
     draft: dict[str, float] = field(default_factory=dict)
     catch_up: dict[str, float] = field(default_factory=dict)
     trace: float = 0.0
 
     def block(self, choice: Choice) -> float:
         """Seconds of a block."""
-        return self.verify[choice.length] + choice.length * self.draft.get(choice.proposer, 0.0)
+        drafting = self.once.get(choice.proposer, 0.0) + choice.length * self.draft.get(choice.proposer, 0.0)
+        return self.verify[choice.length] + drafting
 
 
 class Acceptance:
@@ -200,8 +204,9 @@ class Automatic:
         return self.acceptance[choice.proposer].rates if choice.length else []
 
     def rate(self, choice: Choice) -> float:
-        """Tokens per second, as estimated."""
-        return expected_tokens(self.rates(choice), choice.length) / self.costs.block(choice)
+        """Tokens per second, as estimated; cautiously, where something is drafted."""
+        rate = expected_tokens(self.rates(choice), choice.length) / self.costs.block(choice)
+        return CAUTION * rate if choice.length else rate
 
     def best(self) -> Choice:
         return max(self.choices, key=self.rate)

@@ -82,7 +82,7 @@ def calibrated(
 
 
 def table(costs: BlockCosts, name: str) -> Record:
-    return {"verify": list(costs.verify), "draft": costs.draft[name], "trace": costs.trace}
+    return {"verify": list(costs.verify), "once": costs.once[name], "draft": costs.draft[name], "trace": costs.trace}
 
 
 def predicted(costs: BlockCosts, choice: Choice, rates: Sequence[float]) -> float:

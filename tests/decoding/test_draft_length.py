@@ -28,7 +28,7 @@ LINEAR_ROWS = tuple(1.0 * (rows + 1) for rows in range(9))
 
 
 def costs(draft: float, verify=CHEAP_ROWS, trace=0.5, **others) -> BlockCosts:
-    return BlockCosts(verify, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, **others)
+    return BlockCosts(verify, {MODEL: 0.01, LOOKUP: 0.0}, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, **others)
 
 
 def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> list[Choice]:
@@ -57,7 +57,7 @@ def test_it_settles_within_a_few_percent_of_the_best_length(rate, draft, verify)
     best = max(best, true_rate(table, PLAIN, rate))
     settled = chosen[100:]
     tokens = sum(expected_tokens([rate] * 8, choice.length) for choice in settled)
-    assert tokens / sum(table.block(choice) for choice in settled) > 0.96 * best
+    assert tokens / sum(table.block(choice) for choice in settled) > 0.95 * best
 
 
 def test_a_hopeless_drafter_costs_next_to_nothing():
