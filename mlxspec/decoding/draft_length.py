@@ -53,6 +53,8 @@ class BlockCosts:
 
     def block(self, choice: Choice) -> float:
         """Seconds of a block."""
+        if not choice.length:
+            return self.verify[0]
         drafting = self.once.get(choice.proposer, 0.0) + choice.length * self.draft.get(choice.proposer, 0.0)
         return self.verify[choice.length] + drafting
 

@@ -325,3 +325,8 @@ def test_a_block_that_may_fall_short_is_not_the_last_one_queued():
     assert chooser.chance_of(chooser.choice, 1) == 1
     assert chooser.chance_of(chooser.choice, 3) == pytest.approx(0.64, abs=0.01)
     assert chooser.chance_of(chooser.choice, 5) == 0
+
+
+def test_a_block_that_drafts_nothing_costs_a_pass_whoever_does_not_draft():
+    table = costs(0.3)
+    assert table.block(PLAIN) == table.block(Choice(MODEL, 0)) == table.verify[0]
