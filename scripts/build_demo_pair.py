@@ -135,10 +135,9 @@ def save_drafter(trained: Path, folder: Path) -> None:
 def main(teacher, stories, work, out, samples, scale):
     work.mkdir(parents=True, exist_ok=True)
     sample_stories(teacher, work, samples)
-    # The real stories are the better text and there are few of them: each is seen several times an epoch.
+    # Once, beside many sampled ones: a target that sees the few real stories more often learns them by heart.
     (work / "stories").mkdir(exist_ok=True)
-    for copy in range(4):
-        shutil.copyfile(stories, work / "stories" / f"{copy}.jsonl")
+    shutil.copyfile(stories, work / "stories" / "0.jsonl")
     if not (work / "tokenizer" / "config.json").exists():
         real, sampled = read_stories(work / "stories" / "0.jsonl"), read_stories(work / "sampled" / "stories.jsonl")
         make_tokenizer(real * 20 + sampled, work / "tokenizer")
