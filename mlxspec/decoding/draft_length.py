@@ -218,9 +218,16 @@ class Automatic:
         self.traced.add(choice)
 
     def price(self, choice: Choice, behind: int) -> float:
-        """Seconds that a change costs once."""
+        """Seconds that a change costs once; to leave a model drafter costs the probe that would bring it back."""
         trace = 0.0 if choice in self.traced else self.costs.trace
-        return trace + (self.catching_up(choice, behind) if self.choice.proposer != choice.proposer else 0.0)
+        if self.choice.proposer == choice.proposer:
+            return trace
+        back = PROBE_BLOCKS * self.extra(self.choice) if self.choice.proposer == MODEL else 0.0
+        return trace + self.catching_up(choice, behind) + back
+
+    def extra(self, choice: Choice) -> float:
+        """Seconds that a block costs more than one that drafts nothing."""
+        return max(0.0, self.costs.block(choice) - self.costs.block(PLAIN))
 
     def catching_up(self, choice: Choice, behind: int) -> float:
         return behind * self.costs.catch_up.get(choice.proposer, 0.0) if choice.proposer == MODEL else 0.0
@@ -231,8 +238,7 @@ class Automatic:
             return
         known = [choice for choice in drafting if choice in self.traced] or drafting
         probe = max(known, key=lambda choice: self.rate_if(choice, PRIOR_RATE))
-        extra = self.costs.block(probe) - self.costs.block(PLAIN)
-        if self.saved_up >= self.price(probe, behind) + PROBE_BLOCKS * extra:
+        if self.saved_up >= self.price(probe, behind) + PROBE_BLOCKS * self.extra(probe):
             self.saved_up, self.probing = 0.0, PROBE_BLOCKS
             self.acceptance[MODEL].fade(0.25)
             self.change(probe)
