@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlxspec.decoding.block import CompiledBlocks, State
 from mlxspec.decoding.cache import with_room
 from mlxspec.decoding.calibration import known_costs
-from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, PLAIN, Automatic, Choice, Chooser, Fixed, Watch
+from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, PLAIN, Automatic, Choice, Chooser, Fixed
 from mlxspec.decoding.drafting import Drafters
+from mlxspec.decoding.lookup_watch import LookupWatch
 from mlxspec.decoding.request import answer_budget, check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
@@ -84,7 +85,7 @@ class SpeculativeDecoder:
             if self.draft_length != "auto" or not names:
                 self._chooser = Fixed(Choice(names[0], self.draft_length) if names else PLAIN)
             else:
-                watch = Watch(proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
+                watch = LookupWatch(proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
                 self._chooser = Automatic(known_costs(self.compiled), names, watch)
         return self._chooser
 

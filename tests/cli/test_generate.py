@@ -72,8 +72,9 @@ def test_a_story_ends_with_its_eos_and_without_showing_it(mlxspec_command):
 
 def test_accepted_tokens_show_in_another_colour(mlxspec_command, monkeypatch):
     monkeypatch.setattr("click.utils.should_strip_ansi", lambda *args: False)
-    plain = mlxspec_command("generate", "Once upon a time", "--max-tokens", "40").out
-    coloured = mlxspec_command("generate", "Once upon a time", "--max-tokens", "40", "--show-drafted").out
+    options = ["Once upon a time", "--max-tokens", "40", "--draft-length", "4"]
+    plain = mlxspec_command("generate", *options).out
+    coloured = mlxspec_command("generate", *options, "--show-drafted").out
     assert "\x1b[32m" in coloured
     assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
 

@@ -17,10 +17,10 @@ from mlxspec.decoding.draft_length import (
     BlockCosts,
     Choice,
     Fixed,
-    Watch,
     expected_tokens,
 )
 from mlxspec.decoding.drafting import LookupProposer, ModelProposer
+from mlxspec.decoding.lookup_watch import LookupWatch
 from tests.conftest import decoded, plain_greedy, random_llama
 
 CHEAP_ROWS = tuple(1 + 0.05 * rows for rows in range(9))
@@ -121,7 +121,7 @@ def test_the_watch_replays_prompt_lookup_block_after_block():
     """Its tally is that of a decoder that drafts 8 tokens a block by lookup and is right where the text says so."""
     rng = random.Random(3)
     text = [rng.randrange(4) for _ in range(30)] + [5, 6, 7, 8, 9] * 5 + [rng.randrange(4) for _ in range(30)]
-    watch, proposer, tally = Watch(3), LookupProposer(PromptLookup(3), 10), []
+    watch, proposer, tally = LookupWatch(3), LookupProposer(PromptLookup(3), 10), []
     watch.acceptance.observe = lambda drafted, accepted: tally.append((drafted, accepted))
     watch.begin(text[:5])
     watch.extend(text[5:])
@@ -140,7 +140,7 @@ def test_the_watch_replays_prompt_lookup_block_after_block():
 
 def test_the_watch_knows_a_repetition_from_noise():
     rng = random.Random(0)
-    noise, repeating = Watch(3), Watch(3)
+    noise, repeating = LookupWatch(3), LookupWatch(3)
     noise.extend([rng.randrange(10_000) for _ in range(200)])
     repeating.begin(range(20))
     repeating.extend(list(range(20)) * 10)
@@ -149,7 +149,7 @@ def test_the_watch_knows_a_repetition_from_noise():
 
 
 def test_lookup_is_chosen_where_the_text_repeats_itself_and_left_where_it_does_not():
-    chooser = Automatic(costs(0.1), [LOOKUP], Watch(3))
+    chooser = Automatic(costs(0.1), [LOOKUP], LookupWatch(3))
     chooser.begin([5, 6, 7], 1000, 0)
     rng = random.Random(0)
     for _ in range(60):
@@ -253,7 +253,7 @@ def test_seeded_automatic_runs_repeat_exactly():
     pair = ModelPair(target, drafter, lookup=PromptLookup())
     decoders = [SpeculativeDecoder(pair, Sampling(1.0, seed=5)) for _ in range(3)]
     for decoder in decoders:
-        decoder._chooser = Automatic(costs(0.05, trace=0.0), [MODEL, LOOKUP], Watch(3))
+        decoder._chooser = Automatic(costs(0.05, trace=0.0), [MODEL, LOOKUP], LookupWatch(3))
     answers = [decoded(decoder, [1, 2, 3], 300) for decoder in decoders]
     assert answers[0] == answers[1] == answers[2]
     assert len({drafted for drafted in decoders[0].stats.drafted_at if drafted}) > 1  # of several lengths
