@@ -303,7 +303,7 @@ def context(pairs: Pairs, rounds: int):
         return sum(1 for _ in stream), time.perf_counter() - start
 
     def decoder_run(length) -> Callable:
-        decoder = SpeculativeDecoder(ModelPair(target, drafter), None, length)
+        decoder = SpeculativeDecoder(ModelPair(target, drafter, context_length=8192), None, length)
 
         def run(prompt: list[int]) -> tuple[int, float]:
             for _ in decoder.blocks(prompt, 60):
