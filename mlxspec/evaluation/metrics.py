@@ -69,5 +69,5 @@ def step_bytes(model: nn.Module) -> int:
 
 
 def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
-    """MBSU = τ / (c·γ + 1), the speed-up where a step costs what it reads. Source: Goel et al. 2024, section 4."""
+    """MBSU = τ / (c·γ + 1), the speed-up where a step costs what it reads. Source: Goel et al. 2024, as recalled."""
     return block_efficiency / (cost_ratio * draft_length + 1)
