@@ -56,22 +56,22 @@ def read(folder: Path) -> nn.Module:
 class Pairs:
     """The pairs that are measured, made when they are asked for."""
 
-    def __init__(self, stories: Path):
-        self.stories = stories
+    def __init__(self, stories: Path, width: int = 8192):
+        self.stories, self.width = stories, width  # of the padding
 
     @cache  # noqa: B019
-    def target(self, kind: str, layers: int, width: int = 8192) -> nn.Module:
+    def target(self, kind: str, layers: int) -> nn.Module:
         """The stories model, or the demo's, with padding."""
         model = read(self.stories if kind == "stories" else DEMO / "target")
-        pad(model, layers, width)
+        pad(model, layers, self.width)
         return model
 
     @cache  # noqa: B019
-    def noised(self, amount: float, layers: int = 0, width: int = 8192) -> nn.Module:
+    def noised(self, amount: float, layers: int = 0) -> nn.Module:
         model = read(self.stories)
         noise(model, amount)
         if layers:
-            pad(model, layers, width)
+            pad(model, layers, self.width)
         return model
 
     @cache  # noqa: B019
@@ -153,9 +153,10 @@ def settled(run: Run) -> str:
 
 @click.group()
 @click.option("--stories", type=click.Path(exists=True, path_type=Path), required=True, help="stories260K's folder.")
+@click.option("--pad-width", default=8192, show_default=True, help="Of the padding's MLPs.")
 @click.pass_context
-def main(context: click.Context, stories: Path):
-    context.obj = Pairs(stories)
+def main(context: click.Context, stories: Path, pad_width: int):
+    context.obj = Pairs(stories, pad_width)
 
 
 @main.command()

@@ -39,6 +39,23 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
     assert all(rate > 0 for rates in record["rates"].values() for rate in rates)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "options", "words"),
+    [
+        ("never-slower", ["--tokens", 8], "8-token answers, long prompts"),
+        ("nearly-best", ["--tokens", 8], "at worst"),
+        ("peer", ["--tokens", 8], "demo + 24 layers, T = 1"),
+        ("lookup", ["--tokens", 8], "copying, draft length auto"),
+        ("context", [], "at 4000 over at 200"),
+        ("block", [], "outside the models"),
+    ],
+)
+def test_the_promises_of_the_automatic_draft_length_are_measured(stories_folder, what, options, words):
+    small = ["--stories", stories_folder, "--pad-width", 16]
+    assert words in run_script("measure_auto.py", *small, what, *options, "--rounds", 1)
+
+
 @pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("*.toml")), ids=lambda path: path.name)
 def test_a_recipe_can_be_read(recipe):
     assert Recipe.read(recipe).trainings
