@@ -202,8 +202,9 @@ def test_a_whole_safetensors_file_passes_the_check(tmp_path):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(mlxspec_process, as_json):
-    # Hot enough that the story does not end before the signal comes.
-    arguments = ["Once upon a time", "--max-tokens", "1000", "--temperature", "3", "--stats"]
+    # Hot, and with a seed, so that the story is sure not to end before the signal comes.
+    story = ["Once upon a time", "--max-tokens", "1000", "--temperature", "3", "--seed", "1", "--draft-length", "0"]
+    arguments = [*story, "--stats"]
     options = ["--json"] if as_json else []
     process = mlxspec_process("generate", *arguments, *options)
     if as_json:
