@@ -240,7 +240,7 @@ def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, temperature
                            f"{settled(auto)}")  # fmt: skip
 
 
-def copier(work: Path) -> nn.Module:
+def copier(work: Path, steps: int) -> nn.Module:
     """A model that was taught to go on copying: trained here, in a minute, on random tokens that repeat themselves."""
     vocab_size, length, rng = 64, 64, np.random.default_rng(0)
     with ShardWriter(work / "tokens", vocab_size, "random tokens") as writer:
@@ -251,7 +251,7 @@ def copier(work: Path) -> nn.Module:
         writer.finish()
     mx.random.seed(0)
     model = Drafter(DrafterConfig(vocab_size, 64, 128, 2, 4))
-    settings = TrainingSettings(steps=600, batch=48, length=length, learning_rate=3e-3, warmup=50)
+    settings = TrainingSettings(steps=steps, batch=48, length=length, learning_rate=3e-3, warmup=50)
     batches = Mixture([TokenShards(work / "tokens")], [1], length, 48, seed=0)
     Trainer(model, objective(Loss("ce"), None, False), batches, settings, work / "out").run()
     return model
@@ -260,11 +260,12 @@ def copier(work: Path) -> nn.Module:
 @main.command()
 @rounds
 @tokens
+@click.option("--steps", default=600, show_default=True, help="For the model that is taught to copy.")
 @click.pass_obj
-def lookup(pairs: Pairs, rounds: int, tokens: int):
+def lookup(pairs: Pairs, rounds: int, tokens: int, steps: int):
     """Prompt lookup where the answer copies the prompt, and what it costs where nothing ever matches."""
     with tempfile.TemporaryDirectory() as work:
-        model = copier(Path(work))
+        model = copier(Path(work), steps)
     rng, lengths = np.random.default_rng(1), range(14, 22)
     texts = [rng.integers(0, 64, n).tolist() for n in lengths]
     for length in (0, 4, "auto"):
@@ -287,9 +288,10 @@ def lookup(pairs: Pairs, rounds: int, tokens: int):
 
 @main.command()
 @rounds
+@click.option("--long", "longer", default=4000, show_default=True, help="Tokens of the long prompt.")
 @click.pass_obj
-def context(pairs: Pairs, rounds: int):
-    """Tokens/s behind 4000 tokens over tokens/s behind 200, ours and mlx-lm plain's."""
+def context(pairs: Pairs, rounds: int, longer: int):
+    """Tokens/s behind a long prompt over tokens/s behind 200 tokens, ours and mlx-lm plain's."""
     target, drafter = pairs.target("stories", 24), pairs.noised(0.07)
 
     def decode_rate(run: Callable[[list[int]], tuple[int, float]], length: int) -> float:
@@ -318,11 +320,11 @@ def context(pairs: Pairs, rounds: int):
     falls: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            short, long = decode_rate(run, 200), decode_rate(run, 4000)
+            short, long = decode_rate(run, 200), decode_rate(run, longer)
             if number:
                 falls[name].append(long / short)
     for name, values in falls.items():
-        click.echo(f"{name:14s} at 4000 over at 200: {statistics.median(values):.2f} "
+        click.echo(f"{name:14s} at {longer} over at 200: {statistics.median(values):.2f} "
                    f"({min(values):.2f}-{max(values):.2f})")  # fmt: skip
 
 

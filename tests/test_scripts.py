@@ -44,10 +44,8 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
     ("what", "options", "words"),
     [
         ("never-slower", ["--tokens", 8], "8-token answers, long prompts"),
-        ("nearly-best", ["--tokens", 8], "at worst"),
-        ("peer", ["--tokens", 8], "demo + 24 layers, T = 1"),
-        ("lookup", ["--tokens", 8], "copying, draft length auto"),
-        ("context", [], "at 4000 over at 200"),
+        ("lookup", ["--tokens", 8, "--steps", 2], "copying, draft length auto"),
+        ("context", ["--long", 300], "at 300 over at 200"),
         ("block", [], "outside the models"),
     ],
 )
