@@ -4,18 +4,20 @@
 ``CompiledBlocks`` has one for each choice.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxspec.decoding.cache import CachedModel
-from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, Choice
+from mlxspec.decoding.choice import LOOKUP, MODEL, NOBODY, STEPWISE, Choice
 from mlxspec.decoding.drafting import NobodyProposer, Proposer, proposer_for
 from mlxspec.decoding.sampling import Sampling, draw
+from mlxspec.decoding.stepwise import Draft
 from mlxspec.decoding.verification import RULES, Rule
 from mlxspec.models.pair import ModelPair
 
@@ -34,21 +36,30 @@ class BlockParts:
 
 
 def block_graph(parts: BlockParts, state: State) -> tuple[mx.array, State]:
-    """Draft, verify, commit; all lazy. -> result [γ+2] (γ+1 tokens and the accepted count), the next state.
+    """Draft, verify, commit; all lazy. -> result [γ+2] (γ+1 tokens and the accepted count), the next state."""
+    draft_length = parts.draft_length
+    key, subkey = mx.random.split(state["key"])
+    uniforms = mx.random.uniform(shape=(2 * draft_length + 1,), key=subkey)
+    drafted, q, drafter = parts.proposer.propose(
+        state["drafter"], state["recent"], state["committed"], uniforms[:draft_length]
+    )
+    return verified(parts, {**state, "drafter": drafter, "key": key}, drafted, q, uniforms[draft_length:])
+
+
+def verified(
+    parts: BlockParts, state: State, drafted: mx.array, q: mx.array, uniforms: mx.array
+) -> tuple[mx.array, State]:
+    """Verify ``drafted`` [γ], drawn from q [γ, V], and commit what stands; uniforms [γ+1]. -> as ``block_graph``
 
     The target's cache covers ``committed − 1`` tokens, the drafter's ``committed − len(recent)``: what a rejected
     draft left behind them is rewound by nothing more than ``committed`` growing less.
     """
-    recent, committed, draft_length = state["recent"], state["committed"], parts.draft_length
-    key, subkey = mx.random.split(state["key"])
-    uniforms = mx.random.uniform(shape=(2 * draft_length + 1,), key=subkey)
-
-    drafted, q, drafter = parts.proposer.propose(state["drafter"], recent, committed, uniforms[:draft_length])
+    recent, committed, draft_length = state["recent"], state["committed"], drafted.shape[0]
     rows = mx.concatenate([recent[-1:], drafted])  # [γ+1]
     logits, target = parts.target(rows, state["target"], committed - 1)
     p = parts.sampling.probs(logits)  # [γ+1, V]
     if draft_length:
-        accepted, next_token = parts.verify(p, q, drafted, uniforms[draft_length:])
+        accepted, next_token = parts.verify(p, q, drafted, uniforms)
     else:  # what every rule comes to then, in a fraction of the operations: they show beside a small model's pass
         accepted, next_token = mx.array(0, mx.int32), draw(p[0], uniforms[0])
 
@@ -59,9 +70,33 @@ def block_graph(parts: BlockParts, state: State) -> tuple[mx.array, State]:
         "recent": mx.concatenate([recent, emitted])[last_two],
         "committed": committed + accepted + 1,
         "target": target,
-        "drafter": parts.proposer.record(drafter, committed, emitted),
-        "key": key,
+        "drafter": parts.proposer.record(state["drafter"], committed, emitted),
+        "key": state["key"],
     }
+
+
+def step_graph(parts: BlockParts, cursor: State) -> tuple[mx.array, mx.array, mx.array, State]:
+    """One token of a draft. -> the token [1], its distribution q [V], how sure the drafter is of it, the next cursor.
+
+    A cursor is what one pass of the drafter hands to the next: the tokens to ``feed``, the ``length`` before them, the
+    state of the ``drafter`` and a ``key``.
+    """
+    key, subkey = mx.random.split(cursor["key"])
+    feed, length = cursor["feed"], cursor["length"]
+    uniform = mx.random.uniform(key=subkey)
+    token, q, confidence, drafter = parts.proposer.step(cursor["drafter"], feed, length, uniform)
+    following = {"feed": token, "length": length + feed.shape[0], "drafter": drafter, "key": key}
+    return token, q, confidence, following
+
+
+def check_graph(
+    parts: BlockParts, state: State, tokens: list[mx.array], probs: list[mx.array]
+) -> tuple[mx.array, State]:
+    """Verify a draft that was made step by step. -> as ``block_graph``"""
+    key, subkey = mx.random.split(state["key"])
+    uniforms = mx.random.uniform(shape=(len(tokens) + 1,), key=subkey)
+    drafted = mx.concatenate(tokens) if tokens else mx.zeros(0, mx.int32)
+    return verified(parts, {**state, "key": key}, drafted, mx.stack(probs) if probs else None, uniforms)
 
 
 class Weights:
@@ -98,33 +133,33 @@ class Weights:
         self.note()
 
 
-class CompiledBlock:
-    """``block_graph``, compiled with the weights of ``models``, some of those of ``weights``, as inputs.
+class CompiledGraph:
+    """A function of arrays, compiled with the weights of ``models``, some of those of ``weights``, as inputs.
 
     As inputs, since a compiled function keeps arrays that it closes over as they were when it was traced, and a drafter
     trained further would go on drafting with its old weights.
     """
 
-    def __init__(self, parts: BlockParts, models: list[nn.Module], weights: Weights):
-        self._parts = parts
+    def __init__(self, function: Callable, models: list[nn.Module], weights: Weights):
+        self._function = function
         self._models = models
         self._weights = weights
         self._compile()
 
     def _compile(self) -> None:
-        parts, traces = self._parts, []
+        function, traces = self._function, []
 
         # No bound method: it would make a cycle that keeps models and caches in memory.
-        def graph(state: State) -> tuple[mx.array, State]:
+        def graph(*inputs: Any) -> Any:
             traces.append(True)
-            return block_graph(parts, state)
+            return function(*inputs)
 
         self._traces = traces
         self._graph = mx.compile(graph, inputs=[model.state for model in self._models])
 
-    def __call__(self, state: State) -> tuple[mx.array, State]:
+    def __call__(self, *inputs: Any) -> Any:
         try:
-            result = self._graph(state)
+            result = self._graph(*inputs)
         except BaseException:
             self._weights.restore()
             self._compile()
@@ -134,6 +169,40 @@ class CompiledBlock:
             self._traces.clear()
             self._weights.note()
         return result
+
+
+class StepwiseBlock:
+    """A block whose draft is made token by token, for as long as the ``Draft`` goes on; the host reads a number each.
+
+    What is verified may depend on how sure the drafter was of a token, not on the token: see ``stepwise.py``.
+    """
+
+    def __init__(self, parts: BlockParts, target: nn.Module, drafter: nn.Module, weights: Weights):
+        self._step = CompiledGraph(partial(step_graph, parts), [drafter], weights)
+        self._check = CompiledGraph(partial(check_graph, parts), [target], weights)
+
+    def __call__(self, state: State, draft: Draft) -> tuple[mx.array, State]:
+        """-> as ``block_graph``; takes the drafter's state out of ``state``."""
+        tokens, probs, state = self.draft(state, draft)
+        return self._check(state, tokens, probs)
+
+    def draft(self, state: State, draft: Draft) -> tuple[list[mx.array], list[mx.array], State]:
+        """-> the tokens that are to be verified, their distributions, the state that this leaves."""
+        recent = state["recent"]
+        cursor = {
+            "feed": recent,
+            "length": state["committed"] - recent.shape[0],
+            "drafter": state.pop("drafter"),
+            "key": state["key"],
+        }
+        tokens, probs = [], []
+        while draft.goes_on:
+            token, q, confidence, cursor = self._step(cursor)
+            mx.async_eval(confidence, token, q, cursor)
+            if draft.take(confidence.item()):
+                tokens.append(token)
+                probs.append(q)
+        return tokens, probs, {**state, "drafter": cursor["drafter"], "key": cursor["key"]}
 
 
 class CompiledBlocks:
@@ -153,20 +222,28 @@ class CompiledBlocks:
                 name = MODEL if isinstance(drafter, nn.Module) else LOOKUP
                 self.proposers[name] = proposer_for(drafter, sampling, self.target.vocab_size)
         self.weights = Weights([pair.target, *([pair.drafter] if MODEL in self.proposers else [])])
-        self._made: dict[Choice, CompiledBlock] = {}
+        self._made: dict[Choice, CompiledGraph] = {}
 
     @property
     def drafters(self) -> list[str]:
         """The names of those who draft something."""
         return [name for name in self.proposers if name != NOBODY]
 
-    def __getitem__(self, choice: Choice) -> CompiledBlock:
+    def __getitem__(self, choice: Choice) -> CompiledGraph:
         if choice not in self._made:
-            proposer, rule = self.proposers[choice.proposer], RULES[self.verification]
-            parts = BlockParts(self.target, proposer, rule, self.sampling, choice.length)
             models = self.weights.models if choice.proposer == MODEL else [self.pair.target]
-            self._made[choice] = CompiledBlock(parts, models, self.weights)
+            graph = partial(block_graph, self._parts(choice))
+            self._made[choice] = CompiledGraph(graph, models, self.weights)
         return self._made[choice]
+
+    @cached_property
+    def stepwise(self) -> StepwiseBlock:
+        """The block that the model drafts for step by step."""
+        return StepwiseBlock(self._parts(STEPWISE), self.pair.target, self.pair.drafter, self.weights)
+
+    def _parts(self, choice: Choice) -> BlockParts:
+        proposer, rule = self.proposers[choice.proposer], RULES[self.verification]
+        return BlockParts(self.target, proposer, rule, self.sampling, choice.length)
 
 
 def arrays(models: list[nn.Module]) -> Iterable[tuple[nn.Module, str, mx.array]]:

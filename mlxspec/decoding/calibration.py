@@ -23,15 +23,17 @@ from mlx.utils import tree_flatten
 
 from mlxspec.decoding.block import CompiledBlocks, State
 from mlxspec.decoding.cache import CAPACITY_STEP
-from mlxspec.decoding.draft_length import LONGEST_CHOICE, LOOKUP, MODEL, PLAIN, BlockCosts, Choice
+from mlxspec.decoding.choice import LONGEST_CHOICE, LOOKUP, MODEL, PLAIN, STEPWISE, BlockCosts, Choice
+from mlxspec.decoding.stepwise import Confidence, Draft
 from mlxspec.models.quantizing import cache_folder
 
-FORMAT = 2  # of the files; another one is measured anew
+FORMAT = 3  # of the files; another one is measured anew
 QUEUED = 3  # passes timed together
 ROUNDS, FEWEST_ROUNDS = 9, 3
 SECONDS = 2.0  # after which no round is begun, but for the fewest
 MOST_ROWS = LONGEST_CHOICE + 1
 FEW, MORE = 1, 4  # tokens drafted by the blocks that the costs of drafting are taken from
+STEP = "step"  # a pass of a drafter that drafts stepwise, among what is timed
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
 
@@ -49,7 +51,8 @@ def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         stored = json.loads(costs_file(compiled).read_text())["costs"]
         costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"])})
-        numbers = [*costs.verify, *costs.once.values(), *costs.draft.values(), *costs.catch_up.values(), costs.trace]
+        numbers = [*costs.verify, *costs.once.values(), *costs.draft.values(), *costs.catch_up.values()]
+        numbers += [costs.trace, costs.step_once, costs.step]
         whole = len(costs.verify) == MOST_ROWS
         whole = whole and sorted(costs.draft) == sorted(costs.once) == sorted(compiled.drafters)
         if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
@@ -113,12 +116,15 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
         catch_up = {MODEL: catching_up_seconds(compiled)} if MODEL in compiled.drafters else {}
     beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
     verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
+
     once, draft = {}, {}
     for name in compiled.drafters:
         few, more = (max(0.0, taken[Choice(name, length)] - verify[length]) for length in (FEW, MORE))
         draft[name] = min(max(0.0, (more - few) / (MORE - FEW)), more / MORE)
         once[name] = more - MORE * draft[name]
-    return BlockCosts(verify, once, draft, catch_up, trace)
+    step = taken.get(STEP, 0.0)
+    step_once = max(0.0, taken.get(STEPWISE, 0.0) - verify[MORE] - MORE * step)
+    return BlockCosts(verify, once, draft, catch_up, trace, step_once, step)
 
 
 def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
@@ -127,6 +133,8 @@ def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
     trace = max(trace_seconds(compiled, choice) for choice in choices)
     runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in range(1, MOST_ROWS + 1)}
     runs |= {choice: blocks(compiled, choice) for choice in choices}
+    if MODEL in compiled.drafters:
+        runs |= {STEPWISE: stepwise_blocks(compiled), STEP: draft_steps(compiled)}
     for run in runs.values():
         run()  # traces, and compiles kernels
     rounds: dict[Any, list[float]] = {what: [] for what in runs}
@@ -158,6 +166,35 @@ def target_passes(compiled: CompiledBlocks, rows: int, sampled: bool = True) -> 
 def blocks(compiled: CompiledBlocks, choice: Choice) -> Callable[[], float]:
     """Seconds of a whole block, of several."""
     return lambda: seconds_of(compiled[choice], state_before(compiled, choice.proposer))
+
+
+class LongDraft(Draft):
+    """A draft of MORE tokens, however sure the drafter is of them."""
+
+    def __init__(self):
+        super().__init__(BlockCosts((1.0,) * MOST_ROWS), Confidence(), 0.0, MORE)
+
+
+def stepwise_blocks(compiled: CompiledBlocks) -> Callable[[], float]:
+    """Seconds of a whole block whose draft of MORE tokens is made step by step, of several."""
+
+    def one(state: State) -> tuple[mx.array, State]:
+        return compiled.stepwise(state, LongDraft())
+
+    return lambda: seconds_of(one, state_before(compiled, MODEL))
+
+
+def draft_steps(compiled: CompiledBlocks) -> Callable[[], float]:
+    """Seconds of a step of such a draft."""
+
+    def run() -> float:
+        state = state_before(compiled, MODEL)
+        mx.eval(state)
+        start = time.perf_counter()
+        compiled.stepwise.draft(state, LongDraft())
+        return (time.perf_counter() - start) / MORE
+
+    return run
 
 
 def trace_seconds(compiled: CompiledBlocks, choice: Choice) -> float:

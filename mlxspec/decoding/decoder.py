@@ -8,18 +8,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlxspec.decoding.block import CompiledBlocks, State
 from mlxspec.decoding.cache import with_room
 from mlxspec.decoding.calibration import known_costs
-from mlxspec.decoding.draft_length import LOOKUP, MODEL, NOBODY, PLAIN, Automatic, Choice, Chooser, Fixed
+from mlxspec.decoding.choice import LONGEST_CHOICE, LOOKUP, MODEL, NOBODY, PLAIN, STEPWISE, Choice
+from mlxspec.decoding.draft_length import Automatic, Chooser, Fixed
 from mlxspec.decoding.drafting import Drafters
 from mlxspec.decoding.lookup_watch import LookupWatch
 from mlxspec.decoding.request import answer_budget, check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
+from mlxspec.decoding.stepwise import Draft
 from mlxspec.decoding.text import AnswerText, Segment
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.pair import ModelPair
@@ -40,6 +43,14 @@ class Block:
     tokens: list[int]
     drafted: int
     accepted: int
+
+
+class Launched(NamedTuple):
+    """A block that is on its way."""
+
+    choice: Choice
+    result: mx.array
+    draft: Draft | None  # if it was made stepwise
 
 
 class SpeculativeDecoder:
@@ -119,17 +130,18 @@ class SpeculativeDecoder:
     def _run(self, prompt: list[int], budget: float, progress: Progress, key: mx.array, stream: int) -> Iterator[Block]:
         self._check_owner(stream)
         self._prefill(prompt, progress, key, budget)
-        eos, in_flight, start = self.pair.eos_token_ids, deque(), time.perf_counter()
+        eos, start = self.pair.eos_token_ids, time.perf_counter()
+        in_flight: deque[Launched] = deque()
         while self.stats.tokens < budget:
             while self._may_launch(in_flight, budget):
-                in_flight.append((self.chooser.choice, self._launch([choice for choice, _ in in_flight])))
-            choice, result = in_flight.popleft()
+                in_flight.append(self._launch([block.choice for block in in_flight], budget))
+            choice, result, draft = in_flight.popleft()
             *tokens, accepted = result.tolist()  # the one host read
             tokens = tokens[: min(accepted + 1, budget - self.stats.tokens)]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
             self._tokens += tokens
-            self.chooser.observe(choice, tokens, accepted, self._behind())
+            self.chooser.observe(choice, tokens, accepted, self._behind(), draft)
             self.stats.add(len(tokens), choice, accepted)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
@@ -138,14 +150,17 @@ class SpeculativeDecoder:
                 return
             self._check_owner(stream)
 
-    def _may_launch(self, in_flight: deque[tuple[Choice, mx.array]], budget: float) -> bool:
-        """Whether to queue one more block: not one that will probably be thrown away, nor past a change of drafters."""
+    def _may_launch(self, in_flight: deque[Launched], budget: float) -> bool:
+        """Whether to queue one more block: not one that will probably be thrown away, nor past a change of drafters.
+
+        Stepwise, the next draft waits for the last block anyway.
+        """
         if not in_flight:
             return True
-        if len(in_flight) == BLOCKS_IN_FLIGHT or self.chooser.choice.proposer != self._drafting:
+        choice = self.chooser.choice
+        if len(in_flight) == BLOCKS_IN_FLIGHT or choice == STEPWISE or choice.proposer != self._drafting:
             return False
-        (choice, _), missing = in_flight[0], budget - self.stats.tokens
-        return self.chooser.chance_of(choice, missing) < 0.5
+        return self.chooser.chance_of(in_flight[0].choice, budget - self.stats.tokens) < 0.5
 
     def stream(
         self,
@@ -197,7 +212,7 @@ class SpeculativeDecoder:
         self.stats.tokens -= count
         del self._tokens[len(self._tokens) - count :]
 
-    def _launch(self, in_flight: list[Choice]) -> mx.array:
+    def _launch(self, in_flight: list[Choice], budget: float) -> Launched:
         """Queue one block behind those in flight; its result is an array that nothing has waited for."""
         choice = self.chooser.choice
         if choice.proposer != self._drafting:  # nothing is in flight then
@@ -207,12 +222,20 @@ class SpeculativeDecoder:
             state["drafter"] = self.drafters.ready(choice.proposer, self._tokens)
             self._state, self._drafting = state, choice.proposer
             del state
-        longest = len(self._tokens) + sum(length + 1 for _, length in [*in_flight, choice])
+        most, draft = choice.length, None
+        if choice == STEPWISE:
+            most = int(min(budget - self.stats.tokens - 1, LONGEST_CHOICE))  # one token is the target's own
+            draft = self.chooser.draft(most)
+        longest = len(self._tokens) + sum(length + 1 for _, length in in_flight) + most + 1
         # Nothing may refer to the old state when the new one is evaluated: a buffer that somebody else holds would be
         # copied instead of written in place.
-        result, self._state = self.compiled[choice](self._state_with_room(longest))
+        if draft is None:
+            result, self._state = self.compiled[choice](self._state_with_room(longest))
+        else:
+            result, self._state = self.compiled.stepwise(self._state_with_room(longest), draft)
+            choice = Choice(MODEL, draft.length)
         mx.async_eval(result, self._state)
-        return result
+        return Launched(choice, result, draft)
 
     def _set_aside(self) -> None:
         """Keep the drafter's state for when it drafts again."""

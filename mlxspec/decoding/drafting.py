@@ -66,12 +66,24 @@ class ModelProposer:
         tokens, probs = [], []
         feed, length = recent, committed - recent.shape[0]
         for i in range(uniforms.shape[0]):
-            logits, state = self.run(self._known(feed), state, length)
-            length = length + feed.shape[0]
-            probs.append(self.sampling.probs(fitted(logits[-1], self.vocab_size)))
-            feed = draw(probs[-1], uniforms[i]).reshape(1)
-            tokens.append(feed)
+            token, q, _, state = self.step(state, feed, length, uniforms[i])
+            feed, length = token, length + feed.shape[0]
+            tokens.append(token)
+            probs.append(q)
         return mx.concatenate(tokens), mx.stack(probs), state
+
+    def step(
+        self, state: Any, feed: mx.array, length: mx.array, uniform: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array, Any]:
+        """``feed`` [L] behind ``length`` tokens -> the next token [1], its q [V], the confidence in it, state.
+
+        The confidence is the probability of the likeliest token, by q or, where q is one-hot, by the model.
+        """
+        logits, state = self.run(self._known(feed), state, length)
+        logits = fitted(logits[-1], self.vocab_size)
+        q = self.sampling.probs(logits)
+        confidence = mx.max(q) if self.sampling.temperature else mx.max(mx.softmax(logits.astype(mx.float32)))
+        return draw(q, uniform).reshape(1), q, confidence, state
 
     def record(self, state, committed, emitted):
         return state

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from mlxspec.decoding.draft_length import LONGEST_CHOICE, Acceptance
+from mlxspec.decoding.choice import LONGEST_CHOICE, Acceptance
 
 SHORT_MEMORY = 0.95  # what a draft's evidence is worth a draft later: copied passages come and go
 

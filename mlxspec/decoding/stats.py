@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
-from mlxspec.decoding.draft_length import Choice
+from mlxspec.decoding.choice import Choice
 
 
 @dataclass

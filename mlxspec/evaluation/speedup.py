@@ -10,8 +10,7 @@ import mlx.core as mx
 
 from mlxspec.decoding.cache import CAPACITY_STEP
 from mlxspec.decoding.calibration import QUEUED, TEXT, blocks, measure_and_keep, seconds_of, target_passes
-from mlxspec.decoding.decoder import SpeculativeDecoder
-from mlxspec.decoding.draft_length import (
+from mlxspec.decoding.choice import (
     LONGEST_CHOICE,
     LOOKUP,
     MODEL,
@@ -20,6 +19,7 @@ from mlxspec.decoding.draft_length import (
     Choice,
     expected_tokens,
 )
+from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.errors import InvalidRequestError

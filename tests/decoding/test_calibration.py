@@ -9,7 +9,7 @@ from mlxspec.decoding import calibration
 from mlxspec.decoding.block import CompiledBlocks
 from mlxspec.decoding.cache import CachedModel
 from mlxspec.decoding.calibration import are_known, costs_file, known_costs, measured_costs
-from mlxspec.decoding.draft_length import LOOKUP, MODEL, Choice
+from mlxspec.decoding.choice import LOOKUP, MODEL, Choice
 from tests.conftest import decoded, plain_greedy, random_llama
 
 
@@ -38,6 +38,8 @@ def test_costs_are_positive_and_grow_with_rows(models):
     drafting = costs.once[MODEL] + 3 * costs.draft[MODEL]
     assert costs.block(Choice(MODEL, 3)) == pytest.approx(costs.verify[3] + drafting)
     assert costs.trace > 0
+    assert costs.step < costs.verify[0]
+    assert costs.stepwise(3, 4) == pytest.approx(costs.verify[3] + costs.step_once + 4 * costs.step)
 
 
 def test_they_are_measured_once_and_then_known(models, monkeypatch):
@@ -62,6 +64,7 @@ DAMAGED = {
     "rows for nothing": NUMBERS | {"verify": [0.0] * 9},
     "no drafters": NUMBERS | {"draft": None},
     "another drafter": NUMBERS | {"draft": {"model": 1.0}},
+    "a step that is no number": NUMBERS | {"step": "a"},
     "no number": NUMBERS | {"trace": float("nan")},
 }
 
@@ -100,7 +103,7 @@ def test_another_pair_sampling_or_rule_has_other_costs(models):
     assert costs_file(blocks_of(models, Sampling(0.7, seed=3))) == costs_file(blocks_of(models, Sampling(1.0)))
 
 
-@pytest.mark.parametrize("traced", range(1, 18, 4))
+@pytest.mark.parametrize("traced", range(1, 26, 4))
 def test_an_interruption_while_costs_are_measured_spoils_neither_models_nor_decoder(monkeypatch, traced):
     target, drafter = random_llama(vocab_size=60, scale=4), random_llama(1, vocab_size=60)
     decoder = SpeculativeDecoder(ModelPair(target, drafter))

@@ -7,18 +7,17 @@ import mlx.core as mx
 import pytest
 
 from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
-from mlxspec.decoding.draft_length import (
+from mlxspec.decoding.choice import (
     LOOKUP,
     MODEL,
     PLAIN,
-    PROBE_SHARE,
+    STEPWISE,
     Acceptance,
-    Automatic,
     BlockCosts,
     Choice,
-    Fixed,
     expected_tokens,
 )
+from mlxspec.decoding.draft_length import PROBE_BLOCKS, PROBE_SHARE, Automatic, Fixed
 from mlxspec.decoding.drafting import LookupProposer, ModelProposer
 from mlxspec.decoding.lookup_watch import LookupWatch
 from tests.conftest import decoded, plain_greedy, random_llama
@@ -27,54 +26,63 @@ CHEAP_ROWS = tuple(1 + 0.05 * rows for rows in range(9))
 LINEAR_ROWS = tuple(1.0 * (rows + 1) for rows in range(9))
 
 
-def costs(draft: float, verify=CHEAP_ROWS, trace=0.5, **others) -> BlockCosts:
-    return BlockCosts(verify, {MODEL: 0.01, LOOKUP: 0.0}, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, **others)
+def costs(draft: float, verify=CHEAP_ROWS, trace=0.5) -> BlockCosts:
+    return BlockCosts(
+        verify, {MODEL: 0.01, LOOKUP: 0.0}, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, 0.01, draft
+    )
 
 
-def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> list[Choice]:
-    """What a chooser chooses while each drafted token is accepted with probability ``rate``."""
-    rng, chosen, behind = random.Random(seed), [], 0
+def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> tuple[list[Choice], float]:
+    """What a chooser chooses while each drafted token is accepted with probability ``rate``, which the drafter knows.
+
+    -> the choices, tokens per second
+    """
+    rng, chosen, behind, tokens, seconds = random.Random(seed), [], 0, 0, 0.0
     chooser.begin([1, 2, 3], blocks, 0)
     for _ in range(blocks):
-        choice = chooser.choice
+        choice, draft = chooser.choice, None
+        if choice == STEPWISE:
+            draft = chooser.draft(8)
+            while draft.goes_on:
+                draft.take(rate)
+            seconds += chooser.costs.stepwise(draft.length, draft.steps)
+        else:
+            seconds += chooser.costs.block(choice)
+        length = draft.length if draft else choice.length
+        accepted = next((i for i in range(length) if rng.random() >= rate), length)
+        tokens += accepted + 1
         chosen.append(choice)
-        accepted = next((i for i in range(choice.length) if rng.random() >= rate), choice.length)
         behind = 0 if choice.proposer == MODEL else behind + accepted + 1
-        chooser.observe(choice, [0] * (accepted + 1), accepted, behind)
-    return chosen
-
-
-def true_rate(table: BlockCosts, choice: Choice, rate: float) -> float:
-    return expected_tokens([rate] * 8, choice.length) / table.block(choice)
+        chooser.observe(choice, [0] * (accepted + 1), accepted, behind, draft)
+    return chosen, tokens / seconds
 
 
 @pytest.mark.parametrize(("rate", "draft"), [(0.9, 0.02), (0.7, 0.1), (0.5, 0.05), (0.3, 0.3), (0.0, 0.1), (0.6, 1.0)])
 @pytest.mark.parametrize("verify", [CHEAP_ROWS, LINEAR_ROWS], ids=["cheap rows", "linear rows"])
 def test_it_settles_within_a_few_percent_of_the_best_length(rate, draft, verify):
     table = costs(draft, verify)
-    chosen = simulated(Automatic(table, [MODEL]), rate, 600)
-    best = max(true_rate(table, Choice(MODEL, n), rate) for n in range(1, 9))
-    best = max(best, true_rate(table, PLAIN, rate))
-    settled = chosen[100:]
-    tokens = sum(expected_tokens([rate] * 8, choice.length) for choice in settled)
-    assert tokens / sum(table.block(choice) for choice in settled) > 0.95 * best
+    chooser = Automatic(table, [MODEL])
+    simulated(chooser, rate, 100)
+    best = max(expected_tokens([rate] * 8, n) / table.block(Choice(MODEL, n)) for n in range(9))
+    assert simulated(chooser, rate, 2000)[1] > 0.95 * best
 
 
 def test_a_hopeless_drafter_costs_next_to_nothing():
-    table = costs(0.1)
-    chosen = simulated(Automatic(table, [MODEL]), 0.0, 3000)[20:]
-    assert len(chosen) / sum(table.block(choice) for choice in chosen) > 0.97
-    assert any(choice != PLAIN for choice in chosen)  # it is tried again now and then
+    chooser = Automatic(costs(0.1), [MODEL])
+    simulated(chooser, 0.0, 20)
+    chosen, rate = simulated(chooser, 0.0, 3000)
+    assert rate > 0.97
+    assert STEPWISE in chosen[20:]  # it is tried again now and then
 
 
 def test_a_drafter_that_could_not_win_if_it_were_always_right_is_never_tried_again():
-    assert set(simulated(Automatic(costs(0.5, LINEAR_ROWS), [MODEL]), 1.0, 500)) == {PLAIN}
+    assert set(simulated(Automatic(costs(0.5, LINEAR_ROWS), [MODEL]), 1.0, 500)[0]) == {PLAIN}
 
 
 def test_a_drafter_that_has_become_good_is_found_out():
     chooser = Automatic(costs(0.1), [MODEL])
-    assert simulated(chooser, 0.0, 300)[-1] == PLAIN
-    assert simulated(chooser, 0.95, 3000)[-1].length > 3
+    assert simulated(chooser, 0.0, 300)[0][-100:].count(PLAIN) > 80
+    assert simulated(chooser, 0.95, 3000)[0][-1] == STEPWISE
 
 
 def test_a_long_prompt_is_not_read_by_the_drafter_for_a_short_answer():
@@ -88,14 +96,18 @@ def test_a_long_prompt_is_not_read_by_the_drafter_for_a_short_answer():
 
 
 def test_a_new_length_is_traced_when_it_has_cost_as_much_not_to():
-    chooser = Automatic(costs(0.1, trace=20.0), [MODEL])
-    chosen = simulated(chooser, 0.3, 500)
-    first, lost = chosen[0], 0.0
-    best = max(true_rate(chooser.costs, Choice(MODEL, n), 0.3) for n in range(1, 9))
-    for choice in itertools.takewhile(lambda choice: choice == first, chosen):
-        lost += chooser.costs.block(choice) * (1 - true_rate(chooser.costs, first, 0.3) / best)
-    assert len(set(chosen)) > 1
-    assert 10 < lost < 40
+    chooser = Automatic(costs(0.1, trace=20.0), [LOOKUP], LookupWatch(3))
+    chooser.begin([5, 6, 7], 1000, 0)
+    first = chooser.choice
+    chooser.watch.acceptance.prior = 0.9, 1e9  # as if the text had turned out to be one long copy
+    best, lost = chooser.rate(Choice(LOOKUP, 8)), 0.0
+    for _ in range(500):
+        if chooser.choice != first:
+            break
+        lost += chooser.costs.block(first) * (1 - chooser.rate(first) / best)
+        chooser.observe(first, [0], 0, 0)
+    assert chooser.choice == Choice(LOOKUP, 8)
+    assert 20 <= lost < 22
 
 
 def test_the_same_past_gives_the_same_choice():
@@ -166,10 +178,14 @@ def test_probes_take_no_more_than_their_share_of_the_time():
     for number in range(20_000):
         choice = chooser.choice
         behind = 0 if choice != PLAIN else behind + 1
-        chooser.observe(choice, [0], 0, behind)
+        draft = chooser.draft(8) if choice == STEPWISE else None
+        while draft and draft.goes_on:
+            draft.take(0.9)  # it is sure, and wrong
+        chooser.observe(choice, [0], 0, behind, draft)
         if number > 500:
-            time += chooser.costs.block(choice)
-            probing += choice != PLAIN and chooser.costs.block(choice) - 1
+            seconds = chooser.costs.stepwise(draft.length, draft.steps) if draft else 1.0
+            time += seconds
+            probing += seconds - 1.0
     assert 0 < probing < 1.2 * PROBE_SHARE * time
 
 
@@ -183,7 +199,7 @@ class Scripted(Fixed):
         super().__init__(choices[0])
         self.choices = itertools.cycle(choices)
 
-    def observe(self, choice, tokens, accepted, behind):
+    def observe(self, choice, tokens, accepted, behind, draft=None):
         self.choice = next(self.choices)
 
 
@@ -225,7 +241,7 @@ def test_the_distribution_is_the_targets_while_the_choice_follows_the_past():
     target, drafter = random_llama(vocab_size=4, scale=3), random_llama(1, vocab_size=4, scale=3)
 
     class Nervous(Fixed):
-        def observe(self, choice, tokens, accepted, behind):
+        def observe(self, choice, tokens, accepted, behind, draft=None):
             self.choice = Choice(MODEL, 3) if accepted else PLAIN if choice.length else Choice(MODEL, 1)
 
     decoder = SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0))
@@ -277,17 +293,20 @@ def test_a_decoder_that_forgets_reuses_nothing_and_says_the_same():
     assert decoder.stats.prompt_tokens_reused == 0
 
 
-def test_a_probe_ends_with_what_is_traced_already():
-    chooser = Automatic(costs(0.1, trace=1000.0), [MODEL])
-    chooser.traced.add(Choice(MODEL, 2))
+@pytest.mark.parametrize(("confidence", "accepted", "after"), [(0.99, 8, STEPWISE), (0.1, 0, PLAIN)])
+def test_a_probe_ends_with_whoever_was_better(confidence, accepted, after):
+    chooser = Automatic(costs(0.1), [MODEL])
+    simulated(chooser, 0.0, 50)
+    assert chooser.choice == PLAIN
     chooser.saved_up = float("inf")
-    chooser.begin([1], 1000, 0)
-    chooser.choice, chooser.acceptance[MODEL] = PLAIN, Acceptance(rate=0.1)
-    chooser.probe_if_affordable(0)
-    assert chooser.choice == Choice(MODEL, 2)
-    while chooser.probing:
-        chooser.observe(chooser.choice, [1, 1, 1], 2, 0)
-    assert chooser.choice in (PLAIN, Choice(MODEL, 2))
+    chooser.observe(PLAIN, [1], 0, 1)
+    for _ in range(PROBE_BLOCKS):
+        assert chooser.choice == STEPWISE
+        draft = chooser.draft(8)
+        while draft.goes_on:
+            draft.take(confidence)
+        chooser.observe(STEPWISE, [1] * (accepted + 1), accepted, 0, draft)
+    assert chooser.choice == after
 
 
 def test_an_interrupted_catching_up_leaves_a_decoder_that_starts_from_nothing(monkeypatch):
@@ -313,7 +332,7 @@ def test_no_block_is_queued_that_will_probably_be_thrown_away():
     decoder = SpeculativeDecoder(ModelPair(target, target), None, 1)
     decoded(decoder, [1, 2], 200)
     launched, original = [], decoder._launch
-    decoder._launch = lambda in_flight: (launched.append(1), original(in_flight))[1]
+    decoder._launch = lambda *arguments: (launched.append(1), original(*arguments))[1]
     for _ in range(3):
         assert len(decoded(decoder, [5, 6], 8)) == 8
     assert len(launched) == 3 * 4

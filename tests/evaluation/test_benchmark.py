@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 import mlxspec
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError, ModelPair, PromptLookup, Sampling
 from mlxspec.decoding import calibration
-from mlxspec.decoding.draft_length import MODEL, Choice
-from mlxspec.decoding.draft_length import PLAIN as NOTHING
+from mlxspec.decoding.choice import MODEL, Choice
+from mlxspec.decoding.choice import PLAIN as NOTHING
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.evaluation import speedup
 from mlxspec.evaluation.benchmark import BenchmarkSettings, compared, new_record, run_benchmark, summaries, summary

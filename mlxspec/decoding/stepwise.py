@@ -1,0 +1,135 @@
+"""Whether one more token is worth drafting, decided token by token from how sure the drafter is of it.
+
+A drafter is right about some words and guesses at others, and its own probabilities tell which. So the length of a
+draft follows the text: another token is drafted and verified as long as what it will probably yield is worth more than
+the time it costs, at the speed reached so far.
+
+Whether a token is verified is decided from its distribution and from the tokens before it, never from which token was
+drawn from that distribution: only so does the emitted text stay distributed as the target's own. (Dropping a token
+because it turned out to be an unlikely one would favour the likely ones.)
+"""
+
+from bisect import bisect
+from collections.abc import Sequence
+from itertools import pairwise
+
+from mlxspec.decoding.choice import LONGEST_CHOICE, PRIOR_RATE, PRIOR_WEIGHT, BlockCosts, expected_tokens
+
+LENGTHS = (0, 1, 2, 4, 8)  # of drafts: every other one would have to be traced, for a gain of a percent or two
+LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # between classes of confidence
+MEMORY = 0.99  # what a block's evidence is worth a block later: of what confidence means
+SHORT_MEMORY = 0.98  # and of how fast this is on the text at hand
+
+
+class Confidence:
+    """How often a drafted token was accepted, given those before it were, by the drafter's confidence in it."""
+
+    def __init__(self):
+        edges = (0.0, *LEVELS, 1.0)
+        self.expected = [(low + high) / 2 for low, high in pairwise(edges)]  # of an honest drafter
+        self.tried = [0.0] * len(self.expected)
+        self.passed = [0.0] * len(self.expected)
+
+    def rate(self, confidence: float) -> float:
+        level = bisect(LEVELS, confidence)
+        passed = self.passed[level] + PRIOR_WEIGHT * self.expected[level]
+        return passed / (self.tried[level] + PRIOR_WEIGHT)
+
+    @property
+    def mean(self) -> float:
+        """Of a token whose confidence is not known yet."""
+        return (sum(self.passed) + PRIOR_WEIGHT * PRIOR_RATE) / (sum(self.tried) + PRIOR_WEIGHT)
+
+    def observe(self, confidences: Sequence[float], accepted: int) -> None:
+        """A draft: of its tokens, the first that was rejected is the last that tells something."""
+        self.fade(MEMORY)
+        for position, confidence in enumerate(confidences[: accepted + 1]):
+            level = bisect(LEVELS, confidence)
+            self.tried[level] += 1
+            self.passed[level] += position < accepted
+
+    def fade(self, factor: float) -> None:
+        """Count what was seen so far for less."""
+        self.tried = [count * factor for count in self.tried]
+        self.passed = [count * factor for count in self.passed]
+
+
+class Draft:
+    """One draft under way. Ask ``goes_on``, draft a token, ``take`` its confidence; and so on."""
+
+    def __init__(self, costs: BlockCosts, confidence: Confidence, speed: float, most: int):
+        self.costs, self.confidence, self.speed = costs, confidence, speed
+        self.lengths = [length for length in LENGTHS if length <= most]
+        self.confidences: list[float] = []  # of the tokens that are to be verified
+        self.steps = 0  # passes of the drafter
+        self.ended = False
+        self.chance = 1.0  # that all so far are accepted
+
+    @property
+    def length(self) -> int:
+        return len(self.confidences)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether to draft another token. The first always is: it is what tells how things stand."""
+        if self.ended or self.length == self.lengths[-1]:
+            return False
+        return self.length not in self.lengths or not self.steps or self._worth(self.confidence.mean, drafted=0)
+
+    def take(self, confidence: float) -> bool:
+        """A token was drafted; whether it is to be verified. If not, the draft has ended."""
+        self.steps += 1
+        rate = self.confidence.rate(confidence)
+        if self.length in self.lengths and not self._worth(rate, drafted=1):
+            self.ended = True
+            return False
+        self.confidences.append(confidence)
+        self.chance *= rate
+        return True
+
+    def _worth(self, rate: float, drafted: int) -> bool:
+        """Whether to go on to the next length, if its first token is accepted at ``rate``; ``drafted`` of it are."""
+        following = next(length for length in self.lengths if length > self.length)
+        more = following - self.length
+        tokens = self.chance * rate * expected_tokens([self.confidence.mean] * more, more - 1)
+        rows = max(0.0, self.costs.verify[following] - self.costs.verify[self.length])
+        return tokens > self.speed * (rows + (more - drafted) * self.costs.step)
+
+
+class Stepwise:
+    """Such drafts, and what was learnt of them."""
+
+    def __init__(self, costs: BlockCosts):
+        self.costs = costs
+        self.confidence = Confidence()
+        self.plain = 1 / costs.verify[0]  # tokens per second
+        # Before anything was seen: as fast as with the best fixed length of an average drafter.
+        tokens = [expected_tokens([PRIOR_RATE] * length, length) for length in range(LONGEST_CHOICE + 1)]
+        length = max(range(1, LONGEST_CHOICE + 1), key=lambda n: tokens[n] / costs.stepwise(n, n))
+        self.tokens, self.spent = tokens[length], costs.stepwise(length, length)
+
+    @property
+    def fastest(self) -> float:
+        """Tokens per second with a drafter that is always right."""
+        return max((length + 1) / self.costs.stepwise(length, length) for length in LENGTHS)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.spent
+
+    def draft(self, most: int) -> Draft:
+        """A new one, of at most so many tokens."""
+        return Draft(self.costs, self.confidence, max(self.plain, self.rate), most)
+
+    def observe(self, draft: Draft, accepted: int) -> float:
+        """What became of it. -> seconds of the block"""
+        seconds = self.costs.stepwise(draft.length, draft.steps)
+        self.confidence.observe(draft.confidences, accepted)
+        self.tokens = SHORT_MEMORY * self.tokens + accepted + 1
+        self.spent = SHORT_MEMORY * self.spent + seconds
+        return seconds
+
+    def fade(self, factor: float) -> None:
+        self.confidence.fade(factor)
+        self.tokens, self.spent = self.tokens * factor, self.spent * factor

@@ -1,0 +1,230 @@
+"""A draft that goes on for as long as the drafter seems sure is exact, and faster than one of any fixed length."""
+
+import itertools
+import random
+
+import mlx.core as mx
+import pytest
+
+from mlxspec import ModelPair, Sampling, SpeculativeDecoder
+from mlxspec.decoding.choice import MODEL, BlockCosts, expected_tokens
+from mlxspec.decoding.draft_length import Automatic
+from mlxspec.decoding.stepwise import LENGTHS, Confidence, Draft, Stepwise
+from mlxspec.decoding.verification import RULES
+from tests.conftest import decoded, plain_greedy, random_llama
+from tests.decoding import oracle
+
+CHEAP_ROWS = tuple(1 + 0.1 * rows for rows in range(9))
+
+
+def costs(step=0.05, verify=CHEAP_ROWS, once=0.0) -> BlockCosts:
+    return BlockCosts(verify, {MODEL: once}, {MODEL: step}, {MODEL: 0.0}, 0.0, once, step)
+
+
+def drafted(draft: Draft, confidences) -> int:
+    """The length of a draft whose tokens the drafter is so sure of."""
+    confidences = iter(confidences)
+    while draft.goes_on:
+        draft.take(next(confidences))
+    return draft.length
+
+
+# ----------------------------------------------------------------------- exact
+
+
+def length_by_confidence(drafter, most, row):
+    """What a ``Draft`` verifies of a drafted text; it sees how likely the likeliest token was, before each."""
+
+    def length_of(tokens) -> int:
+        draft = Draft(costs(verify=tuple(1 + row * rows for rows in range(9))), Confidence(), 0.8, most)
+        return drafted(draft, (float(max(drafter(tokens[:i]))) for i in range(most)))
+
+    return length_of
+
+
+def length_by_own_probability(drafter, most):
+    """The trap: a token is dropped because it turned out to be an unlikely one."""
+
+    def length_of(tokens) -> int:
+        return next((i for i in range(most) if drafter(tokens[:i])[tokens[i]] < 0.3), most)
+
+    return length_of
+
+
+def stepwise_pairs():
+    for vocab_size, most, seed in itertools.product((2, 3), (2, 3, 4), "abc"):
+        yield (
+            oracle.RandomContextModel(vocab_size, f"p{seed}"),
+            oracle.RandomContextModel(vocab_size, f"q{seed}"),
+            most,
+        )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_emitted_distribution_is_exactly_the_targets(rule):
+    lengths = set()
+    for (target, drafter, most), row in itertools.product(stepwise_pairs(), (0.3, 0.8)):
+        length_of = length_by_confidence(drafter, most, row)
+        emitted, _ = oracle.emitted_joint(rule, target, drafter, most, verified=length_of)
+        assert emitted == oracle.target_joint(target, most + 1)  # rational numbers: an error of exactly 0
+        lengths |= {length_of(tokens) for tokens in itertools.product(range(target.vocab_size), repeat=most)}
+    assert lengths == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])  # whatever "match" emits is the target's own
+def test_the_enumeration_catches_dropping_a_token_for_being_unlikely(rule):
+    assert any(
+        oracle.emitted_joint(rule, target, drafter, most, verified=length_by_own_probability(drafter, most))[0]
+        != oracle.target_joint(target, most + 1)
+        for target, drafter, most in stepwise_pairs()
+    )
+
+
+# ----------------------------------------------------------------------- as long as it is worth it
+
+
+def test_a_sure_drafter_drafts_as_far_as_it_may_and_an_unsure_one_hardly():
+    stepwise = Stepwise(costs())
+    assert drafted(stepwise.draft(8), [1.0] * 8) == 8
+    assert drafted(stepwise.draft(8), [0.2] * 8) == 0
+    assert drafted(stepwise.draft(8), [1.0, 1.0, *[0.1] * 6]) == 2
+
+
+@pytest.mark.parametrize("most", range(9))
+def test_no_more_is_drafted_than_there_is_room_for(most):
+    draft = Stepwise(costs()).draft(most)
+    assert drafted(draft, [1.0] * 8) == max(length for length in LENGTHS if length <= most)
+    assert draft.steps == draft.length
+
+
+def test_what_confidence_is_worth_is_learnt():
+    confidence = Confidence()
+    assert confidence.rate(0.4) < 0.5 < 0.9 < confidence.rate(1.0)
+    for _ in range(300):
+        confidence.observe([0.4, 0.97], 1)  # the modest one is right, the sure one is not
+    assert confidence.rate(0.4) > 0.95
+    assert confidence.rate(0.97) < 0.05
+
+
+def test_tokens_behind_the_first_rejected_one_tell_nothing():
+    confidence = Confidence()
+    confidence.observe([0.4, 0.6, 0.97], 1)
+    assert sum(confidence.tried) == 2
+
+
+def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks: int) -> float:
+    """Tokens per second while the chance of each token is drawn from ``rates``, and the drafter knows it."""
+    chooser.begin([1, 2], blocks, 0)
+    tokens = seconds = 0.0
+    for _ in range(blocks):
+        choice, draft = chooser.choice, None
+        chances = [rng.choice(rates) for _ in range(8)]
+        if choice.proposer == MODEL:
+            draft = chooser.draft(8)
+            drafted(draft, chances)
+            seconds += chooser.costs.stepwise(draft.length, draft.steps)
+        else:
+            seconds += chooser.costs.block(choice)
+        length = draft.length if draft else 0
+        accepted = next((i for i in range(length) if rng.random() >= chances[i]), length)
+        tokens += accepted + 1
+        chooser.observe(choice, [0] * (accepted + 1), accepted, 0, draft)
+    return tokens / seconds
+
+
+def best_fixed(table: BlockCosts, rates: list[float]) -> float:
+    mean = sum(rates) / len(rates)
+    return max(expected_tokens([mean] * 8, n) / (table.verify[n] + n * table.step) for n in range(9))
+
+
+@pytest.mark.parametrize("verify", [CHEAP_ROWS, tuple(1 + 0.3 * rows for rows in range(9))], ids=["cheap", "steep"])
+@pytest.mark.parametrize("step", [0.02, 0.1])
+def test_it_is_faster_than_every_fixed_length_where_the_drafter_knows_what_it_knows(verify, step):
+    table, rates = costs(step, verify), [0.99, 0.97, 0.97, 0.3]
+    chooser, rng = Automatic(table, [MODEL]), random.Random(0)
+    simulated(chooser, rng, rates, 200)
+    assert simulated(chooser, rng, rates, 3000) > 1.05 * best_fixed(table, rates)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("step", [0.02, 0.1])
+def test_it_is_hardly_slower_where_confidence_tells_nothing(rate, step):
+    table = costs(step)
+    chooser, rng = Automatic(table, [MODEL]), random.Random(0)
+    simulated(chooser, rng, [rate], 200)
+    assert simulated(chooser, rng, [rate], 3000) > 0.95 * best_fixed(table, [rate])
+
+
+# ----------------------------------------------------------------------- the decoder
+
+
+def stepwise_decoder(target, drafter, sampling=None, rule="block") -> SpeculativeDecoder:
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), sampling, "auto", rule)
+    decoder._chooser = Automatic(costs(step=1e-6, verify=tuple(1 + 1e-6 * rows for rows in range(9))), [MODEL])
+    return decoder
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_greedy_text_equals_plain_decoding(rule):
+    target = random_llama(vocab_size=60, scale=4)
+    decoder = stepwise_decoder(target, random_llama(1, vocab_size=60), rule=rule)
+    for prompt in ([3], list(range(40)), list(range(30)), [1] * 300):
+        assert decoded(decoder, prompt, 80) == plain_greedy(target, prompt, 80)
+    assert decoder.stats.blocks_by[MODEL] > 0
+
+
+def test_the_target_drafting_for_itself_is_always_right():
+    """So both caches hold the text, whatever was drafted and dropped before."""
+    target = random_llama(vocab_size=60)
+    decoder = stepwise_decoder(target, target, Sampling(1.0, seed=0))
+    for prompt in ([3, 4], list(range(40)), [*range(40), *[9] * 10]):
+        blocks = list(decoder.blocks(prompt, 200))
+        assert all(block.accepted == block.drafted for block in blocks)
+    assert len({block.drafted for block in blocks}) > 1
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_an_answer_is_as_long_as_asked_for(count):
+    target = random_llama(vocab_size=60)
+    decoder = stepwise_decoder(target, target)
+    blocks = list(decoder.blocks([3, 4], count))
+    assert sum(len(block.tokens) for block in blocks) == count
+    assert all(len(block.tokens) == block.accepted + 1 for block in blocks)  # nothing was drafted to be cut off
+
+
+def test_seeded_runs_repeat_exactly():
+    target, drafter = random_llama(vocab_size=60), random_llama(1, vocab_size=60)
+    answers = [decoded(stepwise_decoder(target, drafter, Sampling(1.0, seed=5)), [1, 2], 200) for _ in range(2)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("when", [1, 2, 4])
+def test_an_interruption_in_a_draft_leaves_a_decoder_that_starts_from_nothing(monkeypatch, when):
+    target, drafter = random_llama(vocab_size=60, scale=4), random_llama(1, vocab_size=60)
+    decoder = stepwise_decoder(target, drafter)
+    original, calls = Draft.take, []
+
+    def interrupted(self, confidence):
+        calls.append(confidence)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return original(self, confidence)
+
+    monkeypatch.setattr(Draft, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(decoder, [3, 4, 5], 100)
+    assert decoded(decoder, [3, 4, 5], 60) == plain_greedy(target, [3, 4, 5], 60)
+
+
+def test_one_host_read_per_drafted_token_and_one_per_block(monkeypatch):
+    target = random_llama(vocab_size=60)
+    decoder = stepwise_decoder(target, target)
+    decoded(decoder, [1, 2], 40)  # traced
+    reads, steps = [], []
+    take = Draft.take
+    monkeypatch.setattr(Draft, "take", lambda self, confidence: (steps.append(1), take(self, confidence))[1])
+    for name in ("item", "tolist"):
+        original = getattr(mx.array, name)
+        monkeypatch.setattr(mx.array, name, lambda self, read=original: (reads.append(1), read(self))[1])
+    decoded(decoder, [1, 2], 40)
+    assert len(reads) == len(steps) + decoder.stats.blocks
