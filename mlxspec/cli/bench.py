@@ -164,6 +164,8 @@ def print_calibration(found: Record) -> None:
         ]
         for entry, seconds in zip(found["lengths"], verify, strict=True)
     ]
+    if auto := found.get("auto"):  # a file of an earlier version has none
+        rows.append(["auto", "", "", "", "", f"{auto['measured']:.2f}"])
     print_table(("γ", "rows", "verifying them", "/ one row", "predicted", "measured"), rows)
     click.echo(
         f"a drafted token costs {1000 * draft:.2f} ms, drafting at all {1000 * once:.2f} ms more; speed-ups are over "

@@ -33,6 +33,7 @@ ROUNDS, FEWEST_ROUNDS = 9, 3
 SECONDS = 2.0  # after which no round is begun, but for the fewest
 MOST_ROWS = LONGEST_CHOICE + 1
 FEW, MORE = 1, 4  # tokens drafted by the blocks that the costs of drafting are taken from
+LONG = 8 * CAPACITY_STEP  # a capacity at which it shows what attention over a longer text costs
 STEP = "step"  # a pass of a drafter that drafts stepwise, among what is timed
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
@@ -50,10 +51,10 @@ def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
     """What the disk has; None for nothing, or nothing that can be used."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         stored = json.loads(costs_file(compiled).read_text())["costs"]
-        costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"])})
+        costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"]), "longer": tuple(stored["longer"])})
         numbers = [*costs.verify, *costs.once.values(), *costs.draft.values(), *costs.catch_up.values()]
-        numbers += [costs.trace, costs.step_once, costs.step]
-        whole = len(costs.verify) == MOST_ROWS
+        numbers += [costs.trace, costs.step_once, costs.step, *costs.longer]
+        whole = len(costs.verify) == MOST_ROWS and len(costs.longer) == 3
         whole = whole and sorted(costs.draft) == sorted(costs.once) == sorted(compiled.drafters)
         if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
             return costs
@@ -124,7 +125,16 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
         once[name] = more - MORE * draft[name]
     step = taken.get(STEP, 0.0)
     step_once = max(0.0, taken.get(STEPWISE, 0.0) - verify[MORE] - MORE * step)
-    return BlockCosts(verify, once, draft, catch_up, trace, step_once, step)
+    return BlockCosts(verify, once, draft, catch_up, trace, step_once, step, longer(compiled, taken))
+
+
+def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, float, float]:
+    """Seconds that a position more adds to a pass of the target, to each of its rows, to a step of the drafter."""
+    positions = LONG - CAPACITY_STEP
+    one, most = ((taken[LONG, rows] - taken[rows]) / positions for rows in (1, MOST_ROWS))
+    row = max(0.0, (most - one) / (MOST_ROWS - 1))
+    step = (taken[LONG, STEP] - taken[STEP]) / positions if MODEL in compiled.drafters else 0.0
+    return max(0.0, one - row), row, max(0.0, step)
 
 
 def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
@@ -135,6 +145,8 @@ def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
     runs |= {choice: blocks(compiled, choice) for choice in choices}
     if MODEL in compiled.drafters:
         runs |= {STEPWISE: stepwise_blocks(compiled), STEP: draft_steps(compiled)}
+        runs[LONG, STEP] = draft_steps(compiled, LONG)
+    runs |= {(LONG, rows): target_passes(compiled, rows, capacity=LONG) for rows in (1, MOST_ROWS)}
     for run in runs.values():
         run()  # traces, and compiles kernels
     rounds: dict[Any, list[float]] = {what: [] for what in runs}
@@ -147,7 +159,9 @@ def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
     return {what: min(seconds) for what, seconds in rounds.items()}, trace
 
 
-def target_passes(compiled: CompiledBlocks, rows: int, sampled: bool = True) -> Callable[[], float]:
+def target_passes(
+    compiled: CompiledBlocks, rows: int, sampled: bool = True, capacity: int = CAPACITY_STEP
+) -> Callable[[], float]:
     """Seconds of a pass of the target over ``rows`` tokens, of several; ``sampled``: each feeds the next."""
     target, sampling = compiled.target, compiled.sampling
 
@@ -160,7 +174,7 @@ def target_passes(compiled: CompiledBlocks, rows: int, sampled: bool = True) -> 
         return tokens, (tokens, buffers)
 
     step = mx.compile(one, inputs=[compiled.pair.target.state])
-    return lambda: seconds_of(step, (mx.zeros(rows, mx.int32), target.empty(CAPACITY_STEP)))
+    return lambda: seconds_of(step, (mx.zeros(rows, mx.int32), target.empty(capacity)))
 
 
 def blocks(compiled: CompiledBlocks, choice: Choice) -> Callable[[], float]:
@@ -184,11 +198,11 @@ def stepwise_blocks(compiled: CompiledBlocks) -> Callable[[], float]:
     return lambda: seconds_of(one, state_before(compiled, MODEL))
 
 
-def draft_steps(compiled: CompiledBlocks) -> Callable[[], float]:
+def draft_steps(compiled: CompiledBlocks, capacity: int = CAPACITY_STEP) -> Callable[[], float]:
     """Seconds of a step of such a draft."""
 
     def run() -> float:
-        state = state_before(compiled, MODEL)
+        state = state_before(compiled, MODEL, capacity)
         mx.eval(state)
         start = time.perf_counter()
         compiled.stepwise.draft(state, LongDraft())
@@ -216,11 +230,11 @@ def seconds_of(step: Callable[[Any], tuple[mx.array, Any]], state: Any) -> float
     return (time.perf_counter() - start) / QUEUED
 
 
-def state_before(compiled: CompiledBlocks, name: str) -> State:
+def state_before(compiled: CompiledBlocks, name: str, capacity: int = CAPACITY_STEP) -> State:
     """A block's state, behind a text of zeros that no cache has really seen."""
     proposer = compiled.proposers[name]
     if name == MODEL:
-        drafter = proposer.run.empty(CAPACITY_STEP)
+        drafter = proposer.run.empty(capacity)
     else:
         drafter = proposer.start(None, [0] * TEXT, 0, lambda tokens: None)
     return {

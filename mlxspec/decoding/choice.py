@@ -5,7 +5,7 @@ A block of γ drafted tokens costs ``v(γ+1) + o + γ·d`` seconds, which ``cali
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ class BlockCosts:
     ``verify[m-1]`` is a block over m rows (m = 1 … 9) but for the drafting, ``once`` that anything is drafted at all,
     ``draft`` each drafted token, ``catch_up`` each token of a text that a drafter has not seen yet, ``trace`` the first
     block of a length that is new. ``step_once`` and ``step`` are the two of the model when it drafts stepwise.
+    All that is behind a short text; a position more adds ``longer`` (to a pass of the target, to each row of it, to a
+    step of the drafter).
     """
 
     verify: tuple[float, ...]
@@ -43,6 +45,13 @@ class BlockCosts:
     trace: float = 0.0
     step_once: float = 0.0
     step: float = 0.0
+    longer: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def behind(self, more: int) -> "BlockCosts":
+        """The costs behind a text that is so many positions longer."""
+        whole, row, step = (more * seconds for seconds in self.longer)
+        verify = tuple(seconds + whole + rows * row for rows, seconds in enumerate(self.verify, 1))
+        return replace(self, verify=verify, step=self.step + step, longer=(0.0, 0.0, 0.0))
 
     def block(self, choice: Choice) -> float:
         """Seconds of a block whose length is fixed."""

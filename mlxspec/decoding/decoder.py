@@ -142,7 +142,7 @@ class SpeculativeDecoder:
             tokens = tokens[:end]
             self._tokens += tokens
             self.chooser.observe(choice, tokens, accepted, self._behind(), draft)
-            self.stats.add(len(tokens), choice, accepted)
+            self.stats.add(len(tokens), choice, accepted, draft.steps - draft.length if draft else 0)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
             yield Block(tokens, choice.length, accepted)

@@ -10,6 +10,7 @@ and with the same costs and the same past the choice is the same.
 from collections.abc import Sequence
 from typing import Protocol
 
+from mlxspec.decoding.cache import CAPACITY_STEP, capacity_for
 from mlxspec.decoding.choice import (
     LONGEST_CHOICE,
     LOOKUP,
@@ -90,7 +91,8 @@ class Automatic:
     """
 
     def __init__(self, costs: BlockCosts, proposers: Sequence[str], watch: Watch | None = None):
-        self.costs = costs
+        self.short_costs = self.costs = costs
+        self.length = 0  # of the text
         self.stepwise = Stepwise(costs) if MODEL in proposers else None
         self.watch = watch
         self.choices = [PLAIN]
@@ -108,7 +110,8 @@ class Automatic:
     def begin(self, prompt, max_tokens, behind):
         if self.answered:
             self.typical += (self.answered - self.typical) / 2
-        self.answered, self.probing = 0, 0
+        self.answered, self.probing, self.length = 0, 0, 0
+        self.grow(len(prompt))
         if self.watch:
             self.watch.begin(prompt)
         # A length that is new has to be worth its tracing first, as within an answer; but for the very first.
@@ -126,6 +129,7 @@ class Automatic:
 
     def observe(self, choice, tokens, accepted, behind, draft=None):
         self.answered += len(tokens)
+        self.grow(len(tokens))
         if self.watch:
             self.watch.extend(tokens)
         spent = self.stepwise.observe(draft, accepted) if draft else self.costs.block(choice)
@@ -141,6 +145,14 @@ class Automatic:
         elif self.choice.proposer != MODEL and self.stepwise:
             self.saved_up += PROBE_SHARE * spent
             self.probe_if_affordable(behind)
+
+    def grow(self, tokens: int) -> None:
+        """The text is so many tokens longer, and attention over it takes longer when its buffers have grown."""
+        before, self.length = capacity_for(self.length), self.length + tokens
+        if (capacity := capacity_for(self.length)) != before or self.length == tokens:
+            self.costs = self.short_costs.behind(capacity - CAPACITY_STEP)
+            if self.stepwise:
+                self.stepwise.adopt(self.costs)
 
     def chance_of(self, choice, tokens):
         rates = self.watch.acceptance.rates if choice.proposer == LOOKUP else []
@@ -169,7 +181,7 @@ class Automatic:
     @property
     def probe_seconds(self) -> float:
         """What trying the model costs more than drafting nothing, if it is in vain."""
-        return PROBE_BLOCKS * max(0.0, self.costs.stepwise(1, 1) - self.costs.block(PLAIN))
+        return PROBE_BLOCKS * max(0.0, self.stepwise.seconds - self.costs.block(PLAIN))
 
     def catching_up(self, choice: Choice, behind: int) -> float:
         return behind * self.costs.catch_up.get(choice.proposer, 0.0) if choice.proposer == MODEL else 0.0

@@ -16,6 +16,7 @@ from itertools import pairwise
 from mlxspec.decoding.choice import LONGEST_CHOICE, PRIOR_RATE, PRIOR_WEIGHT, BlockCosts, expected_tokens
 
 LENGTHS = (0, 1, 2, 4, 8)  # of drafts: every other one would have to be traced, for a gain of a percent or two
+TYPICAL = 2  # a draft of middling length
 LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # between classes of confidence
 MEMORY = 0.99  # what a block's evidence is worth a block later: of what confidence means
 SHORT_MEMORY = 0.98  # and of how fast this is on the text at hand
@@ -102,11 +103,15 @@ class Stepwise:
     def __init__(self, costs: BlockCosts):
         self.costs = costs
         self.confidence = Confidence()
-        self.plain = 1 / costs.verify[0]  # tokens per second
         # Before anything was seen: as fast as with the best fixed length of an average drafter.
         tokens = [expected_tokens([PRIOR_RATE] * length, length) for length in range(LONGEST_CHOICE + 1)]
         length = max(range(1, LONGEST_CHOICE + 1), key=lambda n: tokens[n] / costs.stepwise(n, n))
-        self.tokens, self.spent = tokens[length], costs.stepwise(length, length)
+        self.blocks, self.tokens, self.spent = 1.0, tokens[length], costs.stepwise(length, length)
+
+    def adopt(self, costs: BlockCosts) -> None:
+        """As the text grows, everything takes longer; so would what was seen so far have."""
+        self.spent *= costs.stepwise(TYPICAL, TYPICAL) / self.costs.stepwise(TYPICAL, TYPICAL)
+        self.costs = costs
 
     @property
     def fastest(self) -> float:
@@ -118,18 +123,24 @@ class Stepwise:
         """Tokens per second."""
         return self.tokens / self.spent
 
+    @property
+    def seconds(self) -> float:
+        """Of a block, lately."""
+        return self.spent / self.blocks
+
     def draft(self, most: int) -> Draft:
         """A new one, of at most so many tokens."""
-        return Draft(self.costs, self.confidence, max(self.plain, self.rate), most)
+        return Draft(self.costs, self.confidence, max(1 / self.costs.verify[0], self.rate), most)
 
     def observe(self, draft: Draft, accepted: int) -> float:
         """What became of it. -> seconds of the block"""
         seconds = self.costs.stepwise(draft.length, draft.steps)
         self.confidence.observe(draft.confidences, accepted)
+        self.blocks = SHORT_MEMORY * self.blocks + 1
         self.tokens = SHORT_MEMORY * self.tokens + accepted + 1
         self.spent = SHORT_MEMORY * self.spent + seconds
         return seconds
 
     def fade(self, factor: float) -> None:
         self.confidence.fade(factor)
-        self.tokens, self.spent = self.tokens * factor, self.spent * factor
+        self.blocks, self.tokens, self.spent = (factor * total for total in (self.blocks, self.tokens, self.spent))

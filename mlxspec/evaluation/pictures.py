@@ -31,7 +31,7 @@ def pictures(record: Record) -> dict[str, bytes]:
         ),
         "draft-length": (
             bool(record.get("calibration")),
-            lambda axis: draw_lengths(axis, record["calibration"]["lengths"]),
+            lambda axis: draw_lengths(axis, record["calibration"]),
             (8, 4),
         ),
         "block": (bool(record.get("profile")), lambda axis: draw_block(axis, record["profile"]), (8, 2.2)),
@@ -87,13 +87,16 @@ def draw_acceptance(axis: Any, rows: list[Record]) -> None:
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
-def draw_lengths(axis: Any, lengths: list[Record]) -> None:
-    """Speed-up over drafting nothing, as measured and as predicted."""
+def draw_lengths(axis: Any, calibration: Record) -> None:
+    """Speed-up over drafting nothing, as measured and as predicted; of "auto" as measured, if the record has it."""
+    lengths = calibration["lengths"]
     x = [entry["draft_length"] for entry in lengths]
     axis.axhline(1, color="black", linewidth=0.8)
     axis.plot(x, [entry["measured"] for entry in lengths], marker="o", color=COLOURS[OURS], label="measured")
     axis.plot(x, [entry["predicted"] for entry in lengths], linestyle="--", marker="s", markerfacecolor="none",
               color=COLOURS[PEER], label="predicted from cost and acceptance")  # fmt: skip
+    if auto := calibration.get("auto"):
+        axis.axhline(auto["measured"], color=COLOURS[OURS], linestyle=":", label="draft length auto, measured")
     axis.set_xticks(x)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens drafted a block, γ")

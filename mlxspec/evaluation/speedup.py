@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import mlx.core as mx
@@ -45,7 +45,7 @@ def calibrated(
     verification: str = "block",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Record:
-    """The cost table, measured anew and kept, and the speed-up over drafting nothing at γ = 0 … 8.
+    """The cost table, measured anew and kept, and the speed-up over drafting nothing at γ = 0 … 8 and of "auto".
 
     Predicted from the costs and from the acceptance of the γ = 8 runs, and measured in interleaved rounds.
     """
@@ -53,36 +53,40 @@ def calibrated(
     name = drafter_of(decoder)
     costs = measure_and_keep(decoder.compiled)
     decoders = [SpeculativeDecoder(pair, sampling, length, verification) for length in range(LONGEST_CHOICE + 1)]
+    decoders.append(decoder)
     rates: list[list[float]] = [[] for _ in decoders]
     seen = DecodingStats()
     for turn in range(rounds + 1):
-        for length, fixed in enumerate(decoders):
+        for length, one in enumerate(decoders):
             progress(turn * len(decoders) + length, (rounds + 1) * len(decoders))
-            stats = decoded(fixed, prompts, max_tokens, turn)
+            stats = decoded(one, prompts, max_tokens, turn)
             if turn:  # the first round traces
                 rates[length].append(stats.tokens_per_second)
                 seen = seen + stats if length == LONGEST_CHOICE else seen
     progress((rounds + 1) * len(decoders), (rounds + 1) * len(decoders))
     reached = [seen.blocks, *seen.accepted_at]  # how often each position's predecessors were all accepted
     conditional = [a / b if b else 0.0 for a, b in zip(seen.accepted_at, reached, strict=False)]
+    figures = [
+        {
+            "measured": statistics.median(a / b for a, b in zip(found, rates[0], strict=True)),
+            "tokens_per_second": statistics.median(found),
+        }
+        for found in rates
+    ]
     return {
         "sampling": sampling.to_dict(),
         "drafter": name,
         "costs": table(costs, name),
         "lengths": [
-            {
-                "draft_length": length,
-                "predicted": predicted(costs, Choice(name, length), conditional),
-                "measured": statistics.median(a / b for a, b in zip(rates[length], rates[0], strict=True)),
-                "tokens_per_second": statistics.median(rates[length]),
-            }
-            for length in range(len(decoders))
+            {"draft_length": length, "predicted": predicted(costs, Choice(name, length), conditional), **measured}
+            for length, measured in enumerate(figures[:-1])
         ],
+        "auto": figures[-1],
     }
 
 
 def table(costs: BlockCosts, name: str) -> Record:
-    return {"verify": list(costs.verify), "once": costs.once[name], "draft": costs.draft[name], "trace": costs.trace}
+    return {**asdict(costs), "verify": list(costs.verify), "once": costs.once[name], "draft": costs.draft[name]}
 
 
 def predicted(costs: BlockCosts, choice: Choice, rates: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """What a block costs is measured once for a pair on a device, and then known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,14 @@ def test_costs_are_positive_and_grow_with_rows(models):
     assert costs.stepwise(3, 4) == pytest.approx(costs.verify[3] + costs.step_once + 4 * costs.step)
 
 
+def test_more_text_costs_more_and_more_rows_of_it_more_still(models):
+    costs = measured_costs(blocks_of(models))
+    far = costs.behind(20_000)
+    assert far.verify[0] > costs.verify[0]
+    assert far.verify[8] - costs.verify[8] > far.verify[0] - costs.verify[0]
+    assert costs.behind(0) == replace(costs, longer=(0.0, 0.0, 0.0))
+
+
 def test_they_are_measured_once_and_then_known(models, monkeypatch):
     assert not are_known(blocks_of(models))
     measured = known_costs(blocks_of(models))
@@ -51,7 +60,14 @@ def test_they_are_measured_once_and_then_known(models, monkeypatch):
 
 
 EACH = {"model": 1.0, "lookup": 0.0}
-NUMBERS = {"verify": [1.0] * 9, "once": EACH, "draft": EACH, "catch_up": {"model": 1.0}, "trace": 0.0}
+NUMBERS = {
+    "verify": [1.0] * 9,
+    "once": EACH,
+    "draft": EACH,
+    "catch_up": {"model": 1.0},
+    "trace": 0.0,
+    "longer": [0.0] * 3,
+}
 DAMAGED = {
     "empty": "",
     "cut": "{",
@@ -64,6 +80,7 @@ DAMAGED = {
     "rows for nothing": NUMBERS | {"verify": [0.0] * 9},
     "no drafters": NUMBERS | {"draft": None},
     "another drafter": NUMBERS | {"draft": {"model": 1.0}},
+    "a length of one": NUMBERS | {"longer": [0.0]},
     "a step that is no number": NUMBERS | {"step": "a"},
     "no number": NUMBERS | {"trace": float("nan")},
 }

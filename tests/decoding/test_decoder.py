@@ -11,6 +11,8 @@ from mlx_lm.models import mamba
 import mlxspec
 from mlxspec import ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.cache import CAPACITY_STEP
+from mlxspec.decoding.choice import MODEL, BlockCosts
+from mlxspec.decoding.draft_length import Automatic
 from mlxspec.decoding.verification import RULES
 from mlxspec.models.drafter import Drafter, DrafterConfig, PromptLookup
 from tests.conftest import WindowedLlama, decoded, plain_greedy, random_llama
@@ -199,14 +201,17 @@ def test_one_host_read_per_block(monkeypatch, draft_length):
     assert reads == {"tolist": count}
 
 
-def test_a_block_copies_no_cache_buffer():
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_a_block_copies_no_cache_buffer(stepwise):
     """Memory that a block takes on top of what is resident must not grow by a buffer when the capacity does."""
 
     def on_top(context: int) -> tuple[int, int]:
         # Wide heads and few of them, so that a buffer dwarfs the attention scores over it.
         model = random_llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
         decoder = SpeculativeDecoder(ModelPair(model, model), None, 3)
-        blocks = decoder.blocks([1] * context, 100)
+        if stepwise:
+            decoder._chooser = Automatic(BlockCosts((1.0,) * 9), [MODEL])
+        blocks = decoder.blocks([1] * context, 140)
         for _ in range(4):
             next(blocks)
         taken = []
@@ -220,7 +225,7 @@ def test_a_block_copies_no_cache_buffer():
             taken.append(mx.get_peak_memory() - before)
         return min(taken), decoder._state["target"][0][0].nbytes
 
-    (small, small_buffer), (large, large_buffer) = on_top(CAPACITY_STEP - 100), on_top(8 * CAPACITY_STEP - 100)
+    (small, small_buffer), (large, large_buffer) = on_top(CAPACITY_STEP - 140), on_top(8 * CAPACITY_STEP - 140)
     assert large_buffer == 8 * small_buffer
     assert large - small < (large_buffer - small_buffer) / 4
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -108,6 +109,22 @@ def test_a_new_length_is_traced_when_it_has_cost_as_much_not_to():
         chooser.observe(first, [0], 0, 0)
     assert chooser.choice == Choice(LOOKUP, 8)
     assert 20 <= lost < 22
+
+
+def test_a_drafter_that_pays_behind_a_short_text_is_left_when_the_rows_cost_too_much_behind_a_long_one():
+    table = replace(costs(0.1), longer=(0.0, 0.001, 0.0))  # beyond 1000 tokens two rows cost nearly what two passes do
+    chooser = Automatic(table, [MODEL])
+    assert simulated(chooser, 0.7, 100)[0][-1] == STEPWISE
+    chooser.begin([1] * 4000, 1000, 0)
+    assert chooser.costs.verify[0] == pytest.approx(1 + 0.001 * (4096 - 256))
+    for _ in range(100):
+        draft = chooser.draft(8) if chooser.choice == STEPWISE else None
+        while draft and draft.goes_on:
+            draft.take(0.7)
+        chooser.observe(chooser.choice, [0, 0], 0, 0, draft)
+    assert chooser.choice == PLAIN
+    chooser.begin([1, 2], 1000, 0)
+    assert chooser.costs == costs(0.1)
 
 
 def test_the_same_past_gives_the_same_choice():

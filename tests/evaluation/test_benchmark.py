@@ -206,6 +206,7 @@ def test_the_calibration_has_every_length_and_is_1_without_a_draft(record):
     assert [entry["draft_length"] for entry in lengths] == list(range(9))
     assert lengths[0]["predicted"] == lengths[0]["measured"] == 1
     assert all(entry["predicted"] > 0 and entry["measured"] > 0 for entry in lengths)
+    assert record["calibration"]["auto"]["measured"] > 0
 
 
 # ----------------------------------------------------------------------- the report
