@@ -41,6 +41,7 @@ from mlxspec.training.trainer import Trainer
 from mlxspec.training.training_settings import TrainingSettings
 
 DEMO = Path(mlxspec.__file__).parent / "demo"
+PROMPTS = [[1], [1, 403, 407, 261]]
 Run = Callable[[int], int]  # the round's number -> tokens
 
 rounds = click.option("--rounds", default=5, show_default=True)
@@ -165,7 +166,7 @@ def main(context: click.Context, stories: Path, pad_width: int):
 @click.pass_obj
 def never_slower(pairs: Pairs, rounds: int, tokens: int):
     """auto over mlx-lm plain where speculation cannot win, or hardly."""
-    prompts = [[1], [1, 403, 407, 261]]
+    prompts = PROMPTS
     stories = pairs.target("stories", 24)
     demo = mlxspec.load()
     cases = {
@@ -186,12 +187,9 @@ def never_slower(pairs: Pairs, rounds: int, tokens: int):
         click.echo(f"{name:38s} auto / plain {ratio(rates, 'auto', 'plain')}   {settled(auto)}")
 
 
-# Padded pairs whose best fixed draft length is small, middling and large.
-LADDER = {
-    "costly and often wrong": ("stories", 12, (0.12, 4)),
-    "middling": ("stories", 24, (0.12, 0)),
-    "cheap and nearly always right": ("stories", 24, (0.03, 0)),
-}
+# Pairs on the stories model with 24 layers of padding, whose best fixed draft length is small, middling and large: the
+# noise in the drafter, and its own layers of padding.
+LADDER = {"often wrong": (0.2, 0), "middling": (0.12, 0), "nearly always right": (0.05, 0)}
 
 
 @main.command()
@@ -203,15 +201,14 @@ LADDER = {
 def nearly_best(pairs: Pairs, rounds: int, tokens: int, temperature: float, only: tuple[str, ...]):
     """auto over the best fixed draft length; and the cost model's prediction for each, at the same time."""
     for name in only or LADDER:
-        kind, layers, (amount, drafter_layers) = LADDER[name]
-        target, drafter = pairs.target(kind, layers), pairs.noised(amount, drafter_layers)
-        runs = {str(n): ours(target, drafter, temperature, tokens, n, [[1]]) for n in (*range(9), "auto")}
+        target, drafter = pairs.target("stories", 24), pairs.noised(*LADDER[name])
+        runs = {str(n): ours(target, drafter, temperature, tokens, n, PROMPTS) for n in (*range(9), "auto")}
         rates = measure(runs, rounds)
         best = max((n for n in rates if n != "auto"), key=lambda n: statistics.median(rates[n]))
         medians = " ".join(f"{n}: {statistics.median(values):.1f}" for n, values in rates.items())
         click.echo(f"{name:32s} best γ {best}; auto / best {ratio(rates, 'auto', best)}   {settled(runs['auto'])}")
         click.echo(f"    tokens/s  {medians}")
-        found = calibrated(ModelPair(target, drafter), [[1]], Sampling(temperature), rounds, tokens)
+        found = calibrated(ModelPair(target, drafter), PROMPTS, Sampling(temperature), rounds, tokens)
         entries = [(e["draft_length"], e["predicted"], e["measured"]) for e in found["lengths"]]
         worst = max(abs(p / m - 1) for _, p, m in entries)
         click.echo("    predicted/measured  " + " ".join(f"{n}: {p:.2f}/{m:.2f}" for n, p, m in entries)
@@ -222,18 +219,19 @@ def nearly_best(pairs: Pairs, rounds: int, tokens: int, temperature: float, only
 @rounds
 @tokens
 @click.option("--layers", multiple=True, type=int, default=[24], show_default=True, help="Of the padding.")
+@click.option("--target", "kinds", multiple=True, type=click.Choice(["stories", "demo"]), default=["stories", "demo"])
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0, 1.0], show_default=True)
 @click.pass_obj
-def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, temperatures):
+def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, kinds, temperatures):
     """auto over mlx-lm speculative with the same pair and its best fixed draft length."""
-    for kind in ("stories", "demo"):
+    for kind in kinds:
         for count in layers:
             target = pairs.target(kind, count)
             drafter = pairs.noised(0.07) if kind == "stories" else pairs.demo_drafter()
             for temperature in temperatures:
-                auto = ours(target, drafter, temperature, tokens, "auto", [[1]])
-                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, [[1]]) for n in (1, 2, 3, 4, 6, 8)}
-                rates = measure({"plain": plain(target, temperature, tokens, [[1]]), **runs, "auto": auto}, rounds)
+                auto = ours(target, drafter, temperature, tokens, "auto", PROMPTS)
+                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, PROMPTS) for n in (1, 2, 3, 4, 6, 8)}
+                rates = measure({"plain": plain(target, temperature, tokens, PROMPTS), **runs, "auto": auto}, rounds)
                 best = max(runs, key=lambda n: statistics.median(rates[n]))
                 click.echo(f"{kind} + {count} layers, T = {temperature:g}: auto / {best} {ratio(rates, 'auto', best)}, "
                            f"/ plain {ratio(rates, 'auto', 'plain')}, {best} / plain {ratio(rates, best, 'plain')}   "

@@ -1,7 +1,8 @@
 """A block of speculative decoding as one graph: draft, verify, commit, with nothing read on the host.
 
-``block_graph`` is the algorithm. ``CompiledBlock`` compiles it together with the models' weights, and
-``CompiledBlocks`` has one for each choice.
+``block_graph`` is the algorithm. ``CompiledGraph`` compiles it together with the models' weights, and
+``CompiledBlocks`` has one for each choice. ``StepwiseBlock`` is the same in steps, between which the host decides
+whether the draft goes on.
 """
 
 from collections.abc import Callable, Iterable, Iterator

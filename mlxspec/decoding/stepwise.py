@@ -23,11 +23,15 @@ SHORT_MEMORY = 0.98  # and of how fast this is on the text at hand
 
 
 class Confidence:
-    """How often a drafted token was accepted, given those before it were, by the drafter's confidence in it."""
+    """How often a drafted token was accepted, given those before it were, by the drafter's confidence in it.
+
+    Nothing is learnt of a token that is not verified. So what is not known is hoped for: half way from the confidence
+    to certainty, and again when the evidence is old.
+    """
 
     def __init__(self):
         edges = (0.0, *LEVELS, 1.0)
-        self.expected = [(low + high) / 2 for low, high in pairwise(edges)]  # of an honest drafter
+        self.expected = [(1 + (low + high) / 2) / 2 for low, high in pairwise(edges)]
         self.tried = [0.0] * len(self.expected)
         self.passed = [0.0] * len(self.expected)
 

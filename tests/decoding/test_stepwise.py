@@ -63,7 +63,7 @@ def stepwise_pairs():
 @pytest.mark.parametrize("rule", RULES)
 def test_emitted_distribution_is_exactly_the_targets(rule):
     lengths = set()
-    for (target, drafter, most), row in itertools.product(stepwise_pairs(), (0.3, 0.8)):
+    for (target, drafter, most), row in itertools.product(stepwise_pairs(), (0.3, 1.2)):
         length_of = length_by_confidence(drafter, most, row)
         emitted, _ = oracle.emitted_joint(rule, target, drafter, most, verified=length_of)
         assert emitted == oracle.target_joint(target, most + 1)  # rational numbers: an error of exactly 0
@@ -85,8 +85,11 @@ def test_the_enumeration_catches_dropping_a_token_for_being_unlikely(rule):
 
 def test_a_sure_drafter_drafts_as_far_as_it_may_and_an_unsure_one_hardly():
     stepwise = Stepwise(costs())
+    for _ in range(20):
+        stepwise.confidence.observe([1.0, 0.1], 1)
+        stepwise.confidence.observe([1.0] * 8, 8)
     assert drafted(stepwise.draft(8), [1.0] * 8) == 8
-    assert drafted(stepwise.draft(8), [0.2] * 8) == 0
+    assert drafted(stepwise.draft(8), [0.1] * 8) == 0
     assert drafted(stepwise.draft(8), [1.0, 1.0, *[0.1] * 6]) == 2
 
 
@@ -99,7 +102,7 @@ def test_no_more_is_drafted_than_there_is_room_for(most):
 
 def test_what_confidence_is_worth_is_learnt():
     confidence = Confidence()
-    assert confidence.rate(0.4) < 0.5 < 0.9 < confidence.rate(1.0)
+    assert confidence.rate(0.4) < 0.8 < 0.95 < confidence.rate(1.0)
     for _ in range(300):
         confidence.observe([0.4, 0.97], 1)  # the modest one is right, the sure one is not
     assert confidence.rate(0.4) > 0.95
@@ -110,6 +113,29 @@ def test_tokens_behind_the_first_rejected_one_tell_nothing():
     confidence = Confidence()
     confidence.observe([0.4, 0.6, 0.97], 1)
     assert sum(confidence.tried) == 2
+
+
+def test_a_level_that_was_given_up_is_tried_again_when_the_evidence_is_old():
+    confidence = Confidence()
+    for _ in range(50):
+        confidence.observe([0.1], 0)
+    assert confidence.rate(0.1) < 0.05
+    for _ in range(500):
+        confidence.observe([0.9], 1)
+    assert confidence.rate(0.1) > 0.4
+
+
+def test_a_drafter_whose_guesses_are_good_is_not_given_up_for_being_unsure():
+    """At a high temperature nothing is likely, and what is drawn from much the same distribution is accepted."""
+    chooser, rng = Automatic(costs(), [MODEL]), random.Random(0)
+    chooser.begin([1, 2], 1000, 0)
+    lengths = []
+    for _ in range(200):
+        draft = chooser.draft(8)
+        lengths.append(drafted(draft, [0.15] * 8))
+        accepted = next((i for i in range(lengths[-1]) if rng.random() >= 0.85), lengths[-1])
+        chooser.observe(chooser.choice, [0] * (accepted + 1), accepted, 0, draft)
+    assert sum(lengths[100:]) > 3 * 100
 
 
 def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks: int) -> float:
