@@ -19,7 +19,7 @@ from mlxspec.decoding.choice import LOOKUP, MODEL, NOBODY, STEPWISE, Choice
 from mlxspec.decoding.drafting import NobodyProposer, Proposer, proposer_for
 from mlxspec.decoding.sampling import Sampling, draw
 from mlxspec.decoding.stepwise import Draft
-from mlxspec.decoding.verification import RULES, Rule
+from mlxspec.decoding.verification import RULES, Rule, greedy
 from mlxspec.models.pair import ModelPair
 
 State = dict[str, Any]  # recent, committed, target, drafter, key: what one block hands to the next
@@ -58,11 +58,12 @@ def verified(
     recent, committed, draft_length = state["recent"], state["committed"], drafted.shape[0]
     rows = mx.concatenate([recent[-1:], drafted])  # [γ+1]
     logits, target = parts.target(rows, state["target"], committed - 1)
-    p = parts.sampling.probs(logits)  # [γ+1, V]
-    if draft_length:
-        accepted, next_token = parts.verify(p, q, drafted, uniforms)
-    else:  # what every rule comes to then, in a fraction of the operations: they show beside a small model's pass
-        accepted, next_token = mx.array(0, mx.int32), draw(p[0], uniforms[0])
+    if parts.sampling.temperature == 0:
+        accepted, next_token = greedy(logits, drafted)
+    elif draft_length:
+        accepted, next_token = parts.verify(parts.sampling.probs(logits), q, drafted, uniforms)
+    else:  # what every rule comes to then, in a fraction of the operations
+        accepted, next_token = mx.array(0, mx.int32), draw(parts.sampling.probs(logits)[0], uniforms[0])
 
     padded = mx.concatenate([drafted, mx.zeros(1, mx.int32)])
     emitted = mx.where(mx.arange(draft_length + 1) < accepted, padded, next_token)  # [γ+1]
@@ -86,6 +87,8 @@ def step_graph(parts: BlockParts, cursor: State) -> tuple[mx.array, mx.array, mx
     feed, length = cursor["feed"], cursor["length"]
     uniform = mx.random.uniform(key=subkey)
     token, q, confidence, drafter = parts.proposer.step(cursor["drafter"], feed, length, uniform)
+    if parts.sampling.temperature == 0:
+        q = mx.zeros(0)  # nobody looks at it
     following = {"feed": token, "length": length + feed.shape[0], "drafter": drafter, "key": key}
     return token, q, confidence, following
 

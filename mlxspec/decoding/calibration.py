@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,7 +34,7 @@ ROUNDS, FEWEST_ROUNDS = 9, 3
 SECONDS = 2.0  # after which no round is begun, but for the fewest
 MOST_ROWS = LONGEST_CHOICE + 1
 FEW, MORE = 1, 4  # tokens drafted by the blocks that the costs of drafting are taken from
-LONG = 8 * CAPACITY_STEP  # a capacity at which it shows what attention over a longer text costs
+LONG = 4 * CAPACITY_STEP  # a capacity at which it shows what attention over a longer text costs
 STEP = "step"  # a pass of a drafter that drafts stepwise, among what is timed
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
@@ -52,10 +53,12 @@ def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         stored = json.loads(costs_file(compiled).read_text())["costs"]
         costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"]), "longer": tuple(stored["longer"])})
+        model = MODEL in compiled.drafters
         numbers = [*costs.verify, *costs.once.values(), *costs.draft.values(), *costs.catch_up.values()]
         numbers += [costs.trace, costs.step_once, costs.step, *costs.longer]
         whole = len(costs.verify) == MOST_ROWS and len(costs.longer) == 3
         whole = whole and sorted(costs.draft) == sorted(costs.once) == sorted(compiled.drafters)
+        whole = whole and (not model or (stored["step"] > 0 and MODEL in costs.catch_up and "step_once" in stored))
         if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
             return costs
     return None
@@ -113,8 +116,9 @@ def model_described(model: nn.Module) -> str:
 def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
     """Time everything in turns; of each the least over the rounds counts, since nothing else disturbed that one."""
     with compiled.weights.safe():
-        taken, trace = least_seconds(compiled)
+        rounds, trace = timed_rounds(compiled)
         catch_up = {MODEL: catching_up_seconds(compiled)} if MODEL in compiled.drafters else {}
+    taken = {what: min(seconds) for what, seconds in rounds.items()}
     beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
     verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
 
@@ -123,22 +127,32 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
         few, more = (max(0.0, taken[Choice(name, length)] - verify[length]) for length in (FEW, MORE))
         draft[name] = min(max(0.0, (more - few) / (MORE - FEW)), more / MORE)
         once[name] = more - MORE * draft[name]
-    step = taken.get(STEP, 0.0)
-    step_once = max(0.0, taken.get(STEPWISE, 0.0) - verify[MORE] - MORE * step)
-    return BlockCosts(verify, once, draft, catch_up, trace, step_once, step, longer(compiled, taken))
+    return BlockCosts(verify, once, draft, catch_up, trace, *stepwise(rounds, beside), longer(compiled, taken))
+
+
+def stepwise(rounds: dict[Any, list[float]], beside: float) -> tuple[float, float]:
+    """Seconds that drafting step by step takes at all, and for each step.
+
+    The first is a small difference of large numbers: those of a round belong together.
+    """
+    if STEPWISE not in rounds:
+        return 0.0, 0.0
+    together = zip(rounds[STEPWISE], rounds[MORE + 1], rounds[STEP], strict=True)
+    once = statistics.median(block - verification - MORE * step for block, verification, step in together)
+    return max(0.0, once - beside), min(rounds[STEP])
 
 
 def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, float, float]:
-    """Seconds that a position more adds to a pass of the target, to each of its rows, to a step of the drafter."""
+    """Seconds that a position more adds to a pass over one row, to each row more, to a step of the drafter."""
     positions = LONG - CAPACITY_STEP
     one, most = ((taken[LONG, rows] - taken[rows]) / positions for rows in (1, MOST_ROWS))
     row = max(0.0, (most - one) / (MOST_ROWS - 1))
     step = (taken[LONG, STEP] - taken[STEP]) / positions if MODEL in compiled.drafters else 0.0
-    return max(0.0, one - row), row, max(0.0, step)
+    return max(0.0, one), row, max(0.0, step)
 
 
-def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
-    """Seconds of passes over so many rows and of the blocks of some choices; seconds of tracing a block."""
+def timed_rounds(compiled: CompiledBlocks) -> tuple[dict[Any, list[float]], float]:
+    """Seconds, in each round, of passes over so many rows and of the blocks of some choices; of tracing a block."""
     choices = [PLAIN, *(Choice(name, length) for name in compiled.drafters for length in (FEW, MORE))]
     trace = max(trace_seconds(compiled, choice) for choice in choices)
     runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in range(1, MOST_ROWS + 1)}
@@ -156,7 +170,7 @@ def least_seconds(compiled: CompiledBlocks) -> tuple[dict[Any, float], float]:
             break
         for what, run in runs.items():
             rounds[what].append(run())
-    return {what: min(seconds) for what, seconds in rounds.items()}, trace
+    return rounds, trace
 
 
 def target_passes(

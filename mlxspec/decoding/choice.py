@@ -34,7 +34,7 @@ class BlockCosts:
     ``verify[m-1]`` is a block over m rows (m = 1 … 9) but for the drafting, ``once`` that anything is drafted at all,
     ``draft`` each drafted token, ``catch_up`` each token of a text that a drafter has not seen yet, ``trace`` the first
     block of a length that is new. ``step_once`` and ``step`` are the two of the model when it drafts stepwise.
-    All that is behind a short text; a position more adds ``longer`` (to a pass of the target, to each row of it, to a
+    All that is behind a short text; a position more adds ``longer`` (to a pass over one row, to each row more, to a
     step of the drafter).
     """
 
@@ -49,8 +49,8 @@ class BlockCosts:
 
     def behind(self, more: int) -> "BlockCosts":
         """The costs behind a text that is so many positions longer."""
-        whole, row, step = (more * seconds for seconds in self.longer)
-        verify = tuple(seconds + whole + rows * row for rows, seconds in enumerate(self.verify, 1))
+        one, row, step = (more * seconds for seconds in self.longer)
+        verify = tuple(seconds + one + drafted * row for drafted, seconds in enumerate(self.verify))
         return replace(self, verify=verify, step=self.step + step, longer=(0.0, 0.0, 0.0))
 
     def block(self, choice: Choice) -> float:

@@ -1,4 +1,6 @@
-"""Speculative decoding: keep two blocks in flight, read the result of each once, cut what comes out of them.
+"""Speculative decoding: keep blocks in flight, read the result of each once, cut what comes out of them.
+
+Two, unless the draft of the second depends on what became of the first, as it does stepwise.
 
 What happens inside a block is in ``block.py``; who drafts how many tokens, in ``draft_length.py``.
 """
@@ -137,7 +139,7 @@ class SpeculativeDecoder:
             while self._may_launch(in_flight, budget):
                 in_flight.append(self._launch([block.choice for block in in_flight], budget))
             choice, result, draft = in_flight.popleft()
-            *tokens, accepted = result.tolist()  # the one host read
+            *tokens, accepted = result.tolist()  # the one host read, but for those within a stepwise draft
             tokens = tokens[: min(accepted + 1, budget - self.stats.tokens)]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
@@ -215,7 +217,9 @@ class SpeculativeDecoder:
 
     def _launch(self, in_flight: list[Choice], budget: float) -> Launched:
         """Queue one block behind those in flight; its result is an array that nothing has waited for."""
-        choice = self.chooser.choice
+        choice, missing = self.chooser.choice, budget - self.stats.tokens
+        if choice == STEPWISE and missing <= 1:
+            choice = PLAIN  # a drafter that did not step would not see the tokens before that one either
         if choice.proposer != self._drafting:  # nothing is in flight then
             self._set_aside()
             # Taken from the decoder meanwhile: if reading is interrupted, the next prompt starts from nothing.
@@ -225,7 +229,7 @@ class SpeculativeDecoder:
             del state
         most, draft = choice.length, None
         if choice == STEPWISE:
-            most = int(min(budget - self.stats.tokens - 1, LONGEST_CHOICE))  # one token is the target's own
+            most = int(min(missing - 1, LONGEST_CHOICE))  # one token is the target's own
             draft = self.chooser.draft(most)
         longest = len(self._tokens) + sum(length + 1 for _, length in in_flight) + most + 1
         # Nothing may refer to the old state when the new one is evaluated: a buffer that somebody else holds would be

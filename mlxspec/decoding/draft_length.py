@@ -85,9 +85,10 @@ class Automatic:
 
     A change costs time once (a new length is traced, a drafter reads what it missed). So it is made when what the
     present choice has lost so far, by these estimates, amounts to that: then no more than twice the unavoidable is ever
-    lost. While nothing is drafted nothing is learnt of a model drafter; it is tried as often as PROBE_SHARE of the time
-    allows, but not where even a drafter that is always right would lose. How prompt lookup would have fared is known
-    without trying it. What a drafter is worth has to be found out once: a first, short answer pays for that.
+    lost (of the few lengths that are traced for stepwise drafts one is counted). While nothing is drafted nothing is
+    learnt of a model drafter; it is tried as often as PROBE_SHARE of the time allows, but not where even a drafter that
+    is always right would lose. How prompt lookup would have fared is known without trying it. What a drafter is worth
+    has to be found out once: a first, short answer pays for that.
     """
 
     def __init__(self, costs: BlockCosts, proposers: Sequence[str], watch: Watch | None = None):
@@ -105,12 +106,12 @@ class Automatic:
         self.lost = 0.0  # seconds, by not having changed yet
         self.saved_up = 0.0  # seconds that may be spent on a probe
         self.probing = 0  # blocks left
-        self.typical, self.answered = float(TYPICAL_ANSWER), None
+        self.typical, self.answered, self.budget = float(TYPICAL_ANSWER), None, 0.0
 
     def begin(self, prompt, max_tokens, behind):
         if self.answered:
             self.typical += (self.answered - self.typical) / 2
-        self.answered, self.probing, self.length = 0, 0, 0
+        self.answered, self.probing, self.length, self.budget = 0, 0, 0, max_tokens
         self.grow(len(prompt))
         if self.watch:
             self.watch.begin(prompt)
@@ -187,9 +188,9 @@ class Automatic:
         return behind * self.costs.catch_up.get(choice.proposer, 0.0) if choice.proposer == MODEL else 0.0
 
     def probe_if_affordable(self, behind: int) -> None:
-        if self.stepwise.fastest <= self.rate(self.choice):
+        if self.stepwise.fastest <= self.rate(self.choice) or self.budget - self.answered < PROBE_BLOCKS:
             return
         if self.saved_up >= self.price(STEPWISE, behind) + self.probe_seconds:
             self.saved_up, self.probing = 0.0, PROBE_BLOCKS
-            self.stepwise.fade(0.25)
+            self.stepwise.doubt(PROBE_BLOCKS)
             self.change(STEPWISE)

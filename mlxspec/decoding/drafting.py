@@ -82,8 +82,9 @@ class ModelProposer:
         logits, state = self.run(self._known(feed), state, length)
         logits = fitted(logits[-1], self.vocab_size)
         q = self.sampling.probs(logits)
-        confidence = mx.max(q) if self.sampling.temperature else mx.max(mx.softmax(logits.astype(mx.float32)))
-        return draw(q, uniform).reshape(1), q, confidence, state
+        if self.sampling.temperature == 0:
+            return mx.argmax(logits, keepdims=True).astype(mx.int32), q, largest_probability(logits), state
+        return draw(q, uniform).reshape(1), q, mx.max(q), state
 
     def record(self, state, committed, emitted):
         return state
@@ -197,6 +198,11 @@ def proposer_for(drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_si
     raise InvalidRequestError(
         f"the drafter is a {type(drafter).__name__}; use an mlx.nn.Module, mlxspec.PromptLookup or None"
     )
+
+
+def largest_probability(logits: mx.array) -> mx.array:
+    """logits [V] -> of the likeliest token, float32."""
+    return mx.exp(mx.max(logits).astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32)))
 
 
 def fitted(logits: mx.array, vocab_size: int) -> mx.array:

@@ -93,12 +93,18 @@ class Draft:
         return True
 
     def _worth(self, rate: float, drafted: int) -> bool:
-        """Whether to go on to the next length, if its first token is accepted at ``rate``; ``drafted`` of it are."""
-        following = next(length for length in self.lengths if length > self.length)
-        more = following - self.length
+        """Whether to go on to some longer length, if the next token is accepted at ``rate``; ``drafted`` of it are.
+
+        Not only to the next length: where the first row more is dear and the others are cheap, only many pay.
+        """
+        return any(self._gain(length, rate, drafted) > 0 for length in self.lengths if length > self.length)
+
+    def _gain(self, length: int, rate: float, drafted: int) -> float:
+        """Tokens that going on to ``length`` yields more than the time for it is worth."""
+        more = length - self.length
         tokens = self.chance * rate * expected_tokens([self.confidence.mean] * more, more - 1)
-        rows = max(0.0, self.costs.verify[following] - self.costs.verify[self.length])
-        return tokens > self.speed * (rows + (more - drafted) * self.costs.step)
+        rows = max(0.0, self.costs.verify[length] - self.costs.verify[self.length])
+        return tokens - self.speed * (rows + (more - drafted) * self.costs.step)
 
 
 class Stepwise:
@@ -145,6 +151,8 @@ class Stepwise:
         self.spent = SHORT_MEMORY * self.spent + seconds
         return seconds
 
-    def fade(self, factor: float) -> None:
-        self.confidence.fade(factor)
+    def doubt(self, blocks: int) -> None:
+        """Before so many blocks that are to tell whether all this still holds: they are to count for half of it."""
+        self.confidence.fade(0.25)
+        factor = min(1.0, blocks / self.blocks)
         self.blocks, self.tokens, self.spent = (factor * total for total in (self.blocks, self.tokens, self.spent))

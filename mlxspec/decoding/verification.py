@@ -57,6 +57,16 @@ def match(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
     return accepted, own[accepted]
 
 
+def greedy(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """What every rule comes to at temperature 0: accept while a token is the likeliest. logits [γ+1, V], tokens [γ].
+
+    None of the arrays of the vocabulary's size is made, which show beside a small model's pass.
+    """
+    own = mx.argmax(logits, axis=-1).astype(mx.int32)
+    accepted = leading_count(own[:-1] == tokens)
+    return accepted, own[accepted]
+
+
 RULES: dict[str, Rule] = {"block": block, "token": token, "match": match}
 
 

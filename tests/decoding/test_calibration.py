@@ -67,6 +67,8 @@ NUMBERS = {
     "catch_up": {"model": 1.0},
     "trace": 0.0,
     "longer": [0.0] * 3,
+    "step": 1.0,
+    "step_once": 0.0,
 }
 DAMAGED = {
     "empty": "",
@@ -80,6 +82,9 @@ DAMAGED = {
     "rows for nothing": NUMBERS | {"verify": [0.0] * 9},
     "no drafters": NUMBERS | {"draft": None},
     "another drafter": NUMBERS | {"draft": {"model": 1.0}},
+    "steps for nothing": NUMBERS | {"step": 0.0},
+    "no steps": {name: value for name, value in NUMBERS.items() if name != "step_once"},
+    "nothing caught up": NUMBERS | {"catch_up": {}},
     "a length of one": NUMBERS | {"longer": [0.0]},
     "a step that is no number": NUMBERS | {"step": "a"},
     "no number": NUMBERS | {"trace": float("nan")},

@@ -96,10 +96,11 @@ def markov_target() -> WindowedLlama:
     return target
 
 
-def assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, count):
+def assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, count, chooser=None):
     """Chi-square over the transitions of one long run, against the target run plainly in float64 filters."""
     target = markov_target()
     decoder = SpeculativeDecoder(ModelPair(target, drafter), sampling, draft_length, rule)
+    decoder._chooser = chooser
     tokens = decoded(decoder, [0, 1], count)
     transitions = Counter(zip(tokens, tokens[1:], tokens[2:], strict=False))
     statistic = freedom = 0

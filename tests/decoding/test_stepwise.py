@@ -7,12 +7,14 @@ import mlx.core as mx
 import pytest
 
 from mlxspec import ModelPair, Sampling, SpeculativeDecoder
-from mlxspec.decoding.choice import MODEL, BlockCosts, expected_tokens
+from mlxspec.decoding.choice import MODEL, STEPWISE, BlockCosts, expected_tokens
 from mlxspec.decoding.draft_length import Automatic
+from mlxspec.decoding.drafting import ModelProposer
 from mlxspec.decoding.stepwise import LENGTHS, Confidence, Draft, Stepwise
 from mlxspec.decoding.verification import RULES
 from tests.conftest import decoded, plain_greedy, random_llama
 from tests.decoding import oracle
+from tests.decoding.test_decoder import assert_emits_the_targets_distribution
 
 CHEAP_ROWS = tuple(1 + 0.1 * rows for rows in range(9))
 
@@ -163,7 +165,12 @@ def best_fixed(table: BlockCosts, rates: list[float]) -> float:
     return max(expected_tokens([mean] * 8, n) / (table.verify[n] + n * table.step) for n in range(9))
 
 
-@pytest.mark.parametrize("verify", [CHEAP_ROWS, tuple(1 + 0.3 * rows for rows in range(9))], ids=["cheap", "steep"])
+STEEP_ROWS = tuple(1 + 0.3 * rows for rows in range(9))
+# The first row more is dear and the others are cheap, as where another kernel takes over.
+JUMPS = {"at 1": (1, *[1.6] * 8), "at 1, high": (1, *[2.0] * 8), "at 4": (1, 1.05, 1.1, 1.15, *[1.7] * 5)}
+
+
+@pytest.mark.parametrize("verify", [CHEAP_ROWS, STEEP_ROWS], ids=["cheap", "steep"])
 @pytest.mark.parametrize("step", [0.02, 0.1])
 def test_it_is_faster_than_every_fixed_length_where_the_drafter_knows_what_it_knows(verify, step):
     table, rates = costs(step, verify), [0.99, 0.97, 0.97, 0.3]
@@ -179,6 +186,26 @@ def test_it_is_hardly_slower_where_confidence_tells_nothing(rate, step):
     chooser, rng = Automatic(table, [MODEL]), random.Random(0)
     simulated(chooser, rng, [rate], 200)
     assert simulated(chooser, rng, [rate], 3000) > 0.95 * best_fixed(table, [rate])
+
+
+@pytest.mark.parametrize("verify", JUMPS.values(), ids=JUMPS)
+@pytest.mark.parametrize("rate", [0.8, 0.95])
+def test_it_is_hardly_slower_where_only_long_drafts_pay(verify, rate):
+    table = costs(0.02, verify)
+    chooser, rng = Automatic(table, [MODEL]), random.Random(0)
+    simulated(chooser, rng, [rate], 200)
+    assert simulated(chooser, rng, [rate], 3000) > 0.93 * best_fixed(table, [rate])
+
+
+def test_a_thousand_answers_of_one_token_with_a_hopeless_drafter_leave_the_estimates_sound():
+    chooser = Automatic(costs(), [MODEL])
+    for _ in range(5000):
+        chooser.begin([1], 2, 0)
+        draft = chooser.draft(1) if chooser.choice == STEPWISE else None
+        while draft and draft.goes_on:
+            draft.take(0.1)
+        chooser.observe(chooser.choice, [0], 0, 0, draft)
+    assert 0.5 < chooser.stepwise.rate < 1.5
 
 
 # ----------------------------------------------------------------------- the decoder
@@ -199,14 +226,89 @@ def test_greedy_text_equals_plain_decoding(rule):
     assert decoder.stats.blocks_by[MODEL] > 0
 
 
-def test_the_target_drafting_for_itself_is_always_right():
-    """So both caches hold the text, whatever was drafted and dropped before."""
+class FickleDraft(Draft):
+    """Drops tokens as it pleases."""
+
+    rng = random.Random(0)
+
+    @property
+    def goes_on(self):
+        return not self.ended and self.length < self.lengths[-1] and (not self.steps or self.rng.random() < 0.9)
+
+    def take(self, confidence):
+        self.steps += 1
+        self.ended = self.rng.random() < 0.3
+        if not self.ended:
+            self.confidences.append(confidence)
+        return not self.ended
+
+
+class Fickle(Automatic):
+    """Always drafts step by step, with such drafts."""
+
+    def __init__(self):
+        super().__init__(costs(), [MODEL])
+        self.choice = STEPWISE
+
+    def begin(self, prompt, max_tokens, behind):
+        pass
+
+    def draft(self, most):
+        return FickleDraft(self.costs, Confidence(), 0.0, most)
+
+    def observe(self, choice, tokens, accepted, behind, draft=None):
+        pass
+
+
+def test_the_target_drafting_for_itself_is_always_right_whatever_was_dropped():
+    """So both caches hold the text."""
     target = random_llama(vocab_size=60)
-    decoder = stepwise_decoder(target, target, Sampling(1.0, seed=0))
+    decoder = SpeculativeDecoder(ModelPair(target, target), Sampling(1.0, seed=0))
+    decoder._chooser = Fickle()
     for prompt in ([3, 4], list(range(40)), [*range(40), *[9] * 10]):
         blocks = list(decoder.blocks(prompt, 200))
         assert all(block.accepted == block.drafted for block in blocks)
-    assert len({block.drafted for block in blocks}) > 1
+    assert {block.drafted for block in blocks} >= {0, 1, 2, 3}
+    assert decoder.stats.drafted_by[MODEL] > decoder.stats.drafted + 10
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 19])
+def test_the_next_turn_finds_both_caches_whole_whatever_the_last_answer_ended_with(count):
+    target = random_llama(vocab_size=60)
+    decoder = stepwise_decoder(target, target, Sampling(1.0, seed=0))
+    text = [3, 4, 5, 6]
+    text += decoded(decoder, text, count)
+    blocks = list(decoder.blocks([*text, 7, 8], 90))
+    assert decoder.stats.prompt_tokens_reused > 1
+    assert all(block.accepted == block.drafted for block in blocks)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_decoder_emits_the_targets_distribution_whatever_was_dropped(rule):
+    drafter = random_llama(4, vocab_size=5, scale=2)
+    assert_emits_the_targets_distribution(rule, Sampling(1.0, seed=1), drafter, "auto", 2500, Fickle())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.9)])
+def test_how_sure_a_drafter_is_does_not_depend_on_what_is_drawn(sampling):
+    proposer = ModelProposer(random_llama(vocab_size=60), sampling, 60)
+    steps = [
+        proposer.step(proposer.run.empty(1), mx.array([3]), mx.array(0), mx.array(uniform))
+        for uniform in (0.01, 0.5, 0.99)
+    ]
+    assert len({token.item() for token, *_ in steps}) == 3
+    assert len({confidence.item() for _, _, confidence, _ in steps}) == 1
+    _, q, confidence, _ = steps[0]
+    assert confidence.item() == q.max().item()
+
+
+def test_at_temperature_0_it_is_the_probability_of_the_likeliest_token():
+    model = random_llama(vocab_size=60)
+    proposer = ModelProposer(model, Sampling(), 64)
+    token, _, confidence, _ = proposer.step(proposer.run.empty(1), mx.array([3]), mx.array(0), mx.array(0.5))
+    p = mx.softmax(model(mx.array([[3]]))[0, -1])
+    assert token.item() == mx.argmax(p).item()
+    assert confidence.item() == pytest.approx(mx.max(p).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("count", range(1, 12))
