@@ -73,6 +73,7 @@ def test_the_demo_pair_can_be_made_anew(tmp_path, stories_folder):
     assert sum(path.stat().st_size for path in out.rglob("*")) <= 4_000_000
 
 
+@pytest.mark.slow
 def test_the_ablation_trains_with_each_loss_and_goes_on_where_it_was(tmp_path, stories_folder):
     prompts = shared("text/tinystories_500.jsonl")
     small = ["--samples", 64, "--pretrain-steps", 2, "--steps", 2, "--batch", 2, "--length", 32, "--count", 1]

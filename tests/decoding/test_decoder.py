@@ -324,7 +324,7 @@ def test_an_interruption_while_a_block_is_traced_spoils_neither_models_nor_decod
     def interrupted(self, logits):
         nonlocal traced
         traced += 1
-        if traced == 4 * when:  # three drafted tokens and the target's rows a trace
+        if traced == 3 * when:  # three drafted tokens a trace
             raise KeyboardInterrupt
         return original(self, logits)
 

@@ -112,7 +112,9 @@ def test_a_new_length_is_traced_when_it_has_cost_as_much_not_to():
 
 
 def test_a_drafter_that_pays_behind_a_short_text_is_left_when_the_rows_cost_too_much_behind_a_long_one():
-    table = replace(costs(0.1), longer=(0.0, 0.001, 0.0))  # beyond 1000 tokens two rows cost nearly what two passes do
+    table = replace(
+        costs(0.1), longer=(0.001, 0.001, 0.0)
+    )  # beyond 1000 tokens two rows cost nearly what two passes do
     chooser = Automatic(table, [MODEL])
     assert simulated(chooser, 0.7, 100)[0][-1] == STEPWISE
     chooser.begin([1] * 4000, 1000, 0)
@@ -315,7 +317,7 @@ def test_a_probe_ends_with_whoever_was_better(confidence, accepted, after):
     chooser = Automatic(costs(0.1), [MODEL])
     simulated(chooser, 0.0, 50)
     assert chooser.choice == PLAIN
-    chooser.saved_up = float("inf")
+    chooser.saved_up, chooser.budget = float("inf"), 1000
     chooser.observe(PLAIN, [1], 0, 1)
     for _ in range(PROBE_BLOCKS):
         assert chooser.choice == STEPWISE

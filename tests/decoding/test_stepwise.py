@@ -283,7 +283,9 @@ def test_the_next_turn_finds_both_caches_whole_whatever_the_last_answer_ended_wi
     assert all(block.accepted == block.drafted for block in blocks)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", ["block", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule != "block")]
+)
 def test_the_decoder_emits_the_targets_distribution_whatever_was_dropped(rule):
     drafter = random_llama(4, vocab_size=5, scale=2)
     assert_emits_the_targets_distribution(rule, Sampling(1.0, seed=1), drafter, "auto", 2500, Fickle())
