@@ -112,9 +112,7 @@ def test_a_new_length_is_traced_when_it_has_cost_as_much_not_to():
 
 
 def test_a_drafter_that_pays_behind_a_short_text_is_left_when_the_rows_cost_too_much_behind_a_long_one():
-    table = replace(
-        costs(0.1), longer=(0.001, 0.001, 0.0)
-    )  # two rows cost nearly what two passes do then
+    table = replace(costs(0.1), longer=(0.001, 0.001, 0.0))  # two rows cost nearly what two passes do then
     chooser = Automatic(table, [MODEL])
     assert simulated(chooser, 0.7, 100)[0][-1] == STEPWISE
     chooser.begin([1] * 4000, 1000, 0)
