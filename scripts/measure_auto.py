@@ -41,7 +41,7 @@ from mlxspec.training.trainer import Trainer
 from mlxspec.training.training_settings import TrainingSettings
 
 DEMO = Path(mlxspec.__file__).parent / "demo"
-PROMPTS = [[1], [1, 403, 407, 261]]
+PROMPTS = [[1], [1, 403, 407, 261]]  # the stories model's: nothing, and "Once upon a"
 Run = Callable[[int], int]  # the round's number -> tokens
 
 rounds = click.option("--rounds", default=5, show_default=True)
@@ -87,6 +87,11 @@ class Pairs:
     @cache  # noqa: B019
     def demo_drafter(self) -> nn.Module:
         return read(DEMO / "drafter")
+
+
+def demo_prompts() -> list[list[int]]:
+    tokenizer = mlxspec.load().tokenizer
+    return [tokenizer.encode(text) for text in ("Once upon a time", "One day, a little girl named Lily")]
 
 
 def plain(target: nn.Module, temperature: float, count: int, prompts: list[list[int]]) -> Run:
@@ -228,10 +233,11 @@ def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, kinds, temp
         for count in layers:
             target = pairs.target(kind, count)
             drafter = pairs.noised(0.07) if kind == "stories" else pairs.demo_drafter()
+            prompts = PROMPTS if kind == "stories" else demo_prompts()
             for temperature in temperatures:
-                auto = ours(target, drafter, temperature, tokens, "auto", PROMPTS)
-                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, PROMPTS) for n in (1, 2, 3, 4, 6, 8)}
-                rates = measure({"plain": plain(target, temperature, tokens, PROMPTS), **runs, "auto": auto}, rounds)
+                auto = ours(target, drafter, temperature, tokens, "auto", prompts)
+                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, prompts) for n in (1, 2, 3, 4, 6, 8)}
+                rates = measure({"plain": plain(target, temperature, tokens, prompts), **runs, "auto": auto}, rounds)
                 best = max(runs, key=lambda n: statistics.median(rates[n]))
                 click.echo(f"{kind} + {count} layers, T = {temperature:g}: auto / {best} {ratio(rates, 'auto', best)}, "
                            f"/ plain {ratio(rates, 'auto', 'plain')}, {best} / plain {ratio(rates, best, 'plain')}   "
