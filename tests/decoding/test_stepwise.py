@@ -197,10 +197,10 @@ def test_it_is_hardly_slower_where_only_long_drafts_pay(verify, rate):
     assert simulated(chooser, rng, [rate], 3000) > 0.93 * best_fixed(table, [rate])
 
 
-def test_a_thousand_answers_of_one_token_with_a_hopeless_drafter_leave_the_estimates_sound():
+def test_probes_that_are_never_seen_through_leave_the_estimates_sound():
     chooser = Automatic(costs(), [MODEL])
     for _ in range(5000):
-        chooser.begin([1], 2, 0)
+        chooser.begin([1], 8, 0)  # and stopped after one block
         draft = chooser.draft(1) if chooser.choice == STEPWISE else None
         while draft and draft.goes_on:
             draft.take(0.1)
