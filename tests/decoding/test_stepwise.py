@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from mlxspec import ModelPair, Sampling, SpeculativeDecoder
-from mlxspec.decoding.choice import MODEL, STEPWISE, BlockCosts, expected_tokens
-from mlxspec.decoding.draft_length import Automatic
+from mlxspec.decoding.choice import MODEL, PLAIN, STEPWISE, BlockCosts, expected_tokens
+from mlxspec.decoding.draft_length import PROBE_BLOCKS, Automatic
 from mlxspec.decoding.drafting import ModelProposer
 from mlxspec.decoding.stepwise import LENGTHS, Confidence, Draft, Stepwise
 from mlxspec.decoding.verification import RULES
@@ -197,15 +197,22 @@ def test_it_is_hardly_slower_where_only_long_drafts_pay(verify, rate):
     assert simulated(chooser, rng, [rate], 3000) > 0.93 * best_fixed(table, [rate])
 
 
-def test_probes_that_are_never_seen_through_leave_the_estimates_sound():
+def test_probes_that_are_never_seen_through_leave_the_estimates_as_they_are():
+    stepwise = Stepwise(costs())
+    rate, seconds = stepwise.rate, stepwise.seconds
+    for _ in range(2000):
+        stepwise.doubt(4)
+    assert (stepwise.rate, stepwise.seconds) == pytest.approx((rate, seconds))
+
+
+@pytest.mark.parametrize(("missing", "probed"), [(PROBE_BLOCKS, True), (PROBE_BLOCKS - 1, False)])
+def test_no_probe_begins_that_the_answer_has_no_room_for(missing, probed):
     chooser = Automatic(costs(), [MODEL])
-    for _ in range(5000):
-        chooser.begin([1], 8, 0)  # and stopped after one block
-        draft = chooser.draft(1) if chooser.choice == STEPWISE else None
-        while draft and draft.goes_on:
-            draft.take(0.1)
-        chooser.observe(chooser.choice, [0], 0, 0, draft)
-    assert 0.5 < chooser.stepwise.rate < 1.5
+    chooser.begin([1], missing + 1, 0)
+    chooser.choice, chooser.saved_up = PLAIN, float("inf")
+    chooser.stepwise.tokens = 0.0  # as of a drafter that was hopeless
+    chooser.observe(PLAIN, [0], 0, 0)
+    assert (chooser.choice == STEPWISE) is probed
 
 
 # ----------------------------------------------------------------------- the decoder
