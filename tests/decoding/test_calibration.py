@@ -8,9 +8,17 @@ import pytest
 from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.decoding import calibration
 from mlxspec.decoding.block import CompiledBlocks
-from mlxspec.decoding.cache import CachedModel
-from mlxspec.decoding.calibration import are_known, costs_file, known_costs, measured_costs
-from mlxspec.decoding.choice import LOOKUP, MODEL, Choice
+from mlxspec.decoding.cache import CAPACITY_STEP, CachedModel
+from mlxspec.decoding.calibration import (
+    LONG,
+    STEP,
+    are_known,
+    costs_file,
+    known_costs,
+    longer,
+    measured_costs,
+)
+from mlxspec.decoding.choice import LOOKUP, MODEL, BlockCosts, Choice
 from tests.conftest import decoded, plain_greedy, random_llama
 
 
@@ -25,12 +33,16 @@ def models():
     return random_llama(num_hidden_layers=6, **shape), random_llama(1, num_hidden_layers=1, **shape)
 
 
+@pytest.fixture(scope="module")
+def costs(models):
+    return measured_costs(blocks_of(models))
+
+
 def blocks_of(models, sampling=None, verification="block") -> CompiledBlocks:
     return CompiledBlocks(ModelPair(*models, lookup=PromptLookup()), sampling or Sampling(), verification)
 
 
-def test_costs_are_positive_and_grow_with_rows(models):
-    costs = measured_costs(blocks_of(models))
+def test_costs_are_positive_and_grow_with_rows(costs):
     assert len(costs.verify) == 9
     assert 0 < costs.verify[0] < costs.verify[8]
     assert costs.draft[MODEL] < costs.verify[0]
@@ -43,12 +55,21 @@ def test_costs_are_positive_and_grow_with_rows(models):
     assert costs.stepwise(3, 4) == pytest.approx(costs.verify[3] + costs.step_once + 4 * costs.step)
 
 
-def test_more_text_costs_more_and_more_rows_of_it_more_still(models):
-    costs = measured_costs(blocks_of(models))
-    far = costs.behind(20_000)
-    assert far.verify[0] > costs.verify[0]
-    assert far.verify[8] - costs.verify[8] > far.verify[0] - costs.verify[0]
-    assert costs.behind(0) == replace(costs, longer=(0.0, 0.0, 0.0))
+def test_a_longer_text_costs_what_each_position_more_adds():
+    near = BlockCosts(tuple(map(float, range(1, 10))), step=2.0, longer=(0.25, 0.125, 0.5))
+    far = near.behind(4)
+    assert far.verify == tuple(rows + 1 + 0.5 * (rows - 1) for rows in range(1, 10))
+    assert far.step == 4
+    assert near.behind(0) == replace(near, longer=(0.0, 0.0, 0.0))
+
+
+def test_what_a_position_adds_comes_from_two_capacities_and_is_never_less_than_nothing(models, costs):
+    compiled, positions = blocks_of(models), LONG - CAPACITY_STEP
+    near = {1: 1.0, 9: 2.0, STEP: 1.0}
+    far = {(LONG, 1): 1.0 + 2 * positions, (LONG, 9): 2.0 + 10 * positions, (LONG, STEP): 1.0 + 3 * positions}
+    assert longer(compiled, near | far) == (2.0, 1.0, 3.0)
+    assert longer(compiled, near | dict.fromkeys(far, 0.5)) == (0.0, 0.0, 0.0)
+    assert min(costs.longer) >= 0
 
 
 def test_they_are_measured_once_and_then_known(models, monkeypatch):
@@ -91,20 +112,28 @@ DAMAGED = {
 }
 
 
+def test_the_numbers_that_are_damaged_below_would_be_taken(models, monkeypatch):
+    costs_file(blocks_of(models)).parent.mkdir(parents=True)
+    costs_file(blocks_of(models)).write_text(json.dumps({"costs": NUMBERS}))
+    monkeypatch.setattr(calibration, "measured_costs", lambda compiled: pytest.fail("measured again"))
+    assert known_costs(blocks_of(models)).catch_up == {"model": 1.0}
+
+
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_measured_anew(models, content, monkeypatch):
+def test_a_damaged_file_is_measured_anew(models, costs, content, monkeypatch):
     compiled = blocks_of(models)
-    measured = known_costs(compiled)
+    costs_file(compiled).parent.mkdir(parents=True)
     costs_file(compiled).write_text(content if isinstance(content, str) else json.dumps({"costs": content}))
-    monkeypatch.setattr(calibration, "measured_costs", lambda compiled: measured)
-    assert known_costs(blocks_of(models)) == measured
-    assert json.loads(costs_file(compiled).read_text())["costs"]["trace"] == measured.trace
+    monkeypatch.setattr(calibration, "measured_costs", lambda compiled: costs)
+    assert known_costs(blocks_of(models)) == costs
+    assert json.loads(costs_file(compiled).read_text())["costs"]["trace"] == costs.trace
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(models, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_costs_only_time(models, costs, monkeypatch, tmp_path):
     (tmp_path / "a file").write_text("")
+    monkeypatch.setattr(calibration, "measured_costs", lambda compiled: costs)
     monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path / "a file")
-    assert known_costs(blocks_of(models)).verify[0] > 0
+    assert known_costs(blocks_of(models)) == costs
 
 
 def test_another_pair_sampling_or_rule_has_other_costs(models):
