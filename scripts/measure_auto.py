@@ -42,6 +42,7 @@ from mlxspec.training.training_settings import TrainingSettings
 
 DEMO = Path(mlxspec.__file__).parent / "demo"
 PROMPTS = [[1], [1, 403, 407, 261]]  # the stories model's: nothing, and "Once upon a"
+PEER_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 Run = Callable[[int], int]  # the round's number -> tokens
 
 rounds = click.option("--rounds", default=5, show_default=True)
@@ -236,7 +237,7 @@ def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, kinds, temp
             prompts = PROMPTS if kind == "stories" else demo_prompts()
             for temperature in temperatures:
                 auto = ours(target, drafter, temperature, tokens, "auto", prompts)
-                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, prompts) for n in (1, 2, 3, 4, 6, 8)}
+                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, prompts) for n in PEER_LENGTHS}
                 rates = measure({"plain": plain(target, temperature, tokens, prompts), **runs, "auto": auto}, rounds)
                 best = max(runs, key=lambda n: statistics.median(rates[n]))
                 click.echo(f"{kind} + {count} layers, T = {temperature:g}: auto / {best} {ratio(rates, 'auto', best)}, "

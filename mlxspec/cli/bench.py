@@ -157,12 +157,12 @@ def print_calibration(found: Record) -> None:
         [
             str(entry["draft_length"]),
             str(entry["draft_length"] + 1),
-            f"{1000 * seconds:.2f} ms",
-            f"{seconds / verify[0]:.2f}",
+            f"{1000 * verify[entry['draft_length']]:.2f} ms",
+            f"{verify[entry['draft_length']] / verify[0]:.2f}",
             f"{entry['predicted']:.2f}",
             f"{entry['measured']:.2f}",
         ]
-        for entry, seconds in zip(found["lengths"], verify, strict=True)
+        for entry in found["lengths"]
     ]
     if auto := found.get("auto"):  # a file of an earlier version has none
         rows.append(["auto", "", "", "", "", f"{auto['measured']:.2f}"])

@@ -8,7 +8,7 @@ whether the draft goes on.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -77,30 +77,35 @@ def verified(
     }
 
 
-def step_graph(parts: BlockParts, cursor: State) -> tuple[mx.array, mx.array, mx.array, State]:
-    """One token of a draft. -> the token [1], its distribution q [V], how sure the drafter is of it, the next cursor.
+def steps_graph(parts: BlockParts, count: int, cursor: State) -> tuple[mx.array, mx.array, mx.array, State]:
+    """Tokens of a draft. -> the tokens [count], their q [count, V], how sure the drafter is of each, the next cursor.
 
     A cursor is what one pass of the drafter hands to the next: the tokens to ``feed``, the ``length`` before them, the
     state of the ``drafter`` and a ``key``.
     """
     key, subkey = mx.random.split(cursor["key"])
-    feed, length = cursor["feed"], cursor["length"]
-    uniform = mx.random.uniform(key=subkey)
-    token, q, confidence, drafter = parts.proposer.step(cursor["drafter"], feed, length, uniform)
-    if parts.sampling.temperature == 0:
-        q = mx.zeros(0)  # nobody looks at it
-    following = {"feed": token, "length": length + feed.shape[0], "drafter": drafter, "key": key}
-    return token, q, confidence, following
+    uniforms = mx.random.uniform(shape=(count,), key=subkey)
+    tokens, probs, confidences = [], [], []
+    feed, length, drafter = cursor["feed"], cursor["length"], cursor["drafter"]
+    for step in range(count):
+        token, q, confidence, drafter = parts.proposer.step(drafter, feed, length, uniforms[step])
+        feed, length = token, length + feed.shape[0]
+        tokens.append(token)
+        probs.append(q)
+        confidences.append(confidence)
+    following = {"feed": feed, "length": length, "drafter": drafter, "key": key}
+    q = mx.zeros(0) if parts.sampling.temperature == 0 else mx.stack(probs)  # at 0 nobody looks at it
+    return mx.concatenate(tokens), q, mx.stack(confidences), following
 
 
 def check_graph(
     parts: BlockParts, state: State, tokens: list[mx.array], probs: list[mx.array]
 ) -> tuple[mx.array, State]:
-    """Verify a draft that was made step by step. -> as ``block_graph``"""
+    """Verify a draft that was made in steps. -> as ``block_graph``"""
     key, subkey = mx.random.split(state["key"])
-    uniforms = mx.random.uniform(shape=(len(tokens) + 1,), key=subkey)
     drafted = mx.concatenate(tokens) if tokens else mx.zeros(0, mx.int32)
-    return verified(parts, {**state, "key": key}, drafted, mx.stack(probs) if probs else None, uniforms)
+    uniforms = mx.random.uniform(shape=(drafted.shape[0] + 1,), key=subkey)
+    return verified(parts, {**state, "key": key}, drafted, mx.concatenate(probs) if probs else None, uniforms)
 
 
 class Weights:
@@ -176,13 +181,13 @@ class CompiledGraph:
 
 
 class StepwiseBlock:
-    """A block whose draft is made token by token, for as long as the ``Draft`` goes on; the host reads a number each.
+    """A block whose draft is made for as long as the ``Draft`` wants more; the host reads how sure the drafter is.
 
     What is verified may depend on how sure the drafter was of a token, not on the token: see ``stepwise.py``.
     """
 
     def __init__(self, parts: BlockParts, target: nn.Module, drafter: nn.Module, weights: Weights):
-        self._step = CompiledGraph(partial(step_graph, parts), [drafter], weights)
+        self._steps = cache(lambda count: CompiledGraph(partial(steps_graph, parts, count), [drafter], weights))
         self._check = CompiledGraph(partial(check_graph, parts), [target], weights)
 
     def __call__(self, state: State, draft: Draft) -> tuple[mx.array, State]:
@@ -191,7 +196,7 @@ class StepwiseBlock:
         return self._check(state, tokens, probs)
 
     def draft(self, state: State, draft: Draft) -> tuple[list[mx.array], list[mx.array], State]:
-        """-> the tokens that are to be verified, their distributions, the state that this leaves."""
+        """-> the tokens that are to be verified and their distributions, in parts; the state that this leaves."""
         recent = state["recent"]
         cursor = {
             "feed": recent,
@@ -200,11 +205,11 @@ class StepwiseBlock:
             "key": state["key"],
         }
         tokens, probs = [], []
-        while draft.goes_on:
-            token, q, confidence, cursor = self._step(cursor)
-            mx.async_eval(confidence, token, q, cursor)
-            if draft.take(confidence.item()):
-                tokens.append(token)
+        while count := draft.wanted:
+            drafted, q, confidences, cursor = self._steps(count)(cursor)
+            mx.async_eval(confidences, drafted, q, cursor)
+            if draft.take(confidences.tolist()):
+                tokens.append(drafted)
                 probs.append(q)
         return tokens, probs, {**state, "drafter": cursor["drafter"], "key": cursor["key"]}
 

@@ -1,6 +1,6 @@
 """What a block costs on this device: measured on the real blocks of a pair, and remembered on disk.
 
-The parts of a block cannot be timed one by one without changing them. So passes over 1 … 9 rows are timed, and whole
+The parts of a block cannot be timed one by one without changing them. So passes over 1 … 17 rows are timed, and whole
 blocks that draft nothing or a few tokens, queued behind each other as in decoding; what drafting and verifying cost is
 the difference.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxspec.decoding.block import CompiledBlocks, State
@@ -28,14 +29,15 @@ from mlxspec.decoding.choice import LONGEST_CHOICE, LOOKUP, MODEL, PLAIN, STEPWI
 from mlxspec.decoding.stepwise import Confidence, Draft
 from mlxspec.models.quantizing import cache_folder
 
-FORMAT = 3  # of the files; another one is measured anew
+FORMAT = 4  # of the files; another one is measured anew
 QUEUED = 3  # passes timed together
 ROUNDS, FEWEST_ROUNDS = 9, 3
 SECONDS = 2.0  # after which no round is begun, but for the fewest
 MOST_ROWS = LONGEST_CHOICE + 1
+TIMED_ROWS = (*range(1, 10), MOST_ROWS)  # no block of "auto" has those between
 FEW, MORE = 1, 4  # tokens drafted by the blocks that the costs of drafting are taken from
 LONG = 4 * CAPACITY_STEP  # a capacity at which it shows what attention over a longer text costs
-STEP = "step"  # a pass of a drafter that drafts stepwise, among what is timed
+DRAFT = "draft"  # one made step by step, among what is timed
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
 
@@ -120,7 +122,8 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
         catch_up = {MODEL: catching_up_seconds(compiled)} if MODEL in compiled.drafters else {}
     taken = {what: min(seconds) for what, seconds in rounds.items()}
     beside = max(0.0, taken[PLAIN] - taken[1])  # what a block is more than its pass
-    verify = tuple(taken[rows] + beside for rows in range(1, MOST_ROWS + 1))
+    timed = [taken[rows] + beside for rows in TIMED_ROWS]
+    verify = tuple(np.interp(range(1, MOST_ROWS + 1), TIMED_ROWS, timed).tolist())
 
     once, draft = {}, {}
     for name in compiled.drafters:
@@ -133,13 +136,15 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
 def stepwise(rounds: dict[Any, list[float]], beside: float) -> tuple[float, float]:
     """Seconds that drafting step by step takes at all, and for each step.
 
-    The first is a small difference of large numbers: those of a round belong together.
+    What a block is more than its parts is a small difference of large numbers: those of a round belong together.
     """
     if STEPWISE not in rounds:
         return 0.0, 0.0
-    together = zip(rounds[STEPWISE], rounds[MORE + 1], rounds[STEP], strict=True)
-    once = statistics.median(block - verification - MORE * step for block, verification, step in together)
-    return max(0.0, once - beside), min(rounds[STEP])
+    few, more = (min(rounds[DRAFT, length]) for length in (FEW, MORE))
+    step = max(0.0, more - few) / (MORE - FEW) or more / MORE
+    together = zip(rounds[STEPWISE], rounds[MORE + 1], rounds[DRAFT, MORE], strict=True)
+    rest = statistics.median(block - verification - draft for block, verification, draft in together)
+    return max(0.0, rest - beside + more - MORE * step), step
 
 
 def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, float, float]:
@@ -147,7 +152,7 @@ def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, fl
     positions = LONG - CAPACITY_STEP
     one, most = ((taken[LONG, rows] - taken[rows]) / positions for rows in (1, MOST_ROWS))
     row = max(0.0, (most - one) / (MOST_ROWS - 1))
-    step = (taken[LONG, STEP] - taken[STEP]) / positions if MODEL in compiled.drafters else 0.0
+    step = (taken[LONG, DRAFT] - taken[DRAFT, MORE]) / MORE / positions if MODEL in compiled.drafters else 0.0
     return max(0.0, one), row, max(0.0, step)
 
 
@@ -155,11 +160,11 @@ def timed_rounds(compiled: CompiledBlocks) -> tuple[dict[Any, list[float]], floa
     """Seconds, in each round, of passes over so many rows and of the blocks of some choices; of tracing a block."""
     choices = [PLAIN, *(Choice(name, length) for name in compiled.drafters for length in (FEW, MORE))]
     trace = max(trace_seconds(compiled, choice) for choice in choices)
-    runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in range(1, MOST_ROWS + 1)}
+    runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in TIMED_ROWS}
     runs |= {choice: blocks(compiled, choice) for choice in choices}
     if MODEL in compiled.drafters:
-        runs |= {STEPWISE: stepwise_blocks(compiled), STEP: draft_steps(compiled)}
-        runs[LONG, STEP] = draft_steps(compiled, LONG)
+        runs |= {STEPWISE: stepwise_blocks(compiled)} | {(DRAFT, n): drafts(compiled, n) for n in (FEW, MORE)}
+        runs[LONG, DRAFT] = drafts(compiled, MORE, LONG)
     runs |= {(LONG, rows): target_passes(compiled, rows, capacity=LONG) for rows in (1, MOST_ROWS)}
     for run in runs.values():
         run()  # traces, and compiles kernels
@@ -197,30 +202,30 @@ def blocks(compiled: CompiledBlocks, choice: Choice) -> Callable[[], float]:
 
 
 class LongDraft(Draft):
-    """A draft of MORE tokens, however sure the drafter is of them."""
+    """A draft of ``length`` tokens, however sure the drafter is of them."""
 
-    def __init__(self):
-        super().__init__(BlockCosts((1.0,) * MOST_ROWS), Confidence(), 0.0, MORE)
+    def __init__(self, length: int):
+        super().__init__(BlockCosts((1.0,) * MOST_ROWS), Confidence(), 0.0, length)
 
 
 def stepwise_blocks(compiled: CompiledBlocks) -> Callable[[], float]:
     """Seconds of a whole block whose draft of MORE tokens is made step by step, of several."""
 
     def one(state: State) -> tuple[mx.array, State]:
-        return compiled.stepwise(state, LongDraft())
+        return compiled.stepwise(state, LongDraft(MORE))
 
     return lambda: seconds_of(one, state_before(compiled, MODEL))
 
 
-def draft_steps(compiled: CompiledBlocks, capacity: int = CAPACITY_STEP) -> Callable[[], float]:
-    """Seconds of a step of such a draft."""
+def drafts(compiled: CompiledBlocks, length: int, capacity: int = CAPACITY_STEP) -> Callable[[], float]:
+    """Seconds of such a draft of so many tokens."""
 
     def run() -> float:
         state = state_before(compiled, MODEL, capacity)
         mx.eval(state)
         start = time.perf_counter()
-        compiled.stepwise.draft(state, LongDraft())
-        return (time.perf_counter() - start) / MORE
+        compiled.stepwise.draft(state, LongDraft(length))
+        return time.perf_counter() - start
 
     return run
 

@@ -6,10 +6,13 @@ A block of γ drafted tokens costs ``v(γ+1) + o + γ·d`` seconds, which ``cali
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from math import prod
+from operator import mul
 from typing import NamedTuple
 
-LONGEST_CHOICE = 8  # of "auto": beyond 9 rows the cheap kernels end everywhere
+LENGTHS = (0, 1, 2, 4, 8, 16)  # of "auto": every other one would have to be traced, for a gain of a percent or two
+LONGEST_CHOICE = LENGTHS[-1]
 MODEL, LOOKUP, NOBODY = "model", "lookup", "none"
 
 PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2.0  # of a drafter that nothing is known of
@@ -31,7 +34,7 @@ STEPWISE = Choice(MODEL, -1)  # as many as turn out to be worth it: ``stepwise.p
 class BlockCosts:
     """Seconds on this device, by the names of the proposers where it depends on them.
 
-    ``verify[m-1]`` is a block over m rows (m = 1 … 9) but for the drafting, ``once`` that anything is drafted at all,
+    ``verify[m-1]`` is a block over m rows (m = 1 … 17) but for the drafting, ``once`` that anything is drafted at all,
     ``draft`` each drafted token, ``catch_up`` each token of a text that a drafter has not seen yet, ``trace`` the first
     block of a length that is new. ``step_once`` and ``step`` are the two of the model when it drafts stepwise.
     All that is behind a short text; a position more adds ``longer`` (to a pass over one row, to each row more, to a
@@ -104,6 +107,17 @@ def expected_tokens(rates: Sequence[float], length: int) -> float:
         all_so_far *= rate
         expected += all_so_far
     return expected
+
+
+def expected_blocks(rates: Sequence[float], length: int, tokens: int) -> float:
+    """How many such blocks an answer of so many tokens takes; the last may be cut off."""
+    reached = [1.0, *accumulate(rates[:length], mul), 0.0]  # at least so many accepted
+    exactly = [more - less for more, less in pairwise(reached)]
+    blocks = [0.0]
+    for missing in range(1, tokens + 1):
+        after = sum(chance * blocks[max(0, missing - n)] for n, chance in enumerate(exactly, start=1))
+        blocks.append(1 + after)
+    return blocks[tokens]
 
 
 def chance_of(rates: Sequence[float], length: int, tokens: float) -> float:

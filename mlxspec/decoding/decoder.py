@@ -59,9 +59,9 @@ class SpeculativeDecoder:
     """Decodes with a pair; the text is distributed exactly as the target's own, whatever the drafter proposes.
 
     ``draft_length`` is the number of tokens drafted a block: 0 is plain decoding; "auto" chooses between the pair's
-    drafter, its ``lookup`` and nobody, and drafts 0 … 8 tokens, by what a block costs on this device, which is measured
-    when it is first needed and then known, by how many tokens were accepted so far (``draft_length.py``) and by how
-    sure the drafter is of the next (``stepwise.py``).
+    drafter, its ``lookup`` and nobody, and drafts up to 16 tokens, by what a block costs on this device, which is
+    measured when it is first needed and then known, by how many tokens were accepted so far (``draft_length.py``) and
+    by how sure the drafter is of the next (``stepwise.py``).
     ``verification`` names the rule: "block", "token" or "match". One stream at a time: starting another ends the
     first. Raises InvalidRequestError for options out of range and UnsupportedModelError for a model that cannot be
     rewound.

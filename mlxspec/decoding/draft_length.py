@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mlxspec.decoding.cache import CAPACITY_STEP, capacity_for
 from mlxspec.decoding.choice import (
-    LONGEST_CHOICE,
+    LENGTHS,
     LOOKUP,
     MODEL,
     PLAIN,
@@ -100,7 +100,7 @@ class Automatic:
         if self.stepwise:
             self.choices.append(STEPWISE)
         if watch:
-            self.choices += [Choice(LOOKUP, length) for length in range(1, LONGEST_CHOICE + 1)]
+            self.choices += [Choice(LOOKUP, length) for length in LENGTHS[1:]]
         self.traced: set[Choice] = set()
         self.choice = PLAIN
         self.lost = 0.0  # seconds, by not having changed yet

@@ -1,8 +1,8 @@
 """Whether one more token is worth drafting, decided token by token from how sure the drafter is of it.
 
 A drafter is right about some words and guesses at others, and its own probabilities tell which. So the length of a
-draft follows the text: another token is drafted and verified as long as what it will probably yield is worth more than
-the time it costs, at the speed reached so far.
+draft follows the text: more is drafted and verified as long as what it will probably yield is worth more than the time
+it costs, at the speed reached so far.
 
 Whether a token is verified is decided from its distribution and from the tokens before it, never from which token was
 drawn from that distribution: only so does the emitted text stay distributed as the target's own. (Dropping a token
@@ -12,10 +12,10 @@ because it turned out to be an unlikely one would favour the likely ones.)
 from bisect import bisect
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 
-from mlxspec.decoding.choice import LONGEST_CHOICE, PRIOR_RATE, PRIOR_WEIGHT, BlockCosts, expected_tokens
+from mlxspec.decoding.choice import LENGTHS, PRIOR_RATE, PRIOR_WEIGHT, BlockCosts, expected_tokens
 
-LENGTHS = (0, 1, 2, 4, 8)  # of drafts: every other one would have to be traced, for a gain of a percent or two
 TYPICAL = 2  # a draft of middling length
 LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # between classes of confidence
 MEMORY = 0.99  # what a block's evidence is worth a block later: of what confidence means
@@ -60,7 +60,7 @@ class Confidence:
 
 
 class Draft:
-    """One draft under way. Ask ``goes_on``, draft a token, ``take`` its confidence; and so on."""
+    """One draft under way. Draft as many tokens as are ``wanted``, ``take`` their confidences; and so on."""
 
     def __init__(self, costs: BlockCosts, confidence: Confidence, speed: float, most: int):
         self.costs, self.confidence, self.speed = costs, confidence, speed
@@ -75,21 +75,27 @@ class Draft:
         return len(self.confidences)
 
     @property
-    def goes_on(self) -> bool:
-        """Whether to draft another token. The first always is: it is what tells how things stand."""
-        if self.ended or self.length == self.lengths[-1]:
-            return False
-        return self.length not in self.lengths or not self.steps or self._worth(self.confidence.mean, drafted=0)
+    def wanted(self) -> int:
+        """How many tokens to draft now; 0: no more. The first always is: it is what tells how things stand.
 
-    def take(self, confidence: float) -> bool:
-        """A token was drafted; whether it is to be verified. If not, the draft has ended."""
-        self.steps += 1
-        rate = self.confidence.rate(confidence)
-        if self.length in self.lengths and not self._worth(rate, drafted=1):
+        The first token beyond a length tells whether to go on to the next one. Then nothing is left to decide up to
+        there, and the host need not read in between.
+        """
+        if self.ended or self.length == self.lengths[-1]:
+            return 0
+        if self.length not in self.lengths:
+            return next(length for length in self.lengths if length > self.length) - self.length
+        return int(not self.steps or self._worth(self.confidence.mean, drafted=0))
+
+    def take(self, confidences: Sequence[float]) -> bool:
+        """They were drafted; whether they are to be verified. If not, the draft has ended."""
+        self.steps += len(confidences)
+        rates = [self.confidence.rate(confidence) for confidence in confidences]
+        if self.length in self.lengths and not self._worth(rates[0], drafted=1):
             self.ended = True
             return False
-        self.confidences.append(confidence)
-        self.chance *= rate
+        self.confidences += confidences
+        self.chance *= prod(rates)
         return True
 
     def _worth(self, rate: float, drafted: int) -> bool:
@@ -114,8 +120,8 @@ class Stepwise:
         self.costs = costs
         self.confidence = Confidence()
         # Before anything was seen: as fast as with the best fixed length of an average drafter.
-        tokens = [expected_tokens([PRIOR_RATE] * length, length) for length in range(LONGEST_CHOICE + 1)]
-        length = max(range(1, LONGEST_CHOICE + 1), key=lambda n: tokens[n] / costs.stepwise(n, n))
+        tokens = {length: expected_tokens([PRIOR_RATE] * length, length) for length in LENGTHS}
+        length = max(LENGTHS[1:], key=lambda n: tokens[n] / costs.stepwise(n, n))
         self.blocks, self.tokens, self.spent = 1.0, tokens[length], costs.stepwise(length, length)
 
     def adopt(self, costs: BlockCosts) -> None:

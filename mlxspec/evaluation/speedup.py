@@ -17,7 +17,7 @@ from mlxspec.decoding.choice import (
     PLAIN,
     BlockCosts,
     Choice,
-    expected_tokens,
+    expected_blocks,
 )
 from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
@@ -26,6 +26,8 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.models.pair import ModelPair
 
 Record = dict[str, Any]
+
+SHOWN = (*range(9), LONGEST_CHOICE)  # draft lengths
 
 
 def drafter_of(decoder: SpeculativeDecoder) -> str:
@@ -45,24 +47,24 @@ def calibrated(
     verification: str = "block",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Record:
-    """The cost table, measured anew and kept, and the speed-up over drafting nothing at γ = 0 … 8 and of "auto".
+    """The cost table, measured anew and kept, and the speed-up over drafting nothing at γ = 0 … 8, 16 and of "auto".
 
-    Predicted from the costs and from the acceptance of the γ = 8 runs, and measured in interleaved rounds.
+    Predicted from the costs and from the acceptance of the γ = 16 runs, and measured in interleaved rounds.
     """
     decoder = SpeculativeDecoder(pair, sampling, "auto", verification)
     name = drafter_of(decoder)
     costs = measure_and_keep(decoder.compiled)
-    decoders = [SpeculativeDecoder(pair, sampling, length, verification) for length in range(LONGEST_CHOICE + 1)]
+    decoders = [SpeculativeDecoder(pair, sampling, length, verification) for length in SHOWN]
     decoders.append(decoder)
     rates: list[list[float]] = [[] for _ in decoders]
     seen = DecodingStats()
     for turn in range(rounds + 1):
-        for length, one in enumerate(decoders):
-            progress(turn * len(decoders) + length, (rounds + 1) * len(decoders))
+        for which, one in enumerate(decoders):
+            progress(turn * len(decoders) + which, (rounds + 1) * len(decoders))
             stats = decoded(one, prompts, max_tokens, turn)
             if turn:  # the first round traces
-                rates[length].append(stats.tokens_per_second)
-                seen = seen + stats if length == LONGEST_CHOICE else seen
+                rates[which].append(stats.tokens_per_second)
+                seen = seen + stats if one.draft_length == LONGEST_CHOICE else seen
     progress((rounds + 1) * len(decoders), (rounds + 1) * len(decoders))
     reached = [seen.blocks, *seen.accepted_at]  # how often each position's predecessors were all accepted
     conditional = [a / b if b else 0.0 for a, b in zip(seen.accepted_at, reached, strict=False)]
@@ -78,8 +80,12 @@ def calibrated(
         "drafter": name,
         "costs": table(costs, name),
         "lengths": [
-            {"draft_length": length, "predicted": predicted(costs, Choice(name, length), conditional), **measured}
-            for length, measured in enumerate(figures[:-1])
+            {
+                "draft_length": length,
+                "predicted": predicted(costs, Choice(name, length), conditional, max_tokens),
+                **measured,
+            }
+            for length, measured in zip(SHOWN, figures[:-1], strict=True)
         ],
         "auto": figures[-1],
     }
@@ -89,9 +95,10 @@ def table(costs: BlockCosts, name: str) -> Record:
     return {**asdict(costs), "verify": list(costs.verify), "once": costs.once[name], "draft": costs.draft[name]}
 
 
-def predicted(costs: BlockCosts, choice: Choice, rates: Sequence[float]) -> float:
-    """Speed-up over drafting nothing."""
-    return expected_tokens(rates, choice.length) * costs.block(PLAIN) / costs.block(choice)
+def predicted(costs: BlockCosts, choice: Choice, rates: Sequence[float], tokens: int) -> float:
+    """Speed-up over drafting nothing, for answers of so many tokens."""
+    blocks = expected_blocks(rates, choice.length, tokens)
+    return tokens * costs.block(PLAIN) / (blocks * costs.block(choice))
 
 
 def decoded(decoder: SpeculativeDecoder, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> DecodingStats:

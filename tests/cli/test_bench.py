@@ -30,7 +30,7 @@ def test_bench_prints_a_table_and_writes_json_that_report_makes_a_page_of(mlxspe
 def test_calibrate_prints_what_rows_cost_and_says_which_length_wins(mlxspec_command, tmp_path):
     outcome = mlxspec_command("bench", *SHORT, "--calibrate", "--out", str(tmp_path / "b.json"))
     lines = outcome.out.splitlines()
-    assert [line.split()[0] for line in lines[1:11]] == [*map(str, range(9)), "auto"]
+    assert [line.split()[0] for line in lines[1:12]] == [*map(str, range(9)), "16", "auto"]
     assert " wins: " in outcome.out
     assert len(json.loads((tmp_path / "b.json").read_text())["calibration"]["lengths"]) == 9
 

@@ -10,8 +10,9 @@ from mlxspec.decoding import calibration
 from mlxspec.decoding.block import CompiledBlocks
 from mlxspec.decoding.cache import CAPACITY_STEP, CachedModel
 from mlxspec.decoding.calibration import (
+    DRAFT,
     LONG,
-    STEP,
+    MORE,
     are_known,
     costs_file,
     known_costs,
@@ -43,8 +44,8 @@ def blocks_of(models, sampling=None, verification="block") -> CompiledBlocks:
 
 
 def test_costs_are_positive_and_grow_with_rows(costs):
-    assert len(costs.verify) == 9
-    assert 0 < costs.verify[0] < costs.verify[8]
+    assert len(costs.verify) == 17
+    assert 0 < costs.verify[0] < costs.verify[16]
     assert costs.draft[MODEL] < costs.verify[0]
     assert costs.draft[LOOKUP] < costs.verify[0]
     assert 0 < costs.catch_up[MODEL] < costs.verify[0]
@@ -65,8 +66,9 @@ def test_a_longer_text_costs_what_each_position_more_adds():
 
 def test_what_a_position_adds_comes_from_two_capacities_and_is_never_less_than_nothing(models, costs):
     compiled, positions = blocks_of(models), LONG - CAPACITY_STEP
-    near = {1: 1.0, 9: 2.0, STEP: 1.0}
-    far = {(LONG, 1): 1.0 + 2 * positions, (LONG, 9): 2.0 + 10 * positions, (LONG, STEP): 1.0 + 3 * positions}
+    near = {1: 1.0, 17: 2.0, (DRAFT, MORE): 1.0}
+    far = {(LONG, 1): 1.0 + 2 * positions, (LONG, 17): 2.0 + 18 * positions}
+    far[LONG, DRAFT] = 1.0 + 3 * MORE * positions
     assert longer(compiled, near | far) == (2.0, 1.0, 3.0)
     assert longer(compiled, near | dict.fromkeys(far, 0.5)) == (0.0, 0.0, 0.0)
     assert min(costs.longer) >= 0
@@ -82,7 +84,7 @@ def test_they_are_measured_once_and_then_known(models, monkeypatch):
 
 EACH = {"model": 1.0, "lookup": 0.0}
 NUMBERS = {
-    "verify": [1.0] * 9,
+    "verify": [1.0] * 17,
     "once": EACH,
     "draft": EACH,
     "catch_up": {"model": 1.0},
@@ -99,8 +101,8 @@ DAMAGED = {
     "not a list of rows": {"verify": 3},
     "an unknown field": {"x": 1},
     "no rows": NUMBERS | {"verify": []},
-    "words": NUMBERS | {"verify": ["a"] * 9},
-    "rows for nothing": NUMBERS | {"verify": [0.0] * 9},
+    "words": NUMBERS | {"verify": ["a"] * 17},
+    "rows for nothing": NUMBERS | {"verify": [0.0] * 17},
     "no drafters": NUMBERS | {"draft": None},
     "another drafter": NUMBERS | {"draft": {"model": 1.0}},
     "steps for nothing": NUMBERS | {"step": 0.0},

@@ -9,6 +9,7 @@ import pytest
 
 from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.decoding.choice import (
+    LONGEST_CHOICE,
     LOOKUP,
     MODEL,
     PLAIN,
@@ -16,6 +17,7 @@ from mlxspec.decoding.choice import (
     Acceptance,
     BlockCosts,
     Choice,
+    expected_blocks,
     expected_tokens,
 )
 from mlxspec.decoding.draft_length import PROBE_BLOCKS, PROBE_SHARE, Automatic, Fixed
@@ -23,8 +25,8 @@ from mlxspec.decoding.drafting import LookupProposer, ModelProposer
 from mlxspec.decoding.lookup_watch import LookupWatch
 from tests.conftest import decoded, plain_greedy, random_llama
 
-CHEAP_ROWS = tuple(1 + 0.05 * rows for rows in range(9))
-LINEAR_ROWS = tuple(1.0 * (rows + 1) for rows in range(9))
+CHEAP_ROWS = tuple(1 + 0.05 * rows for rows in range(LONGEST_CHOICE + 1))
+LINEAR_ROWS = tuple(1.0 * (rows + 1) for rows in range(LONGEST_CHOICE + 1))
 
 
 def costs(draft: float, verify=CHEAP_ROWS, trace=0.5) -> BlockCosts:
@@ -43,9 +45,9 @@ def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> tu
     for _ in range(blocks):
         choice, draft = chooser.choice, None
         if choice == STEPWISE:
-            draft = chooser.draft(8)
-            while draft.goes_on:
-                draft.take(rate)
+            draft = chooser.draft(LONGEST_CHOICE)
+            while count := draft.wanted:
+                draft.take([rate] * count)
             seconds += chooser.costs.stepwise(draft.length, draft.steps)
         else:
             seconds += chooser.costs.block(choice)
@@ -64,7 +66,7 @@ def test_it_settles_within_a_few_percent_of_the_best_length(rate, draft, verify)
     table = costs(draft, verify)
     chooser = Automatic(table, [MODEL])
     simulated(chooser, rate, 100)
-    best = max(expected_tokens([rate] * 8, n) / table.block(Choice(MODEL, n)) for n in range(9))
+    best = max(expected_tokens([rate] * 16, n) / table.block(Choice(MODEL, n)) for n in range(17))
     assert simulated(chooser, rate, 2000)[1] > 0.95 * best
 
 
@@ -101,13 +103,13 @@ def test_a_new_length_is_traced_when_it_has_cost_as_much_not_to():
     chooser.begin([5, 6, 7], 1000, 0)
     first = chooser.choice
     chooser.watch.acceptance.prior = 0.9, 1e9  # as if the text had turned out to be one long copy
-    best, lost = chooser.rate(Choice(LOOKUP, 8)), 0.0
+    best, lost = chooser.rate(Choice(LOOKUP, 16)), 0.0
     for _ in range(500):
         if chooser.choice != first:
             break
         lost += chooser.costs.block(first) * (1 - chooser.rate(first) / best)
         chooser.observe(first, [0], 0, 0)
-    assert chooser.choice == Choice(LOOKUP, 8)
+    assert chooser.choice == Choice(LOOKUP, 16)
     assert 20 <= lost < 22
 
 
@@ -119,8 +121,8 @@ def test_a_drafter_that_pays_behind_a_short_text_is_left_when_the_rows_cost_too_
     assert chooser.costs.verify[0] == pytest.approx(1 + 0.001 * (4096 - 256))
     for _ in range(100):
         draft = chooser.draft(8) if chooser.choice == STEPWISE else None
-        while draft and draft.goes_on:
-            draft.take(0.7)
+        while draft and draft.wanted:
+            draft.take([0.7] * draft.wanted)
         chooser.observe(chooser.choice, [0, 0], 0, 0, draft)
     assert chooser.choice == PLAIN
     chooser.begin([1, 2], 1000, 0)
@@ -142,14 +144,26 @@ def test_acceptance_is_counted_by_position_given_those_before():
 
 
 def test_expected_tokens_of_equal_rates_is_the_geometric_sum():
-    for rate, length in itertools.product([0.0, 0.3, 0.9], [0, 1, 4, 8]):
-        assert expected_tokens([rate] * 8, length) == pytest.approx((1 - rate ** (length + 1)) / (1 - rate))
+    for rate, length in itertools.product([0.0, 0.3, 0.9], [0, 1, 4, 16]):
+        assert expected_tokens([rate] * 16, length) == pytest.approx((1 - rate ** (length + 1)) / (1 - rate))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize("length", [0, 1, 4, 8])
+def test_expected_blocks_are_those_of_many_drafted_answers(length, tokens):
+    rng, rates, blocks = random.Random(length), [0.9, 0.5, 0.8, 0.7, *[0.9] * 4], 0
+    for _ in range(4000):
+        missing = tokens
+        while missing > 0:
+            missing -= 1 + next((i for i in range(length) if rng.random() >= rates[i]), length)
+            blocks += 1
+    assert expected_blocks(rates, length, tokens) == pytest.approx(blocks / 4000, rel=0.03)
 
 
 def test_the_watch_replays_prompt_lookup_block_after_block():
-    """Its tally is that of a decoder that drafts 8 tokens a block by lookup and is right where the text says so."""
+    """Its tally is that of a decoder that drafts 16 tokens a block by lookup and is right where the text says so."""
     rng = random.Random(3)
-    text = [rng.randrange(4) for _ in range(30)] + [5, 6, 7, 8, 9] * 5 + [rng.randrange(4) for _ in range(30)]
+    text = [rng.randrange(4) for _ in range(30)] + [5, 6, 7, 8, 9] * 6 + [rng.randrange(4) for _ in range(30)]
     watch, proposer, tally = LookupWatch(3), LookupProposer(PromptLookup(3), 10), []
     watch.acceptance.observe = lambda drafted, accepted: tally.append((drafted, accepted))
     watch.begin(text[:5])
@@ -157,14 +171,14 @@ def test_the_watch_replays_prompt_lookup_block_after_block():
     expected, end = [], 6  # the first token tells nothing: it was not drafted
     while end < len(text):
         state = proposer.start([], text[:end], 0, lambda tokens: None)
-        drafted, _, _ = proposer.propose(state, mx.array(text[end - 2 : end]), mx.array(end), mx.zeros(8))
-        following = text[end : end + 8]
-        accepted = next((i for i, (a, b) in enumerate(zip(drafted.tolist(), following, strict=False)) if a != b), 8)
+        drafted, _, _ = proposer.propose(state, mx.array(text[end - 2 : end]), mx.array(end), mx.zeros(16))
+        following = text[end : end + 16]
+        accepted = next((i for i, (a, b) in enumerate(zip(drafted.tolist(), following, strict=False)) if a != b), 16)
         end += accepted + 1
-        expected.append((8, accepted))
+        expected.append((16, accepted))
     assert tally == expected[: len(tally)]
     assert len(expected) - len(tally) <= 1
-    assert (8, 8) in tally
+    assert (16, 16) in tally
 
 
 def test_the_watch_knows_a_repetition_from_noise():
@@ -196,8 +210,8 @@ def test_probes_take_no_more_than_their_share_of_the_time():
         choice = chooser.choice
         behind = 0 if choice != PLAIN else behind + 1
         draft = chooser.draft(8) if choice == STEPWISE else None
-        while draft and draft.goes_on:
-            draft.take(0.9)  # it is sure, and wrong
+        while draft and draft.wanted:
+            draft.take([0.9] * draft.wanted)  # it is sure, and wrong
         chooser.observe(choice, [0], 0, behind, draft)
         if number > 500:
             seconds = chooser.costs.stepwise(draft.length, draft.steps) if draft else 1.0
@@ -320,8 +334,8 @@ def test_a_probe_ends_with_whoever_was_better(confidence, accepted, after):
     for _ in range(PROBE_BLOCKS):
         assert chooser.choice == STEPWISE
         draft = chooser.draft(8)
-        while draft.goes_on:
-            draft.take(confidence)
+        while draft.wanted:
+            draft.take([confidence] * draft.wanted)
         chooser.observe(STEPWISE, [1] * (accepted + 1), accepted, 0, draft)
     assert chooser.choice == after
 

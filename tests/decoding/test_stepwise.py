@@ -7,16 +7,17 @@ import mlx.core as mx
 import pytest
 
 from mlxspec import ModelPair, Sampling, SpeculativeDecoder
-from mlxspec.decoding.choice import MODEL, PLAIN, STEPWISE, BlockCosts, expected_tokens
+from mlxspec.decoding.choice import LENGTHS, LONGEST_CHOICE, MODEL, PLAIN, STEPWISE, BlockCosts, expected_tokens
 from mlxspec.decoding.draft_length import PROBE_BLOCKS, Automatic
 from mlxspec.decoding.drafting import ModelProposer
-from mlxspec.decoding.stepwise import LENGTHS, Confidence, Draft, Stepwise
+from mlxspec.decoding.stepwise import Confidence, Draft, Stepwise
 from mlxspec.decoding.verification import RULES
 from tests.conftest import decoded, plain_greedy, random_llama
 from tests.decoding import oracle
 from tests.decoding.test_decoder import assert_emits_the_targets_distribution
 
-CHEAP_ROWS = tuple(1 + 0.1 * rows for rows in range(9))
+ROWS = range(LONGEST_CHOICE + 1)  # drafted, so one more to verify
+CHEAP_ROWS = tuple(1 + 0.1 * rows for rows in ROWS)
 
 
 def costs(step=0.05, verify=CHEAP_ROWS, once=0.0) -> BlockCosts:
@@ -26,8 +27,8 @@ def costs(step=0.05, verify=CHEAP_ROWS, once=0.0) -> BlockCosts:
 def drafted(draft: Draft, confidences) -> int:
     """The length of a draft whose tokens the drafter is so sure of."""
     confidences = iter(confidences)
-    while draft.goes_on:
-        draft.take(next(confidences))
+    while count := draft.wanted:
+        draft.take(list(itertools.islice(confidences, count)))
     return draft.length
 
 
@@ -38,7 +39,7 @@ def length_by_confidence(drafter, most, row):
     """What a ``Draft`` verifies of a drafted text; it sees how likely the likeliest token was, before each."""
 
     def length_of(tokens) -> int:
-        draft = Draft(costs(verify=tuple(1 + row * rows for rows in range(9))), Confidence(), 0.8, most)
+        draft = Draft(costs(verify=tuple(1 + row * rows for rows in ROWS)), Confidence(), 0.8, most)
         return drafted(draft, (float(max(drafter(tokens[:i]))) for i in range(most)))
 
     return length_of
@@ -95,10 +96,10 @@ def test_a_sure_drafter_drafts_as_far_as_it_may_and_an_unsure_one_hardly():
     assert drafted(stepwise.draft(8), [1.0, 1.0, *[0.1] * 6]) == 2
 
 
-@pytest.mark.parametrize("most", range(9))
+@pytest.mark.parametrize("most", [*range(9), 15, 16, 17])
 def test_no_more_is_drafted_than_there_is_room_for(most):
     draft = Stepwise(costs()).draft(most)
-    assert drafted(draft, [1.0] * 8) == max(length for length in LENGTHS if length <= most)
+    assert drafted(draft, [1.0] * 16) == max(length for length in LENGTHS if length <= most)
     assert draft.steps == draft.length
 
 
@@ -146,9 +147,9 @@ def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks
     tokens = seconds = 0.0
     for _ in range(blocks):
         choice, draft = chooser.choice, None
-        chances = [rng.choice(rates) for _ in range(8)]
+        chances = [rng.choice(rates) for _ in range(16)]
         if choice.proposer == MODEL:
-            draft = chooser.draft(8)
+            draft = chooser.draft(16)
             drafted(draft, chances)
             seconds += chooser.costs.stepwise(draft.length, draft.steps)
         else:
@@ -162,12 +163,12 @@ def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks
 
 def best_fixed(table: BlockCosts, rates: list[float]) -> float:
     mean = sum(rates) / len(rates)
-    return max(expected_tokens([mean] * 8, n) / (table.verify[n] + n * table.step) for n in range(9))
+    return max(expected_tokens([mean] * 16, n) / (table.verify[n] + n * table.step) for n in ROWS)
 
 
-STEEP_ROWS = tuple(1 + 0.3 * rows for rows in range(9))
+STEEP_ROWS = tuple(1 + 0.3 * rows for rows in ROWS)
 # The first row more is dear and the others are cheap, as where another kernel takes over.
-JUMPS = {"at 1": (1, *[1.6] * 8), "at 1, high": (1, *[2.0] * 8), "at 4": (1, 1.05, 1.1, 1.15, *[1.7] * 5)}
+JUMPS = {"at 1": (1, *[1.6] * 16), "at 1, high": (1, *[2.0] * 16), "at 4": (1, 1.05, 1.1, 1.15, *[1.7] * 13)}
 
 
 @pytest.mark.parametrize("verify", [CHEAP_ROWS, STEEP_ROWS], ids=["cheap", "steep"])
@@ -220,7 +221,7 @@ def test_no_probe_begins_that_the_answer_has_no_room_for(missing, probed):
 
 def stepwise_decoder(target, drafter, sampling=None, rule="block") -> SpeculativeDecoder:
     decoder = SpeculativeDecoder(ModelPair(target, drafter), sampling, "auto", rule)
-    decoder._chooser = Automatic(costs(step=1e-6, verify=tuple(1 + 1e-6 * rows for rows in range(9))), [MODEL])
+    decoder._chooser = Automatic(costs(step=1e-6, verify=tuple(1 + 1e-6 * rows for rows in ROWS)), [MODEL])
     return decoder
 
 
@@ -239,14 +240,16 @@ class FickleDraft(Draft):
     rng = random.Random(0)
 
     @property
-    def goes_on(self):
-        return not self.ended and self.length < self.lengths[-1] and (not self.steps or self.rng.random() < 0.9)
+    def wanted(self):
+        if self.ended or self.length == self.lengths[-1] or (self.steps and self.rng.random() < 0.1):
+            return 0
+        return self.rng.randint(1, min(2, self.lengths[-1] - self.length))
 
-    def take(self, confidence):
-        self.steps += 1
+    def take(self, confidences):
+        self.steps += len(confidences)
         self.ended = self.rng.random() < 0.3
         if not self.ended:
-            self.confidences.append(confidence)
+            self.confidences += confidences
         return not self.ended
 
 
@@ -341,11 +344,11 @@ def test_an_interruption_in_a_draft_leaves_a_decoder_that_starts_from_nothing(mo
     decoder = stepwise_decoder(target, drafter)
     original, calls = Draft.take, []
 
-    def interrupted(self, confidence):
-        calls.append(confidence)
+    def interrupted(self, confidences):
+        calls.append(confidences)
         if len(calls) == when:
             raise KeyboardInterrupt
-        return original(self, confidence)
+        return original(self, confidences)
 
     monkeypatch.setattr(Draft, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -353,15 +356,16 @@ def test_an_interruption_in_a_draft_leaves_a_decoder_that_starts_from_nothing(mo
     assert decoded(decoder, [3, 4, 5], 60) == plain_greedy(target, [3, 4, 5], 60)
 
 
-def test_one_host_read_per_drafted_token_and_one_per_block(monkeypatch):
+def test_the_host_reads_once_for_each_decision_and_once_a_block(monkeypatch):
     target = random_llama(vocab_size=60)
     decoder = stepwise_decoder(target, target)
     decoded(decoder, [1, 2], 40)  # traced
-    reads, steps = [], []
+    reads, parts = [], []
     take = Draft.take
-    monkeypatch.setattr(Draft, "take", lambda self, confidence: (steps.append(1), take(self, confidence))[1])
+    monkeypatch.setattr(Draft, "take", lambda self, drafted: (parts.append(len(drafted)), take(self, drafted))[1])
     for name in ("item", "tolist"):
         original = getattr(mx.array, name)
         monkeypatch.setattr(mx.array, name, lambda self, read=original: (reads.append(1), read(self))[1])
     decoded(decoder, [1, 2], 40)
-    assert len(reads) == len(steps) + decoder.stats.blocks
+    assert len(reads) == len(parts) + decoder.stats.blocks
+    assert parts[:8] == [1, 1, 1, 1, 1, 3, 1, 7]  # 1, 2, 4, 8, 16

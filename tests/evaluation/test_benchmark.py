@@ -203,7 +203,7 @@ def test_a_profile_is_of_whole_blocks_whatever_the_context_and_whenever_the_text
 
 def test_the_calibration_has_every_length_and_is_1_without_a_draft(record):
     lengths = record["calibration"]["lengths"]
-    assert [entry["draft_length"] for entry in lengths] == list(range(9))
+    assert [entry["draft_length"] for entry in lengths] == [*range(9), 16]
     assert lengths[0]["predicted"] == lengths[0]["measured"] == 1
     assert all(entry["predicted"] > 0 and entry["measured"] > 0 for entry in lengths)
     assert record["calibration"]["auto"]["measured"] > 0
