@@ -98,14 +98,11 @@ def steps_graph(parts: BlockParts, count: int, cursor: State) -> tuple[mx.array,
     return mx.concatenate(tokens), q, mx.stack(confidences), following
 
 
-def check_graph(
-    parts: BlockParts, state: State, tokens: list[mx.array], probs: list[mx.array]
-) -> tuple[mx.array, State]:
+def check_graph(parts: BlockParts, state: State, drafted: mx.array, q: mx.array) -> tuple[mx.array, State]:
     """Verify a draft that was made in steps. -> as ``block_graph``"""
     key, subkey = mx.random.split(state["key"])
-    drafted = mx.concatenate(tokens) if tokens else mx.zeros(0, mx.int32)
     uniforms = mx.random.uniform(shape=(drafted.shape[0] + 1,), key=subkey)
-    return verified(parts, {**state, "key": key}, drafted, mx.concatenate(probs) if probs else None, uniforms)
+    return verified(parts, {**state, "key": key}, drafted, q, uniforms)
 
 
 class Weights:
@@ -192,11 +189,11 @@ class StepwiseBlock:
 
     def __call__(self, state: State, draft: Draft) -> tuple[mx.array, State]:
         """-> as ``block_graph``; takes the drafter's state out of ``state``."""
-        tokens, probs, state = self.draft(state, draft)
-        return self._check(state, tokens, probs)
+        drafted, q, state = self.draft(state, draft)
+        return self._check(state, drafted, q)
 
-    def draft(self, state: State, draft: Draft) -> tuple[list[mx.array], list[mx.array], State]:
-        """-> the tokens that are to be verified and their distributions, in parts; the state that this leaves."""
+    def draft(self, state: State, draft: Draft) -> tuple[mx.array, mx.array, State]:
+        """-> the tokens that are to be verified [γ], their distributions [γ, V], the state that this leaves."""
         recent = state["recent"]
         cursor = {
             "feed": recent,
@@ -208,10 +205,12 @@ class StepwiseBlock:
         while count := draft.wanted:
             drafted, q, confidences, cursor = self._steps(count)(cursor)
             mx.async_eval(confidences, drafted, q, cursor)
-            if draft.take(confidences.tolist()):
-                tokens.append(drafted)
-                probs.append(q)
-        return tokens, probs, {**state, "drafter": cursor["drafter"], "key": cursor["key"]}
+            if kept := draft.take(confidences.tolist()):
+                tokens.append(drafted[:kept])
+                probs.append(q[:kept])
+        drafted = mx.concatenate(tokens) if tokens else mx.zeros(0, mx.int32)
+        q = mx.concatenate(probs) if probs else mx.zeros(0)
+        return drafted, q, {**state, "drafter": cursor["drafter"], "key": cursor["key"]}
 
 
 class CompiledBlocks:

@@ -57,10 +57,10 @@ def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
         costs = BlockCosts(**{**stored, "verify": tuple(stored["verify"]), "longer": tuple(stored["longer"])})
         model = MODEL in compiled.drafters
         numbers = [*costs.verify, *costs.once.values(), *costs.draft.values(), *costs.catch_up.values()]
-        numbers += [costs.trace, costs.step_once, costs.step, *costs.longer]
+        numbers += [costs.trace, costs.step_once, costs.read, *costs.longer]
         whole = len(costs.verify) == MOST_ROWS and len(costs.longer) == 3
         whole = whole and sorted(costs.draft) == sorted(costs.once) == sorted(compiled.drafters)
-        whole = whole and (not model or (stored["step"] > 0 and MODEL in costs.catch_up and "step_once" in stored))
+        whole = whole and (not model or (MODEL in costs.catch_up and {"step_once", "read"} <= stored.keys()))
         if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
             return costs
     return None
@@ -130,21 +130,20 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
         few, more = (max(0.0, taken[Choice(name, length)] - verify[length]) for length in (FEW, MORE))
         draft[name] = min(max(0.0, (more - few) / (MORE - FEW)), more / MORE)
         once[name] = more - MORE * draft[name]
-    return BlockCosts(verify, once, draft, catch_up, trace, *stepwise(rounds, beside), longer(compiled, taken))
+    stepwise = stepwise_costs(rounds, draft[MODEL], beside) if MODEL in draft else (0.0, 0.0)
+    return BlockCosts(verify, once, draft, catch_up, trace, *stepwise, longer(compiled, taken))
 
 
-def stepwise(rounds: dict[Any, list[float]], beside: float) -> tuple[float, float]:
-    """Seconds that drafting step by step takes at all, and for each step.
+def stepwise_costs(rounds: dict[Any, list[float]], step: float, beside: float) -> tuple[float, float]:
+    """Seconds that drafting step by step takes at all, and each time that the host looks.
 
     What a block is more than its parts is a small difference of large numbers: those of a round belong together.
     """
-    if STEPWISE not in rounds:
-        return 0.0, 0.0
     few, more = (min(rounds[DRAFT, length]) for length in (FEW, MORE))
-    step = max(0.0, more - few) / (MORE - FEW) or more / MORE
+    read = max(0.0, (more - few) / (MORE - FEW) - step)
     together = zip(rounds[STEPWISE], rounds[MORE + 1], rounds[DRAFT, MORE], strict=True)
     rest = statistics.median(block - verification - draft for block, verification, draft in together)
-    return max(0.0, rest - beside + more - MORE * step), step
+    return max(0.0, rest - beside + more - MORE * (step + read)), read
 
 
 def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, float, float]:
@@ -205,7 +204,7 @@ class LongDraft(Draft):
     """A draft of ``length`` tokens, however sure the drafter is of them."""
 
     def __init__(self, length: int):
-        super().__init__(BlockCosts((1.0,) * MOST_ROWS), Confidence(), 0.0, length)
+        super().__init__(BlockCosts((1.0,) * MOST_ROWS, draft={MODEL: 0.0}), Confidence(), 0.0, length)
 
 
 def stepwise_blocks(compiled: CompiledBlocks) -> Callable[[], float]:

@@ -36,9 +36,10 @@ class BlockCosts:
 
     ``verify[m-1]`` is a block over m rows (m = 1 … 17) but for the drafting, ``once`` that anything is drafted at all,
     ``draft`` each drafted token, ``catch_up`` each token of a text that a drafter has not seen yet, ``trace`` the first
-    block of a length that is new. ``step_once`` and ``step`` are the two of the model when it drafts stepwise.
+    block of a length that is new. When the model drafts stepwise, ``step_once`` is that it does at all, and ``read``
+    each time that the host looks at what was drafted.
     All that is behind a short text; a position more adds ``longer`` (to a pass over one row, to each row more, to a
-    step of the drafter).
+    token that the model drafts).
     """
 
     verify: tuple[float, ...]
@@ -47,14 +48,15 @@ class BlockCosts:
     catch_up: dict[str, float] = field(default_factory=dict)
     trace: float = 0.0
     step_once: float = 0.0
-    step: float = 0.0
+    read: float = 0.0
     longer: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def behind(self, more: int) -> "BlockCosts":
         """The costs behind a text that is so many positions longer."""
         one, row, step = (more * seconds for seconds in self.longer)
         verify = tuple(seconds + one + drafted * row for drafted, seconds in enumerate(self.verify))
-        return replace(self, verify=verify, step=self.step + step, longer=(0.0, 0.0, 0.0))
+        draft = {name: seconds + step * (name == MODEL) for name, seconds in self.draft.items()}
+        return replace(self, verify=verify, draft=draft, longer=(0.0, 0.0, 0.0))
 
     def block(self, choice: Choice) -> float:
         """Seconds of a block whose length is fixed."""
@@ -63,9 +65,13 @@ class BlockCosts:
         drafting = self.once.get(choice.proposer, 0.0) + choice.length * self.draft.get(choice.proposer, 0.0)
         return self.verify[choice.length] + drafting
 
-    def stepwise(self, length: int, steps: int) -> float:
-        """Seconds of a block that verifies ``length`` tokens after so many passes of the drafter."""
-        return self.verify[length] + self.step_once + steps * self.step
+    def stepwise(self, length: int, steps: int, reads: int) -> float:
+        """Seconds of a block that verifies ``length`` tokens after so many passes of the drafter, read so often."""
+        return self.verify[length] + self.step_once + self.steps(steps, reads)
+
+    def steps(self, steps: int, reads: int) -> float:
+        """Seconds of so many passes of the drafter, at which the host looks so often."""
+        return steps * self.draft[MODEL] + reads * self.read
 
 
 class Acceptance:

@@ -12,7 +12,6 @@ because it turned out to be an unlikely one would favour the likely ones.)
 from bisect import bisect
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
 
 from mlxspec.decoding.choice import LENGTHS, PRIOR_RATE, PRIOR_WEIGHT, BlockCosts, expected_tokens
 
@@ -62,11 +61,11 @@ class Confidence:
 class Draft:
     """One draft under way. Draft as many tokens as are ``wanted``, ``take`` their confidences; and so on."""
 
-    def __init__(self, costs: BlockCosts, confidence: Confidence, speed: float, most: int):
-        self.costs, self.confidence, self.speed = costs, confidence, speed
+    def __init__(self, costs: BlockCosts, confidence: Confidence, speed: float, most: int, opening: int = 1):
+        self.costs, self.confidence, self.speed, self.opening = costs, confidence, speed, opening
         self.lengths = [length for length in LENGTHS if length <= most]
         self.confidences: list[float] = []  # of the tokens that are to be verified
-        self.steps = 0  # passes of the drafter
+        self.steps = self.reads = 0  # passes of the drafter, and how often the host looked
         self.ended = False
         self.chance = 1.0  # that all so far are accepted
 
@@ -76,27 +75,31 @@ class Draft:
 
     @property
     def wanted(self) -> int:
-        """How many tokens to draft now; 0: no more. The first always is: it is what tells how things stand.
+        """How many tokens to draft now; 0: no more. Some always are: they are what tells how things stand.
 
         The first token beyond a length tells whether to go on to the next one. Then nothing is left to decide up to
-        there, and the host need not read in between.
+        there, and the host need not look in between.
         """
         if self.ended or self.length == self.lengths[-1]:
             return 0
-        if self.length not in self.lengths:
-            return next(length for length in self.lengths if length > self.length) - self.length
-        return int(not self.steps or self._worth(self.confidence.mean, drafted=0))
+        if not self.steps:
+            return min(self.opening, self.lengths[-1])
+        if self.length in self.lengths:
+            return int(self._worth(self.confidence.mean, drafted=0))
+        return next(length for length in self.lengths if length > self.length) - self.length
 
-    def take(self, confidences: Sequence[float]) -> bool:
-        """They were drafted; whether they are to be verified. If not, the draft has ended."""
+    def take(self, confidences: Sequence[float]) -> int:
+        """They were drafted; how many of them are to be verified. If not all, the draft has ended."""
         self.steps += len(confidences)
-        rates = [self.confidence.rate(confidence) for confidence in confidences]
-        if self.length in self.lengths and not self._worth(rates[0], drafted=1):
-            self.ended = True
-            return False
-        self.confidences += confidences
-        self.chance *= prod(rates)
-        return True
+        self.reads += 1
+        for number, confidence in enumerate(confidences):
+            rate = self.confidence.rate(confidence)
+            if self.length in self.lengths and not self._worth(rate, drafted=len(confidences) - number):
+                self.ended = True
+                return number
+            self.confidences.append(confidence)
+            self.chance *= rate
+        return len(confidences)
 
     def _worth(self, rate: float, drafted: int) -> bool:
         """Whether to go on to some longer length, if the next token is accepted at ``rate``; ``drafted`` of it are.
@@ -110,7 +113,18 @@ class Draft:
         more = length - self.length
         tokens = self.chance * rate * expected_tokens([self.confidence.mean] * more, more - 1)
         rows = max(0.0, self.costs.verify[length] - self.costs.verify[self.length])
-        return tokens - self.speed * (rows + (more - drafted) * self.costs.step)
+        return tokens - self.speed * (rows + self.costs.steps(max(0, more - drafted), reads=more > drafted))
+
+
+def looked_at(length: int, opening: int) -> tuple[int, int]:
+    """How many steps a draft of ``length`` takes if it opens with so many at once, and how often the host looks."""
+    steps, reads = opening, 1
+    for before, after in pairwise(LENGTHS):
+        if opening <= before < length:
+            steps, reads = after, reads + 1 + (after - before > 1)
+        elif opening <= before == length:
+            steps, reads = length + 1, reads + 1  # the one that told to end
+    return steps, reads
 
 
 class Stepwise:
@@ -121,18 +135,20 @@ class Stepwise:
         self.confidence = Confidence()
         # Before anything was seen: as fast as with the best fixed length of an average drafter.
         tokens = {length: expected_tokens([PRIOR_RATE] * length, length) for length in LENGTHS}
-        length = max(LENGTHS[1:], key=lambda n: tokens[n] / costs.stepwise(n, n))
-        self.blocks, self.tokens, self.spent = 1.0, tokens[length], costs.stepwise(length, length)
+        length = max(LENGTHS[1:], key=lambda n: tokens[n] / costs.stepwise(n, n, 1))
+        self.blocks, self.tokens, self.spent = 1.0, tokens[length], costs.stepwise(length, length, 1)
+        # What drafting would have taken, had each draft opened with so many tokens at once.
+        self.openings = dict.fromkeys(LENGTHS[1:], 0.0)
 
     def adopt(self, costs: BlockCosts) -> None:
         """As the text grows, everything takes longer; so would what was seen so far have."""
-        self.spent *= costs.stepwise(TYPICAL, TYPICAL) / self.costs.stepwise(TYPICAL, TYPICAL)
+        self.spent *= costs.stepwise(TYPICAL, TYPICAL, 1) / self.costs.stepwise(TYPICAL, TYPICAL, 1)
         self.costs = costs
 
     @property
     def fastest(self) -> float:
         """Tokens per second with a drafter that is always right."""
-        return max((length + 1) / self.costs.stepwise(length, length) for length in LENGTHS)
+        return max((length + 1) / self.costs.stepwise(length, length, 1) for length in LENGTHS)
 
     @property
     def rate(self) -> float:
@@ -146,11 +162,14 @@ class Stepwise:
 
     def draft(self, most: int) -> Draft:
         """A new one, of at most so many tokens."""
-        return Draft(self.costs, self.confidence, max(1 / self.costs.verify[0], self.rate), most)
+        opening = min(self.openings, key=self.openings.get)
+        return Draft(self.costs, self.confidence, max(1 / self.costs.verify[0], self.rate), most, opening)
 
     def observe(self, draft: Draft, accepted: int) -> float:
         """What became of it. -> seconds of the block"""
-        seconds = self.costs.stepwise(draft.length, draft.steps)
+        seconds = self.costs.stepwise(draft.length, draft.steps, draft.reads)
+        for opening, spent in self.openings.items():
+            self.openings[opening] = SHORT_MEMORY * spent + self.costs.steps(*looked_at(draft.length, opening))
         self.confidence.observe(draft.confidences, accepted)
         self.blocks = SHORT_MEMORY * self.blocks + 1
         self.tokens = SHORT_MEMORY * self.tokens + accepted + 1

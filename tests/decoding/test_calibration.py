@@ -52,15 +52,16 @@ def test_costs_are_positive_and_grow_with_rows(costs):
     drafting = costs.once[MODEL] + 3 * costs.draft[MODEL]
     assert costs.block(Choice(MODEL, 3)) == pytest.approx(costs.verify[3] + drafting)
     assert costs.trace > 0
-    assert costs.step < costs.verify[0]
-    assert costs.stepwise(3, 4) == pytest.approx(costs.verify[3] + costs.step_once + 4 * costs.step)
+    assert costs.read < costs.verify[0]
+    steps = 4 * costs.draft[MODEL] + 2 * costs.read
+    assert costs.stepwise(3, 4, reads=2) == pytest.approx(costs.verify[3] + costs.step_once + steps)
 
 
 def test_a_longer_text_costs_what_each_position_more_adds():
-    near = BlockCosts(tuple(map(float, range(1, 10))), step=2.0, longer=(0.25, 0.125, 0.5))
+    near = BlockCosts(tuple(map(float, range(1, 10))), draft={MODEL: 2.0, LOOKUP: 1.0}, longer=(0.25, 0.125, 0.5))
     far = near.behind(4)
     assert far.verify == tuple(rows + 1 + 0.5 * (rows - 1) for rows in range(1, 10))
-    assert far.step == 4
+    assert far.draft == {MODEL: 4.0, LOOKUP: 1.0}
     assert near.behind(0) == replace(near, longer=(0.0, 0.0, 0.0))
 
 
@@ -90,8 +91,8 @@ NUMBERS = {
     "catch_up": {"model": 1.0},
     "trace": 0.0,
     "longer": [0.0] * 3,
-    "step": 1.0,
     "step_once": 0.0,
+    "read": 0.0,
 }
 DAMAGED = {
     "empty": "",
@@ -105,11 +106,10 @@ DAMAGED = {
     "rows for nothing": NUMBERS | {"verify": [0.0] * 17},
     "no drafters": NUMBERS | {"draft": None},
     "another drafter": NUMBERS | {"draft": {"model": 1.0}},
-    "steps for nothing": NUMBERS | {"step": 0.0},
     "no steps": {name: value for name, value in NUMBERS.items() if name != "step_once"},
     "nothing caught up": NUMBERS | {"catch_up": {}},
     "a length of one": NUMBERS | {"longer": [0.0]},
-    "a step that is no number": NUMBERS | {"step": "a"},
+    "a read that is no number": NUMBERS | {"read": "a"},
     "no number": NUMBERS | {"trace": float("nan")},
 }
 

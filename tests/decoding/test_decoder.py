@@ -211,7 +211,7 @@ def test_a_block_copies_no_cache_buffer(stepwise):
         model = random_llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
         decoder = SpeculativeDecoder(ModelPair(model, model), None, 3)
         if stepwise:
-            decoder._chooser = Automatic(BlockCosts((1.0,) * 17), [MODEL])
+            decoder._chooser = Automatic(BlockCosts((1.0,) * 17, draft={MODEL: 0.0}), [MODEL])
         blocks = decoder.blocks([1] * context, 250)
         for _ in range(4):
             next(blocks)

@@ -30,9 +30,7 @@ LINEAR_ROWS = tuple(1.0 * (rows + 1) for rows in range(LONGEST_CHOICE + 1))
 
 
 def costs(draft: float, verify=CHEAP_ROWS, trace=0.5) -> BlockCosts:
-    return BlockCosts(
-        verify, {MODEL: 0.01, LOOKUP: 0.0}, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, 0.01, draft
-    )
+    return BlockCosts(verify, {MODEL: 0.01, LOOKUP: 0.0}, {MODEL: draft, LOOKUP: 0.0}, {MODEL: 0.01}, trace, 0.01)
 
 
 def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> tuple[list[Choice], float]:
@@ -48,7 +46,7 @@ def simulated(chooser: Automatic, rate: float, blocks: int, seed: int = 0) -> tu
             draft = chooser.draft(LONGEST_CHOICE)
             while count := draft.wanted:
                 draft.take([rate] * count)
-            seconds += chooser.costs.stepwise(draft.length, draft.steps)
+            seconds += chooser.costs.stepwise(draft.length, draft.steps, draft.reads)
         else:
             seconds += chooser.costs.block(choice)
         length = draft.length if draft else choice.length
@@ -214,7 +212,7 @@ def test_probes_take_no_more_than_their_share_of_the_time():
             draft.take([0.9] * draft.wanted)  # it is sure, and wrong
         chooser.observe(choice, [0], 0, behind, draft)
         if number > 500:
-            seconds = chooser.costs.stepwise(draft.length, draft.steps) if draft else 1.0
+            seconds = chooser.costs.stepwise(draft.length, draft.steps, draft.reads) if draft else 1.0
             time += seconds
             probing += seconds - 1.0
     assert 0 < probing < 1.2 * PROBE_SHARE * time

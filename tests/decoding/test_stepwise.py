@@ -10,7 +10,7 @@ from mlxspec import ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.choice import LENGTHS, LONGEST_CHOICE, MODEL, PLAIN, STEPWISE, BlockCosts, expected_tokens
 from mlxspec.decoding.draft_length import PROBE_BLOCKS, Automatic
 from mlxspec.decoding.drafting import ModelProposer
-from mlxspec.decoding.stepwise import Confidence, Draft, Stepwise
+from mlxspec.decoding.stepwise import Confidence, Draft, Stepwise, looked_at
 from mlxspec.decoding.verification import RULES
 from tests.conftest import decoded, plain_greedy, random_llama
 from tests.decoding import oracle
@@ -20,8 +20,8 @@ ROWS = range(LONGEST_CHOICE + 1)  # drafted, so one more to verify
 CHEAP_ROWS = tuple(1 + 0.1 * rows for rows in ROWS)
 
 
-def costs(step=0.05, verify=CHEAP_ROWS, once=0.0) -> BlockCosts:
-    return BlockCosts(verify, {MODEL: once}, {MODEL: step}, {MODEL: 0.0}, 0.0, once, step)
+def costs(step=0.05, verify=CHEAP_ROWS, once=0.0, read=0.0) -> BlockCosts:
+    return BlockCosts(verify, {MODEL: once}, {MODEL: step}, {MODEL: 0.0}, 0.0, once, read)
 
 
 def drafted(draft: Draft, confidences) -> int:
@@ -103,6 +103,42 @@ def test_no_more_is_drafted_than_there_is_room_for(most):
     assert draft.steps == draft.length
 
 
+@pytest.mark.parametrize("opening", LENGTHS[1:])
+@pytest.mark.parametrize("sure", [0, 1, 2, 3, 4, 7, 8, 12, 16])
+def test_what_is_verified_does_not_depend_on_how_many_are_drafted_at_once(opening, sure):
+    """But for what is there already and need not be paid for, here nothing."""
+    learnt = Stepwise(costs(step=1e-9, verify=STEEP_ROWS))
+    for _ in range(50):
+        learnt.confidence.observe([1.0] * 16, 16)
+        learnt.confidence.observe([0.1], 0)
+    draft = Draft(learnt.costs, learnt.confidence, 1.5, LONGEST_CHOICE, opening)
+    length = drafted(draft, [*[1.0] * sure, *[0.1] * (16 - sure)])
+    assert length == min(length for length in LENGTHS if length >= sure)
+    if length == sure:  # otherwise it ended without looking at another one
+        assert (draft.steps, draft.reads) == looked_at(length, opening)
+
+
+def test_a_draft_opens_with_as_many_tokens_as_were_mostly_worth_it_lately():
+    stepwise = Stepwise(costs(step=0.02, read=0.015))
+    assert stepwise.draft(16).opening == 1
+    for sure, opening in ((16, 16), (2, 2), (4, 4), (0, 1)):
+        for _ in range(200):
+            draft = stepwise.draft(16)
+            drafted(draft, [*[1.0] * sure, *[0.01] * (16 - sure)])
+            stepwise.observe(draft, min(draft.length, sure))
+        assert draft.length == sure
+        assert draft.opening == opening
+
+
+def test_a_drafter_that_costs_much_drafts_nothing_on_the_off_chance():
+    stepwise = Stepwise(costs(step=0.3, read=0.01))
+    for number, sure in enumerate([4, 1] * 100):
+        draft = stepwise.draft(16)
+        drafted(draft, [*[1.0] * sure, *[0.01] * (16 - sure)])
+        assert draft.opening <= 2 or number < 20  # the second is drafted anyway, to see whether to go on
+        stepwise.observe(draft, min(draft.length, sure))
+
+
 def test_what_confidence_is_worth_is_learnt():
     confidence = Confidence()
     assert confidence.rate(0.4) < 0.8 < 0.95 < confidence.rate(1.0)
@@ -151,7 +187,7 @@ def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks
         if choice.proposer == MODEL:
             draft = chooser.draft(16)
             drafted(draft, chances)
-            seconds += chooser.costs.stepwise(draft.length, draft.steps)
+            seconds += chooser.costs.stepwise(draft.length, draft.steps, draft.reads)
         else:
             seconds += chooser.costs.block(choice)
         length = draft.length if draft else 0
@@ -163,7 +199,7 @@ def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks
 
 def best_fixed(table: BlockCosts, rates: list[float]) -> float:
     mean = sum(rates) / len(rates)
-    return max(expected_tokens([mean] * 16, n) / (table.verify[n] + n * table.step) for n in ROWS)
+    return max(expected_tokens([mean] * 16, n) / (table.verify[n] + n * table.draft[MODEL]) for n in ROWS)
 
 
 STEEP_ROWS = tuple(1 + 0.3 * rows for rows in ROWS)
@@ -243,14 +279,14 @@ class FickleDraft(Draft):
     def wanted(self):
         if self.ended or self.length == self.lengths[-1] or (self.steps and self.rng.random() < 0.1):
             return 0
-        return self.rng.randint(1, min(2, self.lengths[-1] - self.length))
+        return self.rng.randint(1, min(3, self.lengths[-1] - self.length))
 
     def take(self, confidences):
         self.steps += len(confidences)
-        self.ended = self.rng.random() < 0.3
-        if not self.ended:
-            self.confidences += confidences
-        return not self.ended
+        kept = len(confidences) if self.rng.random() < 0.7 else self.rng.randrange(len(confidences))
+        self.ended = kept < len(confidences)
+        self.confidences += confidences[:kept]
+        return kept
 
 
 class Fickle(Automatic):
