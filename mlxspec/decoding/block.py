@@ -22,7 +22,7 @@ from mlxspec.decoding.stepwise import Draft
 from mlxspec.decoding.verification import RULES, Rule, greedy
 from mlxspec.models.pair import ModelPair
 
-State = dict[str, Any]  # recent, committed, target, drafter, key: what one block hands to the next
+State = dict[str, Any]  # recent, committed, target, drafter, key, maybe opened: what one block hands to the next
 
 
 @dataclass(frozen=True)
@@ -187,30 +187,50 @@ class StepwiseBlock:
         self._steps = cache(lambda count: CompiledGraph(partial(steps_graph, parts, count), [drafter], weights))
         self._check = CompiledGraph(partial(check_graph, parts), [target], weights)
 
-    def __call__(self, state: State, draft: Draft) -> tuple[mx.array, State]:
-        """-> as ``block_graph``; takes the drafter's state out of ``state``."""
-        drafted, q, state = self.draft(state, draft)
-        return self._check(state, drafted, q)
+    def __call__(self, state: State, draft: Draft, opening: int = 0) -> tuple[mx.array, State]:
+        """-> as ``block_graph``. Empties ``state``: a buffer that somebody else still held would be copied.
 
-    def draft(self, state: State, draft: Draft) -> tuple[mx.array, mx.array, State]:
-        """-> the tokens that are to be verified [γ], their distributions [γ, V], the state that this leaves."""
-        recent = state["recent"]
-        cursor = {
-            "feed": recent,
-            "length": state["committed"] - recent.shape[0],
-            "drafter": state.pop("drafter"),
-            "key": state["key"],
-        }
+        The next draft is opened with so many tokens, so that the device has work while the host reads this result.
+        """
+        drafted, q = self.draft(state, draft)
+        # Without the drafter's buffers: a check under way would hold them.
+        result, following = self._check({**state, "drafter": None}, drafted, q)
+        drafter = state["drafter"]
+        state.clear()
+        mx.async_eval(result, following)
+        following["drafter"] = drafter
+        del drafter
+        if opening:
+            *part, cursor = self._steps(opening)(cursor_of(following))
+            following |= {"drafter": cursor["drafter"], "key": cursor["key"], "opened": part}
+        return result, following
+
+    def draft(self, state: State, draft: Draft) -> tuple[mx.array, mx.array]:
+        """-> the tokens that are to be verified [γ], their distributions [γ, V]; ``state`` becomes that after it."""
+        cursor, part = cursor_of(state), state.pop("opened", None)
         tokens, probs = [], []
         while count := draft.wanted:
-            drafted, q, confidences, cursor = self._steps(count)(cursor)
-            mx.async_eval(confidences, drafted, q, cursor)
+            if part is None:
+                *part, cursor = self._steps(count)(cursor)
+                mx.async_eval(part, cursor)
+            drafted, q, confidences = part
             if kept := draft.take(confidences.tolist()):
                 tokens.append(drafted[:kept])
                 probs.append(q[:kept])
+            part = None
+        state |= {"drafter": cursor["drafter"], "key": cursor["key"]}
         drafted = mx.concatenate(tokens) if tokens else mx.zeros(0, mx.int32)
-        q = mx.concatenate(probs) if probs else mx.zeros(0)
-        return drafted, q, {**state, "drafter": cursor["drafter"], "key": cursor["key"]}
+        return drafted, mx.concatenate(probs) if probs else mx.zeros(0)
+
+
+def cursor_of(state: State) -> State:
+    """Where the drafter goes on from; takes its state out of ``state``."""
+    if "opened" in state:
+        drafted = state["opened"][0]
+        feed, length = drafted[-1:], state["committed"] + drafted.shape[0] - 1
+    else:
+        feed, length = state["recent"], state["committed"] - state["recent"].shape[0]
+    return {"feed": feed, "length": length, "drafter": state.pop("drafter"), "key": state["key"]}
 
 
 class CompiledBlocks:

@@ -211,7 +211,7 @@ def stepwise_blocks(compiled: CompiledBlocks) -> Callable[[], float]:
     """Seconds of a whole block whose draft of MORE tokens is made step by step, of several."""
 
     def one(state: State) -> tuple[mx.array, State]:
-        return compiled.stepwise(state, LongDraft(MORE))
+        return compiled.stepwise(state, LongDraft(MORE), opening=FEW)
 
     return lambda: seconds_of(one, state_before(compiled, MODEL))
 

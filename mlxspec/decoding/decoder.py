@@ -236,14 +236,16 @@ class SpeculativeDecoder:
         # copied instead of written in place.
         if draft is None:
             result, self._state = self.compiled[choice](self._state_with_room(longest))
-        else:
-            result, self._state = self.compiled.stepwise(self._state_with_room(longest), draft)
+        else:  # and begin with the next draft, if there will surely be one
+            opening = self.chooser.opening() if missing > LONGEST_CHOICE + 2 else 0
+            result, self._state = self.compiled.stepwise(self._state_with_room(longest + opening), draft, opening)
             choice = Choice(MODEL, draft.length)
         mx.async_eval(result, self._state)
         return Launched(choice, result, draft)
 
     def _set_aside(self) -> None:
-        """Keep the drafter's state for when it drafts again."""
+        """Keep the drafter's state for when it drafts again, though not the draft that it may have begun."""
+        self._state.pop("opened", None)
         self.drafters.put_back(self._drafting, self._state.pop("drafter"), max(0, len(self._tokens) - 2))
 
     def _behind(self) -> int:

@@ -42,6 +42,9 @@ class Chooser(Protocol):
     def draft(self, most: int) -> Draft:
         """The next draft, if the choice is STEPWISE: of at most so many tokens."""
 
+    def opening(self) -> int:
+        """How many tokens of the next draft to make before it is known whether there is one."""
+
     def observe(
         self, choice: Choice, tokens: Sequence[int], accepted: int, behind: int, draft: Draft | None = None
     ) -> None:
@@ -127,6 +130,9 @@ class Automatic:
 
     def draft(self, most):
         return self.stepwise.draft(most)
+
+    def opening(self):
+        return self.stepwise.opening
 
     def observe(self, choice, tokens, accepted, behind, draft=None):
         self.answered += len(tokens)

@@ -94,7 +94,8 @@ class Draft:
         self.reads += 1
         for number, confidence in enumerate(confidences):
             rate = self.confidence.rate(confidence)
-            if self.length in self.lengths and not self._worth(rate, drafted=len(confidences) - number):
+            full = self.length == self.lengths[-1]
+            if full or (self.length in self.lengths and not self._worth(rate, drafted=len(confidences) - number)):
                 self.ended = True
                 return number
             self.confidences.append(confidence)
@@ -162,8 +163,12 @@ class Stepwise:
 
     def draft(self, most: int) -> Draft:
         """A new one, of at most so many tokens."""
-        opening = min(self.openings, key=self.openings.get)
-        return Draft(self.costs, self.confidence, max(1 / self.costs.verify[0], self.rate), most, opening)
+        return Draft(self.costs, self.confidence, max(1 / self.costs.verify[0], self.rate), most, self.opening)
+
+    @property
+    def opening(self) -> int:
+        """How many tokens to draft before the host looks."""
+        return min(self.openings, key=self.openings.get)
 
     def observe(self, draft: Draft, accepted: int) -> float:
         """What became of it. -> seconds of the block"""

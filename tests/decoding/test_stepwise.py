@@ -284,6 +284,7 @@ class FickleDraft(Draft):
     def take(self, confidences):
         self.steps += len(confidences)
         kept = len(confidences) if self.rng.random() < 0.7 else self.rng.randrange(len(confidences))
+        kept = min(kept, self.lengths[-1] - self.length)
         self.ended = kept < len(confidences)
         self.confidences += confidences[:kept]
         return kept
@@ -301,6 +302,9 @@ class Fickle(Automatic):
 
     def draft(self, most):
         return FickleDraft(self.costs, Confidence(), 0.0, most)
+
+    def opening(self):
+        return FickleDraft.rng.randint(0, 3)
 
     def observe(self, choice, tokens, accepted, behind, draft=None):
         pass
