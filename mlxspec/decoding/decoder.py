@@ -1,7 +1,6 @@
 """Speculative decoding: keep blocks in flight, read the result of each once, cut what comes out of them.
 
 Two, unless the draft of the second depends on what became of the first, as it does stepwise.
-
 What happens inside a block is in ``block.py``; who drafts how many tokens, in ``draft_length.py``.
 """
 

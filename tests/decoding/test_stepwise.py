@@ -35,11 +35,11 @@ def drafted(draft: Draft, confidences) -> int:
 # ----------------------------------------------------------------------- exact
 
 
-def length_by_confidence(drafter, most, row):
+def length_by_confidence(drafter, most, row, opening):
     """What a ``Draft`` verifies of a drafted text; it sees how likely the likeliest token was, before each."""
 
     def length_of(tokens) -> int:
-        draft = Draft(costs(verify=tuple(1 + row * rows for rows in ROWS)), Confidence(), 0.8, most)
+        draft = Draft(costs(verify=tuple(1 + row * rows for rows in ROWS)), Confidence(), 0.8, most, opening)
         return drafted(draft, (float(max(drafter(tokens[:i]))) for i in range(most)))
 
     return length_of
@@ -66,8 +66,8 @@ def stepwise_pairs():
 @pytest.mark.parametrize("rule", RULES)
 def test_emitted_distribution_is_exactly_the_targets(rule):
     lengths = set()
-    for (target, drafter, most), row in itertools.product(stepwise_pairs(), (0.3, 1.2)):
-        length_of = length_by_confidence(drafter, most, row)
+    for (target, drafter, most), row, opening in itertools.product(stepwise_pairs(), (0.3, 1.2), (1, 4)):
+        length_of = length_by_confidence(drafter, most, row, opening)
         emitted, _ = oracle.emitted_joint(rule, target, drafter, most, verified=length_of)
         assert emitted == oracle.target_joint(target, most + 1)  # rational numbers: an error of exactly 0
         lengths |= {length_of(tokens) for tokens in itertools.product(range(target.vocab_size), repeat=most)}
