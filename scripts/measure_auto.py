@@ -208,7 +208,7 @@ def nearly_best(pairs: Pairs, rounds: int, tokens: int, temperature: float, only
     """auto over the best fixed draft length; and the cost model's prediction for each, at the same time."""
     for name in only or LADDER:
         target, drafter = pairs.target("stories", 24), pairs.noised(*LADDER[name])
-        runs = {str(n): ours(target, drafter, temperature, tokens, n, PROMPTS) for n in (*range(9), "auto")}
+        runs = {str(n): ours(target, drafter, temperature, tokens, n, PROMPTS) for n in (*range(9), 12, 16, "auto")}
         rates = measure(runs, rounds)
         best = max((n for n in rates if n != "auto"), key=lambda n: statistics.median(rates[n]))
         medians = " ".join(f"{n}: {statistics.median(values):.1f}" for n, values in rates.items())

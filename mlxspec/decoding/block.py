@@ -8,14 +8,14 @@ whether the draft goes on.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxspec.decoding.cache import CachedModel
-from mlxspec.decoding.choice import LOOKUP, MODEL, NOBODY, STEPWISE, Choice
+from mlxspec.decoding.choice import LENGTHS, LOOKUP, MODEL, NOBODY, STEPWISE, Choice
 from mlxspec.decoding.drafting import NobodyProposer, Proposer, proposer_for
 from mlxspec.decoding.sampling import Sampling, draw
 from mlxspec.decoding.stepwise import Draft
@@ -77,25 +77,19 @@ def verified(
     }
 
 
-def steps_graph(parts: BlockParts, count: int, cursor: State) -> tuple[mx.array, mx.array, mx.array, State]:
-    """Tokens of a draft. -> the tokens [count], their q [count, V], how sure the drafter is of each, the next cursor.
+def step_graph(parts: BlockParts, cursor: State) -> tuple[mx.array, mx.array, mx.array, State]:
+    """One token of a draft. -> the token [1], its distribution q [1, V], how sure the drafter is of it [1], a cursor.
 
     A cursor is what one pass of the drafter hands to the next: the tokens to ``feed``, the ``length`` before them, the
     state of the ``drafter`` and a ``key``.
     """
     key, subkey = mx.random.split(cursor["key"])
-    uniforms = mx.random.uniform(shape=(count,), key=subkey)
-    tokens, probs, confidences = [], [], []
-    feed, length, drafter = cursor["feed"], cursor["length"], cursor["drafter"]
-    for step in range(count):
-        token, q, confidence, drafter = parts.proposer.step(drafter, feed, length, uniforms[step])
-        feed, length = token, length + feed.shape[0]
-        tokens.append(token)
-        probs.append(q)
-        confidences.append(confidence)
-    following = {"feed": feed, "length": length, "drafter": drafter, "key": key}
-    q = mx.zeros(0) if parts.sampling.temperature == 0 else mx.stack(probs)  # at 0 nobody looks at it
-    return mx.concatenate(tokens), q, mx.stack(confidences), following
+    feed, length = cursor["feed"], cursor["length"]
+    uniform = mx.random.uniform(key=subkey)
+    token, q, confidence, drafter = parts.proposer.step(cursor["drafter"], feed, length, uniform)
+    q = mx.zeros(0) if parts.sampling.temperature == 0 else q[None]  # at 0 nobody looks at it
+    following = {"feed": token, "length": length + feed.shape[0], "drafter": drafter, "key": key}
+    return token, q, confidence[None], following
 
 
 def check_graph(parts: BlockParts, state: State, drafted: mx.array, q: mx.array) -> tuple[mx.array, State]:
@@ -184,13 +178,14 @@ class StepwiseBlock:
     """
 
     def __init__(self, parts: BlockParts, target: nn.Module, drafter: nn.Module, weights: Weights):
-        self._steps = cache(lambda count: CompiledGraph(partial(steps_graph, parts, count), [drafter], weights))
+        self._step = CompiledGraph(partial(step_graph, parts), [drafter], weights)
         self._check = CompiledGraph(partial(check_graph, parts), [target], weights)
 
-    def __call__(self, state: State, draft: Draft, opening: int = 0) -> tuple[mx.array, State]:
+    def __call__(self, state: State, draft: Draft, opening: int = 0, missing: float = 0) -> tuple[mx.array, State]:
         """-> as ``block_graph``. Empties ``state``: a buffer that somebody else still held would be copied.
 
-        The next draft is opened with so many tokens, so that the device has work while the host reads this result.
+        The next draft is opened with ``opening`` tokens, so that the device has work while the host reads this result;
+        with fewer if the answer, of which so many tokens are ``missing`` before this block, may not take as many.
         """
         drafted, q = self.draft(state, draft)
         # Without the drafter's buffers: a check under way would hold them.
@@ -200,8 +195,9 @@ class StepwiseBlock:
         mx.async_eval(result, following)
         following["drafter"] = drafter
         del drafter
-        if opening:
-            *part, cursor = self._steps(opening)(cursor_of(following))
+        room = missing - (draft.length + 1) - 1  # the last token is the target's own
+        if count := max((length for length in LENGTHS if length <= min(opening, room)), default=0):
+            part, cursor = self._steps(count, cursor_of(following))
             following |= {"drafter": cursor["drafter"], "key": cursor["key"], "opened": part}
         return result, following
 
@@ -211,7 +207,7 @@ class StepwiseBlock:
         tokens, probs = [], []
         while count := draft.wanted:
             if part is None:
-                *part, cursor = self._steps(count)(cursor)
+                part, cursor = self._steps(count, cursor)
                 mx.async_eval(part, cursor)
             drafted, q, confidences = part
             if kept := draft.take(confidences.tolist()):
@@ -221,6 +217,17 @@ class StepwiseBlock:
         state |= {"drafter": cursor["drafter"], "key": cursor["key"]}
         drafted = mx.concatenate(tokens) if tokens else mx.zeros(0, mx.int32)
         return drafted, mx.concatenate(probs) if probs else mx.zeros(0)
+
+    def _steps(self, count: int, cursor: State) -> tuple[list[mx.array], State]:
+        """Steps of which nothing is read. -> tokens [count], their q [count, V], confidences [count]; the next cursor.
+
+        All of one graph, called so often: one for each count would have to be traced.
+        """
+        steps = []
+        for _ in range(count):
+            *step, cursor = self._step(cursor)
+            steps.append(step)
+        return [mx.concatenate(parts) for parts in zip(*steps, strict=True)], cursor
 
 
 def cursor_of(state: State) -> State:

@@ -1,8 +1,8 @@
 """What a block costs on this device: measured on the real blocks of a pair, and remembered on disk.
 
-The parts of a block cannot be timed one by one without changing them. So passes over 1 … 17 rows are timed, and whole
-blocks that draft nothing or a few tokens, queued behind each other as in decoding; what drafting and verifying cost is
-the difference.
+The parts of a block cannot be timed one by one without changing them. So passes over 1 … 9 and 17 rows are timed, and
+whole blocks that draft nothing or a few tokens, queued behind each other as in decoding; what drafting and verifying
+cost is the difference.
 """
 
 import hashlib
@@ -37,7 +37,8 @@ MOST_ROWS = LONGEST_CHOICE + 1
 TIMED_ROWS = (*range(1, 10), MOST_ROWS)  # no block of "auto" has those between
 FEW, MORE = 1, 4  # tokens drafted by the blocks that the costs of drafting are taken from
 LONG = 4 * CAPACITY_STEP  # a capacity at which it shows what attention over a longer text costs
-DRAFT = "draft"  # one made step by step, among what is timed
+DRAFT = "draft"  # one made step by step, among what is timed; by its length and how many tokens it opens with
+DRAFTS = ((FEW, 1), (MORE, 1), (MORE, MORE))
 TEXT = CAPACITY_STEP // 2  # tokens before the measured ones
 
 
@@ -61,6 +62,7 @@ def stored_costs(compiled: CompiledBlocks) -> BlockCosts | None:
         whole = len(costs.verify) == MOST_ROWS and len(costs.longer) == 3
         whole = whole and sorted(costs.draft) == sorted(costs.once) == sorted(compiled.drafters)
         whole = whole and (not model or (MODEL in costs.catch_up and {"step_once", "read"} <= stored.keys()))
+        whole = whole and costs.draft.get(MODEL, 1.0) > 0
         if whole and min(costs.verify) > 0 and all(math.isfinite(number) and number >= 0 for number in numbers):
             return costs
     return None
@@ -128,10 +130,17 @@ def measured_costs(compiled: CompiledBlocks) -> BlockCosts:
     once, draft = {}, {}
     for name in compiled.drafters:
         few, more = (max(0.0, taken[Choice(name, length)] - verify[length]) for length in (FEW, MORE))
-        draft[name] = min(max(0.0, (more - few) / (MORE - FEW)), more / MORE)
-        once[name] = more - MORE * draft[name]
+        each = min(max(0.0, (more - few) / (MORE - FEW)), more / MORE)
+        draft[name] = step_seconds(taken) if name == MODEL else each
+        once[name] = max(0.0, more - MORE * draft[name])
     stepwise = stepwise_costs(rounds, draft[MODEL], beside) if MODEL in draft else (0.0, 0.0)
     return BlockCosts(verify, once, draft, catch_up, trace, *stepwise, longer(compiled, taken))
+
+
+def step_seconds(taken: dict[Any, float]) -> float:
+    """Seconds of a pass of the drafter, from drafts alone: as a difference of blocks it would be lost in the noise."""
+    few, more = taken[DRAFT, FEW, 1], taken[DRAFT, MORE, MORE]
+    return (more - few) / (MORE - FEW) if more > few else more / MORE
 
 
 def stepwise_costs(rounds: dict[Any, list[float]], step: float, beside: float) -> tuple[float, float]:
@@ -139,11 +148,11 @@ def stepwise_costs(rounds: dict[Any, list[float]], step: float, beside: float) -
 
     What a block is more than its parts is a small difference of large numbers: those of a round belong together.
     """
-    few, more = (min(rounds[DRAFT, length]) for length in (FEW, MORE))
-    read = max(0.0, (more - few) / (MORE - FEW) - step)
-    together = zip(rounds[STEPWISE], rounds[MORE + 1], rounds[DRAFT, MORE], strict=True)
+    looking, at_once = (min(rounds[DRAFT, MORE, opening]) for opening in (1, MORE))
+    read = max(0.0, looking - at_once) / (MORE - 1)
+    together = zip(rounds[STEPWISE], rounds[MORE + 1], rounds[DRAFT, MORE, 1], strict=True)
     rest = statistics.median(block - verification - draft for block, verification, draft in together)
-    return max(0.0, rest - beside + more - MORE * (step + read)), read
+    return max(0.0, rest - beside + looking - MORE * (step + read)), read
 
 
 def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, float, float]:
@@ -151,7 +160,7 @@ def longer(compiled: CompiledBlocks, taken: dict[Any, float]) -> tuple[float, fl
     positions = LONG - CAPACITY_STEP
     one, most = ((taken[LONG, rows] - taken[rows]) / positions for rows in (1, MOST_ROWS))
     row = max(0.0, (most - one) / (MOST_ROWS - 1))
-    step = (taken[LONG, DRAFT] - taken[DRAFT, MORE]) / MORE / positions if MODEL in compiled.drafters else 0.0
+    step = (taken[LONG, DRAFT] - taken[DRAFT, MORE, MORE]) / MORE / positions if MODEL in compiled.drafters else 0.0
     return max(0.0, one), row, max(0.0, step)
 
 
@@ -162,8 +171,8 @@ def timed_rounds(compiled: CompiledBlocks) -> tuple[dict[Any, list[float]], floa
     runs: dict[Any, Callable[[], float]] = {rows: target_passes(compiled, rows) for rows in TIMED_ROWS}
     runs |= {choice: blocks(compiled, choice) for choice in choices}
     if MODEL in compiled.drafters:
-        runs |= {STEPWISE: stepwise_blocks(compiled)} | {(DRAFT, n): drafts(compiled, n) for n in (FEW, MORE)}
-        runs[LONG, DRAFT] = drafts(compiled, MORE, LONG)
+        runs |= {STEPWISE: stepwise_blocks(compiled)} | {(DRAFT, *which): drafts(compiled, *which) for which in DRAFTS}
+        runs[LONG, DRAFT] = drafts(compiled, MORE, MORE, LONG)
     runs |= {(LONG, rows): target_passes(compiled, rows, capacity=LONG) for rows in (1, MOST_ROWS)}
     for run in runs.values():
         run()  # traces, and compiles kernels
@@ -203,27 +212,27 @@ def blocks(compiled: CompiledBlocks, choice: Choice) -> Callable[[], float]:
 class LongDraft(Draft):
     """A draft of ``length`` tokens, however sure the drafter is of them."""
 
-    def __init__(self, length: int):
-        super().__init__(BlockCosts((1.0,) * MOST_ROWS, draft={MODEL: 0.0}), Confidence(), 0.0, length)
+    def __init__(self, length: int, opening: int = 1):
+        super().__init__(BlockCosts((1.0,) * MOST_ROWS, draft={MODEL: 0.0}), Confidence(), 0.0, length, opening)
 
 
 def stepwise_blocks(compiled: CompiledBlocks) -> Callable[[], float]:
     """Seconds of a whole block whose draft of MORE tokens is made step by step, of several."""
 
     def one(state: State) -> tuple[mx.array, State]:
-        return compiled.stepwise(state, LongDraft(MORE), opening=FEW)
+        return compiled.stepwise(state, LongDraft(MORE), opening=FEW, missing=math.inf)
 
     return lambda: seconds_of(one, state_before(compiled, MODEL))
 
 
-def drafts(compiled: CompiledBlocks, length: int, capacity: int = CAPACITY_STEP) -> Callable[[], float]:
-    """Seconds of such a draft of so many tokens."""
+def drafts(compiled: CompiledBlocks, length: int, opening: int, capacity: int = CAPACITY_STEP) -> Callable[[], float]:
+    """Seconds of such a draft of so many tokens that opens with so many."""
 
     def run() -> float:
         state = state_before(compiled, MODEL, capacity)
         mx.eval(state)
         start = time.perf_counter()
-        compiled.stepwise.draft(state, LongDraft(length))
+        compiled.stepwise.draft(state, LongDraft(length, opening))
         return time.perf_counter() - start
 
     return run

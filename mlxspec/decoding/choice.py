@@ -34,10 +34,10 @@ STEPWISE = Choice(MODEL, -1)  # as many as turn out to be worth it: ``stepwise.p
 class BlockCosts:
     """Seconds on this device, by the names of the proposers where it depends on them.
 
-    ``verify[m-1]`` is a block over m rows (m = 1 … 17) but for the drafting, ``once`` that anything is drafted at all,
-    ``draft`` each drafted token, ``catch_up`` each token of a text that a drafter has not seen yet, ``trace`` the first
-    block of a length that is new. When the model drafts stepwise, ``step_once`` is that it does at all, and ``read``
-    each time that the host looks at what was drafted.
+    ``verify[m-1]`` is a block over m rows but for the drafting (m = 1 … 17; 10 … 16, which no block of "auto" has, are
+    interpolated), ``once`` that anything is drafted at all, ``draft`` each drafted token, ``catch_up`` each token of a
+    text that a drafter has not seen yet, ``trace`` the first block of a length that is new. When the model drafts
+    stepwise, ``step_once`` is that it does at all, and ``read`` each time that the host looks at what was drafted.
     All that is behind a short text; a position more adds ``longer`` (to a pass over one row, to each row more, to a
     token that the model drafts).
     """

@@ -15,11 +15,9 @@ import mlx.core as mx
 
 from mlxspec.decoding.block import CompiledBlocks, State
 from mlxspec.decoding.cache import with_room
-from mlxspec.decoding.calibration import known_costs
-from mlxspec.decoding.choice import LONGEST_CHOICE, LOOKUP, MODEL, NOBODY, PLAIN, STEPWISE, Choice
-from mlxspec.decoding.draft_length import Automatic, Chooser, Fixed
+from mlxspec.decoding.choice import LONGEST_CHOICE, MODEL, NOBODY, PLAIN, STEPWISE, Choice
+from mlxspec.decoding.draft_length import Chooser, chooser_for
 from mlxspec.decoding.drafting import Drafters
-from mlxspec.decoding.lookup_watch import LookupWatch
 from mlxspec.decoding.request import answer_budget, check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
@@ -94,12 +92,7 @@ class SpeculativeDecoder:
     def chooser(self) -> Chooser:
         """Who says what the next block is; what "auto" needs to know of costs is measured here if nobody knows."""
         if self._chooser is None:
-            names, proposers = self.compiled.drafters, self.compiled.proposers
-            if self.draft_length != "auto" or not names:
-                self._chooser = Fixed(Choice(names[0], self.draft_length) if names else PLAIN)
-            else:
-                watch = LookupWatch(proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
-                self._chooser = Automatic(known_costs(self.compiled), names, watch)
+            self._chooser = chooser_for(self.compiled, self.draft_length)
         return self._chooser
 
     def forget(self) -> None:
@@ -220,9 +213,7 @@ class SpeculativeDecoder:
         if choice == STEPWISE and missing <= 1:
             choice = PLAIN  # a drafter that did not step would not see the tokens before that one either
         if choice.proposer != self._drafting:  # nothing is in flight then
-            self._set_aside()
-            # Taken from the decoder meanwhile: if reading is interrupted, the next prompt starts from nothing.
-            state, self._state = self._state, None
+            state = self._set_aside()
             state["drafter"] = self.drafters.ready(choice.proposer, self._tokens)
             self._state, self._drafting = state, choice.proposer
             del state
@@ -235,17 +226,24 @@ class SpeculativeDecoder:
         # copied instead of written in place.
         if draft is None:
             result, self._state = self.compiled[choice](self._state_with_room(longest))
-        else:  # and begin with the next draft, if there will surely be one
-            opening = self.chooser.opening() if missing > LONGEST_CHOICE + 2 else 0
-            result, self._state = self.compiled.stepwise(self._state_with_room(longest + opening), draft, opening)
+        else:  # and begin with the next draft
+            opening = self.chooser.opening()
+            result, self._state = self.compiled.stepwise(
+                self._state_with_room(longest + opening), draft, opening, missing
+            )
             choice = Choice(MODEL, draft.length)
         mx.async_eval(result, self._state)
         return Launched(choice, result, draft)
 
-    def _set_aside(self) -> None:
-        """Keep the drafter's state for when it drafts again, though not the draft that it may have begun."""
-        self._state.pop("opened", None)
-        self.drafters.put_back(self._drafting, self._state.pop("drafter"), max(0, len(self._tokens) - 2))
+    def _set_aside(self) -> State:
+        """Keep the drafter's state for when it drafts again, though not the draft that it may have begun. -> the rest
+
+        Taken from the decoder: if what follows is interrupted, the next prompt starts from nothing.
+        """
+        state, self._state = self._state, None
+        state.pop("opened", None)
+        self.drafters.put_back(self._drafting, state.pop("drafter"), max(0, len(self._tokens) - 2))
+        return state
 
     def _behind(self) -> int:
         """Tokens that the model drafter has not seen, as far as it is not drafting."""
@@ -265,9 +263,7 @@ class SpeculativeDecoder:
         start = time.perf_counter()
         # The caches are taken from the decoder, for the same reasons as above; of other weights they are of no use.
         reused = self._reusable(prompt) if self.compiled.weights.note() and self._state else 0
-        if self._state:
-            self._set_aside()
-        old, self._state = self._state or {}, None
+        old = self._set_aside() if self._state else {}
         self.drafters.forget_beyond(reused)
         chooser.begin(prompt, budget, self.drafters.behind(MODEL, len(prompt)))
         drafting = chooser.choice.proposer

@@ -10,7 +10,9 @@ and with the same costs and the same past the choice is the same.
 from collections.abc import Sequence
 from typing import Protocol
 
+from mlxspec.decoding.block import CompiledBlocks
 from mlxspec.decoding.cache import CAPACITY_STEP, capacity_for
+from mlxspec.decoding.calibration import known_costs
 from mlxspec.decoding.choice import (
     LENGTHS,
     LOOKUP,
@@ -23,6 +25,7 @@ from mlxspec.decoding.choice import (
     chance_of,
     expected_tokens,
 )
+from mlxspec.decoding.lookup_watch import LookupWatch
 from mlxspec.decoding.stepwise import Draft, Stepwise
 
 CAUTION = 0.97  # costs are not known better than that, and drafting in vain is the worse mistake
@@ -43,7 +46,7 @@ class Chooser(Protocol):
         """The next draft, if the choice is STEPWISE: of at most so many tokens."""
 
     def opening(self) -> int:
-        """How many tokens of the next draft to make before it is known whether there is one."""
+        """How many tokens of the next draft to make before it is known whether there will be one."""
 
     def observe(
         self, choice: Choice, tokens: Sequence[int], accepted: int, behind: int, draft: Draft | None = None
@@ -132,7 +135,7 @@ class Automatic:
         return self.stepwise.draft(most)
 
     def opening(self):
-        return self.stepwise.opening
+        return 0 if self.probing == 1 else self.stepwise.opening
 
     def observe(self, choice, tokens, accepted, behind, draft=None):
         self.answered += len(tokens)
@@ -200,3 +203,12 @@ class Automatic:
             self.saved_up, self.probing = 0.0, PROBE_BLOCKS
             self.stepwise.doubt(PROBE_BLOCKS)
             self.change(STEPWISE)
+
+
+def chooser_for(compiled: CompiledBlocks, draft_length: int | str) -> Chooser:
+    """For the blocks of a pair; what "auto" has to know of their costs is measured here if nobody knows it."""
+    names = compiled.drafters
+    if draft_length != "auto" or not names:
+        return Fixed(Choice(names[0], draft_length) if names else PLAIN)
+    watch = LookupWatch(compiled.proposers[LOOKUP].lookup.ngram) if LOOKUP in names else None
+    return Automatic(known_costs(compiled), names, watch)

@@ -94,38 +94,40 @@ class Draft:
         self.reads += 1
         for number, confidence in enumerate(confidences):
             rate = self.confidence.rate(confidence)
-            full = self.length == self.lengths[-1]
-            if full or (self.length in self.lengths and not self._worth(rate, drafted=len(confidences) - number)):
+            if self.length == self.lengths[-1] or (self.length in self.lengths and not self._worth(rate, drafted=True)):
                 self.ended = True
                 return number
             self.confidences.append(confidence)
             self.chance *= rate
         return len(confidences)
 
-    def _worth(self, rate: float, drafted: int) -> bool:
-        """Whether to go on to some longer length, if the next token is accepted at ``rate``; ``drafted`` of it are.
+    def work(self, opening: int) -> tuple[int, int]:
+        """The steps and reads of a draft of this length, had it opened with so many tokens."""
+        steps, reads = opening, 1
+        for before, after in pairwise(LENGTHS):
+            if opening <= before < self.length:
+                steps, reads = after, reads + 1 + (after - before > 1)
+        if opening <= self.length < self.lengths[-1] and self._worth(self.confidence.mean, drafted=False):
+            return self.length + 1, reads + 1  # one more, that told to end
+        return steps, reads
+
+    def _worth(self, rate: float, drafted: bool) -> bool:
+        """Whether to go on to some longer length, if the next token is accepted at ``rate``; it may be ``drafted``.
 
         Not only to the next length: where the first row more is dear and the others are cheap, only many pay.
         """
         return any(self._gain(length, rate, drafted) > 0 for length in self.lengths if length > self.length)
 
-    def _gain(self, length: int, rate: float, drafted: int) -> float:
-        """Tokens that going on to ``length`` yields more than the time for it is worth."""
+    def _gain(self, length: int, rate: float, drafted: bool) -> float:
+        """Tokens that going on to ``length`` yields more than the time for it is worth.
+
+        That opening the draft may have made more of them already does not count: what pays only for that reason would
+        make long openings look right for ever.
+        """
         more = length - self.length
         tokens = self.chance * rate * expected_tokens([self.confidence.mean] * more, more - 1)
         rows = max(0.0, self.costs.verify[length] - self.costs.verify[self.length])
-        return tokens - self.speed * (rows + self.costs.steps(max(0, more - drafted), reads=more > drafted))
-
-
-def looked_at(length: int, opening: int) -> tuple[int, int]:
-    """How many steps a draft of ``length`` takes if it opens with so many at once, and how often the host looks."""
-    steps, reads = opening, 1
-    for before, after in pairwise(LENGTHS):
-        if opening <= before < length:
-            steps, reads = after, reads + 1 + (after - before > 1)
-        elif opening <= before == length:
-            steps, reads = length + 1, reads + 1  # the one that told to end
-    return steps, reads
+        return tokens - self.speed * (rows + self.costs.steps(more - drafted, (not drafted) + (more > 1)))
 
 
 class Stepwise:
@@ -138,7 +140,7 @@ class Stepwise:
         tokens = {length: expected_tokens([PRIOR_RATE] * length, length) for length in LENGTHS}
         length = max(LENGTHS[1:], key=lambda n: tokens[n] / costs.stepwise(n, n, 1))
         self.blocks, self.tokens, self.spent = 1.0, tokens[length], costs.stepwise(length, length, 1)
-        # What drafting would have taken, had each draft opened with so many tokens at once.
+        # Seconds that the drafts so far would have taken, had each opened with so many tokens at once.
         self.openings = dict.fromkeys(LENGTHS[1:], 0.0)
 
     def adopt(self, costs: BlockCosts) -> None:
@@ -174,7 +176,7 @@ class Stepwise:
         """What became of it. -> seconds of the block"""
         seconds = self.costs.stepwise(draft.length, draft.steps, draft.reads)
         for opening, spent in self.openings.items():
-            self.openings[opening] = SHORT_MEMORY * spent + self.costs.steps(*looked_at(draft.length, opening))
+            self.openings[opening] = SHORT_MEMORY * spent + self.costs.steps(*draft.work(opening))
         self.confidence.observe(draft.confidences, accepted)
         self.blocks = SHORT_MEMORY * self.blocks + 1
         self.tokens = SHORT_MEMORY * self.tokens + accepted + 1
@@ -184,5 +186,6 @@ class Stepwise:
     def doubt(self, blocks: int) -> None:
         """Before so many blocks that are to tell whether all this still holds: they are to count for half of it."""
         self.confidence.fade(0.25)
+        self.openings = dict.fromkeys(self.openings, 0.0)
         factor = min(1.0, blocks / self.blocks)
         self.blocks, self.tokens, self.spent = (factor * total for total in (self.blocks, self.tokens, self.spent))

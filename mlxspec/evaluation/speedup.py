@@ -67,6 +67,7 @@ def calibrated(
                 seen = seen + stats if one.draft_length == LONGEST_CHOICE else seen
     progress((rounds + 1) * len(decoders), (rounds + 1) * len(decoders))
     reached = [seen.blocks, *seen.accepted_at]  # how often each position's predecessors were all accepted
+    answer = max(1, round(seen.tokens / (rounds * len(prompts))))  # tokens
     conditional = [a / b if b else 0.0 for a, b in zip(seen.accepted_at, reached, strict=False)]
     figures = [
         {
@@ -82,7 +83,7 @@ def calibrated(
         "lengths": [
             {
                 "draft_length": length,
-                "predicted": predicted(costs, Choice(name, length), conditional, max_tokens),
+                "predicted": predicted(costs, Choice(name, length), conditional, answer),
                 **measured,
             }
             for length, measured in zip(SHOWN, figures[:-1], strict=True)

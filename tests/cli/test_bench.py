@@ -32,7 +32,7 @@ def test_calibrate_prints_what_rows_cost_and_says_which_length_wins(mlxspec_comm
     lines = outcome.out.splitlines()
     assert [line.split()[0] for line in lines[1:12]] == [*map(str, range(9)), "16", "auto"]
     assert " wins: " in outcome.out
-    assert len(json.loads((tmp_path / "b.json").read_text())["calibration"]["lengths"]) == 9
+    assert len(json.loads((tmp_path / "b.json").read_text())["calibration"]["lengths"]) == 10
 
 
 @pytest.mark.parametrize(

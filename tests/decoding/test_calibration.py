@@ -67,7 +67,7 @@ def test_a_longer_text_costs_what_each_position_more_adds():
 
 def test_what_a_position_adds_comes_from_two_capacities_and_is_never_less_than_nothing(models, costs):
     compiled, positions = blocks_of(models), LONG - CAPACITY_STEP
-    near = {1: 1.0, 17: 2.0, (DRAFT, MORE): 1.0}
+    near = {1: 1.0, 17: 2.0, (DRAFT, MORE, MORE): 1.0}
     far = {(LONG, 1): 1.0 + 2 * positions, (LONG, 17): 2.0 + 18 * positions}
     far[LONG, DRAFT] = 1.0 + 3 * MORE * positions
     assert longer(compiled, near | far) == (2.0, 1.0, 3.0)
@@ -106,6 +106,7 @@ DAMAGED = {
     "rows for nothing": NUMBERS | {"verify": [0.0] * 17},
     "no drafters": NUMBERS | {"draft": None},
     "another drafter": NUMBERS | {"draft": {"model": 1.0}},
+    "steps for nothing": NUMBERS | {"draft": {"model": 0.0, "lookup": 0.0}},
     "no steps": {name: value for name, value in NUMBERS.items() if name != "step_once"},
     "nothing caught up": NUMBERS | {"catch_up": {}},
     "a length of one": NUMBERS | {"longer": [0.0]},

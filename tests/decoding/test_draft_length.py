@@ -305,7 +305,7 @@ def test_seeded_automatic_runs_repeat_exactly():
 
 
 def test_nothing_is_measured_where_nothing_can_draft(monkeypatch):
-    monkeypatch.setattr("mlxspec.decoding.decoder.known_costs", lambda decoder: pytest.fail("measured"))
+    monkeypatch.setattr("mlxspec.decoding.draft_length.known_costs", lambda decoder: pytest.fail("measured"))
     target = random_llama(vocab_size=50)
     assert decoded(SpeculativeDecoder(ModelPair(target)), [1], 20) == plain_greedy(target, [1], 20)
 

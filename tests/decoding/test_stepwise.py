@@ -6,11 +6,22 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlxspec import ModelPair, Sampling, SpeculativeDecoder
-from mlxspec.decoding.choice import LENGTHS, LONGEST_CHOICE, MODEL, PLAIN, STEPWISE, BlockCosts, expected_tokens
+from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
+from mlxspec.decoding.block import StepwiseBlock
+from mlxspec.decoding.choice import (
+    LENGTHS,
+    LONGEST_CHOICE,
+    LOOKUP,
+    MODEL,
+    PLAIN,
+    STEPWISE,
+    BlockCosts,
+    Choice,
+    expected_tokens,
+)
 from mlxspec.decoding.draft_length import PROBE_BLOCKS, Automatic
 from mlxspec.decoding.drafting import ModelProposer
-from mlxspec.decoding.stepwise import Confidence, Draft, Stepwise, looked_at
+from mlxspec.decoding.stepwise import Confidence, Draft, Stepwise
 from mlxspec.decoding.verification import RULES
 from tests.conftest import decoded, plain_greedy, random_llama
 from tests.decoding import oracle
@@ -105,17 +116,22 @@ def test_no_more_is_drafted_than_there_is_room_for(most):
 
 @pytest.mark.parametrize("opening", LENGTHS[1:])
 @pytest.mark.parametrize("sure", [0, 1, 2, 3, 4, 7, 8, 12, 16])
-def test_what_is_verified_does_not_depend_on_how_many_are_drafted_at_once(opening, sure):
-    """But for what is there already and need not be paid for, here nothing."""
-    learnt = Stepwise(costs(step=1e-9, verify=STEEP_ROWS))
+@pytest.mark.parametrize("step", [1e-9, 0.1])
+def test_what_is_verified_does_not_depend_on_how_many_are_drafted_at_once(opening, sure, step):
+    learnt = Stepwise(costs(step, STEEP_ROWS))
     for _ in range(50):
         learnt.confidence.observe([1.0] * 16, 16)
         learnt.confidence.observe([0.1], 0)
     draft = Draft(learnt.costs, learnt.confidence, 1.5, LONGEST_CHOICE, opening)
     length = drafted(draft, [*[1.0] * sure, *[0.1] * (16 - sure)])
     assert length == min(length for length in LENGTHS if length >= sure)
-    if length == sure:  # otherwise it ended without looking at another one
-        assert (draft.steps, draft.reads) == looked_at(length, opening)
+    assert (draft.steps, draft.reads) == draft.work(opening)
+
+
+def test_a_draft_with_room_for_fewer_tokens_than_were_made_takes_as_many_as_it_may():
+    draft = Stepwise(costs()).draft(2)
+    assert draft.take([1.0] * 16) == 2
+    assert (draft.wanted, draft.length, draft.steps) == (0, 2, 16)
 
 
 def test_a_draft_opens_with_as_many_tokens_as_were_mostly_worth_it_lately():
@@ -199,7 +215,7 @@ def simulated(chooser: Automatic, rng: random.Random, rates: list[float], blocks
 
 def best_fixed(table: BlockCosts, rates: list[float]) -> float:
     mean = sum(rates) / len(rates)
-    return max(expected_tokens([mean] * 16, n) / (table.verify[n] + n * table.draft[MODEL]) for n in ROWS)
+    return max(expected_tokens([mean] * 16, n) / table.stepwise(n, n, n > 0) for n in ROWS)
 
 
 STEEP_ROWS = tuple(1 + 0.3 * rows for rows in ROWS)
@@ -223,6 +239,18 @@ def test_it_is_hardly_slower_where_confidence_tells_nothing(rate, step):
     chooser, rng = Automatic(table, [MODEL]), random.Random(0)
     simulated(chooser, rng, [rate], 200)
     assert simulated(chooser, rng, [rate], 3000) > 0.95 * best_fixed(table, [rate])
+
+
+@pytest.mark.parametrize("step", [0.02, 0.15, 0.3])
+@pytest.mark.parametrize("read", [0.0, 0.02, 0.1])
+def test_long_drafts_that_paid_are_given_up_where_they_no_longer_do(step, read):
+    """Their openings too: that the tokens are there already must not make them look right."""
+    table = costs(step, tuple(1 + 0.02 * rows for rows in ROWS), read=read)
+    chooser, rng = Automatic(table, [MODEL]), random.Random(0)
+    simulated(chooser, rng, [1.0], 200)
+    assert chooser.opening() == (16 if read else 1)
+    simulated(chooser, rng, [0.85], 200)
+    assert simulated(chooser, rng, [0.85], 2000) > 0.93 * best_fixed(table, [0.85])
 
 
 @pytest.mark.parametrize("verify", JUMPS.values(), ids=JUMPS)
@@ -304,7 +332,7 @@ class Fickle(Automatic):
         return FickleDraft(self.costs, Confidence(), 0.0, most)
 
     def opening(self):
-        return FickleDraft.rng.randint(0, 3)
+        return FickleDraft.rng.choice([0, 1, 2, 4, 8, 16])
 
     def observe(self, choice, tokens, accepted, behind, draft=None):
         pass
@@ -322,7 +350,88 @@ def test_the_target_drafting_for_itself_is_always_right_whatever_was_dropped():
     assert decoder.stats.drafted_by[MODEL] > decoder.stats.drafted + 10
 
 
-@pytest.mark.parametrize("count", [1, 9, 10, 11, 19])
+class Wavering(Automatic):
+    """Always opens with as many tokens as it may, and leaves the drafter now and then."""
+
+    def __init__(self, choices, opening: int = 16):
+        super().__init__(costs(step=1e-6, verify=tuple(1 + 1e-6 * rows for rows in ROWS)), [MODEL])
+        self.choices, self.opened = itertools.cycle(choices), opening
+        self.choice = next(self.choices)
+
+    def begin(self, prompt, max_tokens, behind):
+        pass
+
+    def draft(self, most):
+        return Draft(self.costs, Confidence(), 1e-3, most, self.opened)
+
+    def opening(self):
+        return self.opened
+
+    def chance_of(self, choice, tokens):
+        return 0.0  # that the answer ends with the block in flight
+
+    def observe(self, choice, tokens, accepted, behind, draft=None):
+        self.choice = next(self.choices)
+
+
+def self_drafting(choices, sampling=None) -> SpeculativeDecoder:
+    """The target drafting for itself is always right, if both caches hold the text."""
+    target = random_llama(vocab_size=60)
+    decoder = SpeculativeDecoder(ModelPair(target, target, lookup=PromptLookup()), sampling or Sampling(1.0, seed=0))
+    decoder._chooser = Wavering(choices)
+    return decoder
+
+
+@pytest.mark.parametrize("other", [PLAIN, Choice(LOOKUP, 2)])
+def test_a_draft_that_was_opened_in_vain_does_no_harm(other):
+    decoder = self_drafting([STEPWISE, STEPWISE, other, STEPWISE, other, other])
+    for prompt in ([3, 4], list(range(40)), [*range(40), *[9] * 10]):
+        drafts = [block for block in decoder.blocks(prompt, 200) if block.drafted > 2]
+        assert len(drafts) > 5
+        assert all(block.accepted == block.drafted for block in drafts)
+
+
+def test_a_stream_that_is_left_with_an_opened_draft_leaves_both_caches_whole():
+    decoder = self_drafting([STEPWISE])
+    text = [3, 4, 5, 6]
+    for _ in range(4):
+        for number, block in enumerate(decoder.blocks(text, 300)):
+            text += block.tokens
+            assert block.accepted == block.drafted
+            if number == 2:
+                assert "opened" in decoder._state
+                break
+        text += [7, 8]
+    assert decoder.stats.prompt_tokens_reused > 100
+
+
+@pytest.mark.parametrize("count", [17, 18, 19, 20, 21, 34, 35, 36, 37, 38, 53, 54])
+def test_an_answer_is_as_long_as_asked_for_and_nothing_is_opened_that_it_has_no_room_for(count, monkeypatch):
+    decoder, passes = self_drafting([STEPWISE]), []
+    original = StepwiseBlock._steps
+    monkeypatch.setattr(
+        StepwiseBlock, "_steps", lambda self, count, cursor: (passes.append(count), original(self, count, cursor))[1]
+    )
+    blocks = list(decoder.blocks([3, 4], count))
+    assert sum(len(block.tokens) for block in blocks) == count
+    assert all(len(block.tokens) == block.accepted + 1 for block in blocks)
+    assert sum(passes) == sum(block.drafted for block in blocks)  # each was used
+
+
+def test_the_next_draft_is_opened_before_the_host_reads_a_block(monkeypatch):
+    decoder, order = self_drafting([STEPWISE]), []
+    original, read = StepwiseBlock._steps, mx.array.tolist
+    monkeypatch.setattr(
+        StepwiseBlock, "_steps", lambda self, count, cursor: (order.append(count), original(self, count, cursor))[1]
+    )
+    monkeypatch.setattr(
+        mx.array, "tolist", lambda self: (order.append("sure" if self.dtype == mx.float32 else "read"), read(self))[1]
+    )
+    list(decoder.blocks([3, 4], 5 * 17))
+    assert order == [16, "sure", *[16, "read", "sure"] * 4, "read"]
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 17, 18, 19, 20, 36])
 def test_the_next_turn_finds_both_caches_whole_whatever_the_last_answer_ended_with(count):
     target = random_llama(vocab_size=60)
     decoder = stepwise_decoder(target, target, Sampling(1.0, seed=0))
