@@ -24,17 +24,25 @@ PREFILL_STEP = 512  # tokens in one forward pass over a prompt
 class KVCache:
     """One layer's view of its buffers during one forward pass over the positions from ``length`` on.
 
-    ``buffers`` is None only while the shapes of a model's keys and values are being found out.
+    ``buffers`` is None only while the shapes of a model's keys and values are being found out. ``end`` is where the
+    pass ends, if the host knows: then attention covers no more than that.
     """
 
-    def __init__(self, buffers: tuple[mx.array, mx.array] | None, length: mx.array, window: int | None):
+    def __init__(
+        self,
+        buffers: tuple[mx.array, mx.array] | None,
+        length: mx.array,
+        window: int | None,
+        end: int | None = None,
+    ):
         self.keys, self.values = buffers or (None, None)
         self.offset = length
         self.capacity = CAPACITY_STEP if buffers is None else buffers[0].shape[2]
         self.window = window
+        self.end = end
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [1, H, L, D] behind the valid positions; returns the whole buffers."""
+        """Write [1, H, L, D] behind the valid positions; returns the buffers, up to the end if that is known."""
         if self.keys is None:
             self.keys = mx.zeros((*keys.shape[:2], self.capacity, keys.shape[-1]), keys.dtype)
             self.values = mx.zeros((*values.shape[:2], self.capacity, values.shape[-1]), values.dtype)
@@ -42,13 +50,20 @@ class KVCache:
         self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
         self.values = mx.slice_update(self.values, values, start, axes=(2,))
         self.offset = self.offset + keys.shape[2]
-        return self.keys, self.values
+        if self.end is None:
+            return self.keys, self.values
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Row i sees the valid positions and the new ones up to its own, within the window: bool [N, capacity]."""
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:
+        """Row i sees the valid positions and the new ones up to its own, within the window: bool [N, positions].
+
+        "causal" says that where the last row's own position is the last one, in a form that kernels are made for.
+        """
         window = window_size or self.window
+        if self.end is not None and window is None and not return_array:
+            return "causal"
         query = (self.offset + mx.arange(N))[:, None]
-        key = mx.arange(self.capacity)[None]
+        key = mx.arange(self.end or self.capacity)[None]
         mask = key <= query
         return mask if window is None else mask & (key > query - window)
 
@@ -104,10 +119,15 @@ class CachedModel:
 
         return [(zeros(*keys), zeros(*values)) for keys, values in self.shapes]
 
-    def __call__(self, tokens: mx.array, buffers: Buffers | None, length: mx.array) -> tuple[mx.array, Buffers]:
-        """tokens [L] behind ``length`` positions -> logits [L, V], buffers. Nothing is evaluated."""
+    def __call__(
+        self, tokens: mx.array, buffers: Buffers | None, length: mx.array, end: int | None = None
+    ) -> tuple[mx.array, Buffers]:
+        """tokens [L] behind ``length`` positions -> logits [L, V], buffers. Nothing is evaluated.
+
+        ``end`` is length + L, where the host knows it.
+        """
         layers = buffers or [None] * len(self.windows)
-        caches = [KVCache(layer, length, window) for layer, window in zip(layers, self.windows, strict=True)]
+        caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=True)]
         logits = self.model(tokens[None], cache=caches)[0]
         return logits, [(cache.keys, cache.values) for cache in caches]
 
@@ -119,7 +139,7 @@ class CachedModel:
         for start in range(0, tokens.size, PREFILL_STEP):
             chunk = tokens[start : start + PREFILL_STEP]
             buffers = with_room(buffers, length + chunk.size)
-            _, buffers = self(chunk, buffers, mx.array(length))
+            _, buffers = self(chunk, buffers, mx.array(length), length + chunk.size)
             mx.eval(buffers)
             length += chunk.size
             advanced(chunk.size)

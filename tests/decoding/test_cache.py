@@ -30,6 +30,17 @@ def test_update_writes_behind_the_length_and_nowhere_else():
     assert cache.offset.item() == 4
 
 
+def test_where_the_end_is_known_attention_covers_no_more_and_the_buffers_stay_whole():
+    cache = KVCache((mx.zeros((1, 1, 8, 2)), mx.zeros((1, 1, 8, 2))), mx.array(3), None, end=5)
+    assert cache.make_mask(2) == "causal"
+    assert cache.make_mask(2, return_array=True).tolist() == [[True] * 4 + [False], [True] * 5]
+    assert cache.make_mask(2, window_size=2).tolist() == [[False] * 2 + [True] * 2 + [False], [False] * 3 + [True] * 2]
+    keys, values = cache.update_and_fetch(mx.ones((1, 1, 2, 2)), mx.ones((1, 1, 2, 2)))
+    assert keys.shape == values.shape == (1, 1, 5, 2)
+    assert cache.keys.shape == cache.values.shape == (1, 1, 8, 2)
+    assert cache.keys[0, 0, :, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+
+
 def test_room_grows_in_steps_and_keeps_every_position():
     buffers = with_room(filled(CAPACITY_STEP), CAPACITY_STEP + 1)
     assert buffers[0][0].shape == (1, 1, 2 * CAPACITY_STEP, 1)
