@@ -3,7 +3,7 @@
 That is measured cost times measured acceptance (``choice.py``), "draft nothing" included; a model that drafts does so
 step by step, for as long as it seems sure enough (``stepwise.py``).
 
-Everything here is arithmetic on what was committed earlier, so the emitted text stays distributed as the target's own,
+Every choice is arithmetic on what was committed earlier, so the emitted text stays distributed as the target's own,
 and with the same costs and the same past the choice is the same.
 """
 
