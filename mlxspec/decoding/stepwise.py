@@ -1,4 +1,4 @@
-"""Whether one more token is worth drafting, decided token by token from how sure the drafter is of it.
+"""Whether more is worth drafting, decided as the draft goes on from how sure the drafter is of it.
 
 A drafter is right about some words and guesses at others, and its own probabilities tell which. So the length of a
 draft follows the text: more is drafted and verified as long as what it will probably yield is worth more than the time
@@ -85,7 +85,7 @@ class Draft:
         if not self.steps:
             return min(self.opening, self.lengths[-1])
         if self.length in self.lengths:
-            return int(self._worth(self.confidence.mean, drafted=0))
+            return int(self._worth(self.confidence.mean, drafted=False))
         return next(length for length in self.lengths if length > self.length) - self.length
 
     def take(self, confidences: Sequence[float]) -> int:
