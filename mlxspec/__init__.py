@@ -1,8 +1,7 @@
 """Lossless speculative decoding on MLX, and the training of the drafters that make it fast."""
 
 from mlxspec.decoding.conversation import Conversation
-from mlxspec.decoding.decoder import Block, SpeculativeDecoder
-from mlxspec.decoding.generation import Generation, generate
+from mlxspec.decoding.decoder import Block, Generation, SpeculativeDecoder, generate
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.text import Segment

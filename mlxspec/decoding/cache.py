@@ -131,11 +131,17 @@ class CachedModel:
         logits = self.model(tokens[None], cache=caches)[0]
         return logits, [(cache.keys, cache.values) for cache in caches]
 
-    def prefill(
-        self, tokens: mx.array, buffers: Buffers | None, length: int, advanced: Callable[[int], None]
-    ) -> Buffers:
-        """Run ``tokens`` [L] in chunks behind ``length`` positions; ``advanced`` is told the size of each chunk."""
-        buffers = with_room(buffers, length, exactly=True) if buffers else self.empty(length)
+    def prefill(self, tokens: mx.array, kept: list[Buffers], length: int, advanced: Callable[[int], None]) -> Buffers:
+        """Run a model over a text, in chunks.
+
+        Args:
+            tokens: [L] int32.
+            kept: buffers that hold the ``length`` positions before them, or nothing. They are taken out of the list:
+                what the caller still held would be copied instead of written in place.
+            length: positions before ``tokens``.
+            advanced: is called with the number of tokens of each chunk.
+        """
+        buffers = with_room(kept.pop(), length, exactly=True) if kept else self.empty(length)
         for start in range(0, tokens.size, PREFILL_STEP):
             chunk = tokens[start : start + PREFILL_STEP]
             buffers = with_room(buffers, length + chunk.size)

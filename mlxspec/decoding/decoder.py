@@ -1,7 +1,6 @@
-"""Speculative decoding: keep blocks in flight, read the result of each once, cut what comes out of them.
+"""Speculative decoding: keep two blocks in flight, read each result once, cut what comes out of it.
 
-Two, unless the draft of the second depends on what became of the first, as it does stepwise.
-What happens inside a block is in ``block.py``; who drafts how many tokens, in ``draft_length.py``.
+The block itself is in ``block.py``; who drafts how many tokens is decided in ``policy.py``.
 """
 
 import os
@@ -9,34 +8,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxspec.decoding.block import CompiledBlocks, State
+from mlxspec.decoding import calibration
+from mlxspec.decoding.block import State
 from mlxspec.decoding.cache import with_room
-from mlxspec.decoding.choice import LONGEST_CHOICE, MODEL, NOBODY, PLAIN, STEPWISE, Choice
-from mlxspec.decoding.draft_length import Chooser, chooser_for
-from mlxspec.decoding.drafting import Drafters
-from mlxspec.decoding.request import answer_budget, check_options
+from mlxspec.decoding.compiled import CompiledBlocks
+from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, IdleStates
+from mlxspec.decoding.policy import Automatic, DraftPolicy, Fixed
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
-from mlxspec.decoding.stepwise import Draft
 from mlxspec.decoding.text import AnswerText, Segment
+from mlxspec.decoding.verification import RULES
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.tokens import encode_prompt
 
 BLOCKS_IN_FLIGHT = 2
+LONGEST_DRAFT = 64  # a block is unrolled when it is compiled
+SHORTEST_WAIT = 1e-4  # seconds: a read that took less found its result ready
 
-Progress = Callable[[int, int], None]  # prompt tokens done, prompt tokens in all
+Progress = Callable[[int, int], None]  # done, in all
 
 
 @dataclass(frozen=True)
 class Block:
     """What one target pass yielded: ``accepted`` of ``drafted`` tokens, and one of the target's own.
 
-    ``tokens`` are accepted + 1, fewer where max_tokens, the context or an EOS cuts the block.
+    ``tokens`` are accepted + 1; fewer where max_tokens, the context or an EOS cuts the block.
     """
 
     tokens: list[int]
@@ -44,24 +45,22 @@ class Block:
     accepted: int
 
 
-class Launched(NamedTuple):
-    """A block that is on its way."""
-
-    choice: Choice
-    result: mx.array
-    draft: Draft | None  # if it was made stepwise
-
-
 class SpeculativeDecoder:
-    """Decodes with a pair; the text is distributed exactly as the target's own, whatever the drafter proposes.
+    """Decodes with a pair. The text is distributed exactly as the target's own, whatever the drafter proposes.
 
-    ``draft_length`` is the number of tokens drafted a block: 0 is plain decoding; "auto" chooses between the pair's
-    drafter, its ``lookup`` and nobody, and drafts up to 16 tokens, by what a block costs on this device, which is
-    measured when it is first needed and then known, by how many tokens were accepted so far (``draft_length.py``) and
-    by how sure the drafter is of the next (``stepwise.py``).
-    ``verification`` names the rule: "block", "token" or "match". One stream at a time: starting another ends the
-    first. Raises InvalidRequestError for options out of range and UnsupportedModelError for a model that cannot be
-    rewound.
+    One stream at a time: starting another ends the first.
+
+    Args:
+        pair: target and drafters.
+        sampling: how tokens are drawn; greedy by default. Compiled into the blocks, hence fixed.
+        draft_length: tokens drafted per block, 0 for plain decoding; or "auto": choose the pair's drafter, its
+            ``lookup`` or no draft for each block, and the length, by measured cost and acceptance (``policy.py``).
+        verification: the rule, "block", "token" or "match".
+        policy: decides in the place of ``draft_length``.
+
+    Raises:
+        InvalidRequestError: an option is out of range.
+        UnsupportedModelError: a model cannot be rewound.
     """
 
     def __init__(
@@ -70,92 +69,102 @@ class SpeculativeDecoder:
         sampling: Sampling | None = None,
         draft_length: int | str = "auto",
         verification: str = "block",
+        policy: DraftPolicy | None = None,
     ):
         check_options(draft_length, verification)
         self.pair = pair
         self.stats = DecodingStats()
         self.draft_length = draft_length
-        self.compiled = CompiledBlocks(pair, sampling or Sampling(), verification, drafting=draft_length != 0)
-        self.drafters = Drafters(self.compiled.proposers)
-        self._chooser: Chooser | None = None
+        drafting = draft_length != 0 or policy is not None
+        self.compiled = CompiledBlocks(pair, sampling or Sampling(), verification, drafting)
+        self.policy = policy or self._fixed_policy()
+        self._idle = IdleStates(self.compiled.proposers)
         self._state: State | None = None
-        self._drafting = NOBODY  # whose state is in there
+        self._proposer = NONE  # the one whose state is in there
         self._tokens: list[int] = []  # committed: prompt and answer
         self._stream = 0  # which call of ``blocks`` owns the state
 
     @property
     def sampling(self) -> Sampling:
-        """Fixed, as it is compiled into the blocks."""
+        """How tokens are drawn."""
         return self.compiled.sampling
 
     @property
-    def chooser(self) -> Chooser:
-        """Who says what the next block is; what "auto" needs to know of costs is measured here if nobody knows."""
-        if self._chooser is None:
-            self._chooser = chooser_for(self.compiled, self.draft_length)
-        return self._chooser
+    def calibrated(self) -> bool:
+        """Whether everything that the policy has to know of this device is known."""
+        return self.policy is not None or calibration.known_costs(self.compiled) is not None
+
+    def calibrate(self, progress: Progress = lambda done, total: None, anew: bool = False) -> None:
+        """Measure what blocks cost on this device, for ``draft_length="auto"``.
+
+        The figures are kept on disk, so this takes a few seconds once per pair and device. ``blocks`` calls it if
+        nobody has.
+
+        Args:
+            progress: is called with the number of figures measured and of all figures.
+            anew: measure again what is known.
+        """
+        if self.policy is None or (anew and isinstance(self.policy, Automatic)):
+            costs = calibration.calibrate(self.compiled, progress, anew)
+            self.policy = Automatic(costs, self.compiled.drafters, ngram=self._ngram())
 
     def forget(self) -> None:
-        """Drop the caches, as if nothing had been decoded; how often drafts were accepted is not forgotten."""
+        """Free the caches, as if nothing had been decoded. What the policy has learned is kept."""
         self._state, self._tokens = None, []
-        self.drafters.forget_beyond(0)
+        self._idle.truncate(0)
         self._stream += 1
 
     def blocks(
         self,
         prompt: Sequence[int],
         max_tokens: int = 256,
-        progress: Progress | None = None,
+        progress: Progress = lambda done, total: None,
         seed: int | None = None,
     ) -> Iterator[Block]:
-        """Decode token ids; the concatenated ``Block.tokens`` are the answer, an EOS included.
+        """Decode token ids. The concatenated ``Block.tokens`` are the answer, an EOS included.
 
-        ``max_tokens`` −1 goes on until an EOS or a full context. ``progress`` is told of the prompt's prefill. ``seed``
-        takes the place of the sampling's; it repeats a text exactly, if ``draft_length`` is "auto" on a decoder that
-        has seen the same before. Raises InvalidRequestError at once for an empty prompt or one that leaves no
-        room in the context, and later if another stream is started on this decoder.
+        Args:
+            prompt: token ids; what they share with the last text is not computed again.
+            max_tokens: of the answer; −1 continues until an EOS or a full context.
+            progress: is called with the tokens of the prompt that were read, and all of them.
+            seed: takes the place of the sampling's. With a seed, costs are not corrected by the clock, so that the
+                same calls on a new decoder repeat the text.
+
+        Raises:
+            InvalidRequestError: at once for a prompt that is empty or leaves no room in the context; later if another
+                stream is started on this decoder.
         """
         prompt = [int(token) for token in prompt]
         budget = answer_budget(prompt, max_tokens, self.pair.context_length, self.compiled.target.vocab_size)
         seed = self.sampling.seed if seed is None else seed
-        key = mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
         self._stream += 1
-        return self._run(prompt, budget, progress or (lambda done, total: None), key, self._stream)
+        return self._run(prompt, budget, progress, seed, self._stream)
 
-    def _run(self, prompt: list[int], budget: float, progress: Progress, key: mx.array, stream: int) -> Iterator[Block]:
+    def _run(
+        self, prompt: list[int], budget: float, progress: Progress, seed: int | None, stream: int
+    ) -> Iterator[Block]:
         self._check_owner(stream)
-        self._prefill(prompt, progress, key, budget)
-        eos, start = self.pair.eos_token_ids, time.perf_counter()
-        in_flight: deque[Launched] = deque()
+        self.calibrate()
+        self._prefill(prompt, progress, seed, budget)
+        eos, start, clock = self.pair.eos_token_ids, time.perf_counter(), BlockClock()
+        in_flight: deque[InFlight] = deque()
         while self.stats.tokens < budget:
             while self._may_launch(in_flight, budget):
-                in_flight.append(self._launch([block.choice for block in in_flight], budget))
-            choice, result, draft = in_flight.popleft()
-            *tokens, accepted = result.tolist()  # the one host read, but for those within a stepwise draft
-            tokens = tokens[: min(accepted + 1, budget - self.stats.tokens)]
+                in_flight.append(self._launch(in_flight, budget))
+            block = in_flight.popleft()
+            (*tokens, accepted), seconds = clock.read(block)  # the one host read of a block
+            tokens = tokens[: min(accepted + 1, int(min(budget - self.stats.tokens, len(tokens))))]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
             self._tokens += tokens
-            self.chooser.observe(choice, tokens, accepted, self._behind(), draft)
-            self.stats.add(len(tokens), choice, accepted, draft.steps - draft.length if draft else 0)
+            self.policy.observe(block.choice, tokens, accepted, self._unread(), seconds if seed is None else None)
+            self.stats.add(len(tokens), block.choice, accepted)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
-            yield Block(tokens, choice.length, accepted)
+            yield Block(tokens, block.choice.length, accepted)
             if end is not None:
                 return
             self._check_owner(stream)
-
-    def _may_launch(self, in_flight: deque[Launched], budget: float) -> bool:
-        """Whether to queue one more block: not one that will probably be thrown away, nor past a change of drafters.
-
-        Stepwise, the next draft waits for the last block anyway.
-        """
-        if not in_flight:
-            return True
-        choice = self.chooser.choice
-        if len(in_flight) == BLOCKS_IN_FLIGHT or choice == STEPWISE or choice.proposer != self._drafting:
-            return False
-        return self.chooser.chance_of(in_flight[0].choice, budget - self.stats.tokens) < 0.5
 
     def stream(
         self,
@@ -164,14 +173,22 @@ class SpeculativeDecoder:
         stop: Sequence[str] = (),
         system: str | None = None,
         raw: bool = False,
-        progress: Progress | None = None,
+        progress: Progress = lambda done, total: None,
         seed: int | None = None,
     ) -> Iterator[Segment]:
         """Decode to text as it comes; the last segment carries the finish_reason.
 
-        A text prompt goes through the tokenizer's chat template if it has one, unless ``raw``; token ids are taken
-        as they are. The rest is as for ``blocks``. Raises InvalidRequestError at once for a bad prompt or an empty stop
-        string.
+        Args:
+            prompt: text, which goes through the tokenizer's chat template if it has one; or token ids, as they are.
+            max_tokens: as for ``blocks``.
+            stop: the answer ends before the first of these strings.
+            system: a system prompt, for a chat template that takes one.
+            raw: leave out the chat template.
+            progress: as for ``blocks``.
+            seed: as for ``blocks``.
+
+        Raises:
+            InvalidRequestError: at once for a bad prompt or an empty stop string.
         """
         if self.pair.tokenizer is None:
             raise InvalidRequestError("this pair has no tokenizer; use blocks() for token ids")
@@ -181,12 +198,9 @@ class SpeculativeDecoder:
         blocks = self.blocks(prompt, max_tokens, progress, seed)
         return self._segments(blocks, text, self._stream)
 
-    def _check_owner(self, stream: int) -> None:
-        if self._stream != stream:
-            raise InvalidRequestError("this stream has ended: another one was started on the same decoder")
-
     def _segments(self, blocks: Iterator[Block], text: AnswerText, stream: int) -> Iterator[Segment]:
-        consumed, drafted = [], False
+        consumed: list[int] = []
+        drafted = False
         for block in blocks:
             for i, token in enumerate(block.tokens):
                 consumed.append(token)
@@ -202,72 +216,76 @@ class SpeculativeDecoder:
                     consumed = []
         yield Segment(text.finish(), consumed, drafted, "stop" if text.ended else "length")
 
+    def _check_owner(self, stream: int) -> None:
+        if self._stream != stream:
+            raise InvalidRequestError("this stream has ended: another one was started on the same decoder")
+
     def _uncommit(self, count: int) -> None:
         """Take back the last ``count`` tokens, which a stop string cut off."""
         self.stats.tokens -= count
         del self._tokens[len(self._tokens) - count :]
 
-    def _launch(self, in_flight: list[Choice], budget: float) -> Launched:
-        """Queue one block behind those in flight; its result is an array that nothing has waited for."""
-        choice, missing = self.chooser.choice, budget - self.stats.tokens
-        if choice == STEPWISE and missing <= 1:
-            choice = PLAIN  # a drafter that did not step would not see the tokens before that one either
-        if choice.proposer != self._drafting:  # nothing is in flight then
-            state = self._set_aside()
-            state["drafter"] = self.drafters.ready(choice.proposer, self._tokens)
-            self._state, self._drafting = state, choice.proposer
-            del state
-        most, draft = choice.length, None
-        if choice == STEPWISE:
-            most = int(min(missing - 1, LONGEST_CHOICE))  # one token is the target's own
-            draft = self.chooser.draft(most)
-        longest = len(self._tokens) + sum(length + 1 for _, length in in_flight) + most + 1
-        # Nothing may refer to the old state when the new one is evaluated: a buffer that somebody else holds would be
-        # copied instead of written in place.
-        if draft is None:
-            result, self._state = self.compiled[choice](self._state_with_room(longest))
-        else:  # and begin with the next draft
-            opening = self.chooser.opening()
-            result, self._state = self.compiled.stepwise(
-                self._state_with_room(longest + opening), draft, opening, missing
-            )
-            choice = Choice(MODEL, draft.length)
+    def _may_launch(self, in_flight: "deque[InFlight]", budget: float) -> bool:
+        """Return whether to queue one more block: not if the answer will probably end before it.
+
+        Another proposer has to wait until the blocks in flight are read: it reads their tokens.
+        """
+        if not in_flight:
+            return True
+        missing = budget - self.stats.tokens
+        if len(in_flight) == BLOCKS_IN_FLIGHT or self.policy.expected_tokens(in_flight[0].choice) > missing - 0.5:
+            return False
+        return self.policy.choose(missing - len(in_flight)).proposer == self._proposer
+
+    def _launch(self, in_flight: "deque[InFlight]", budget: float) -> "InFlight":
+        """Queue one block behind those in flight; nothing waits for its result."""
+        choice = self.policy.choose(budget - self.stats.tokens - len(in_flight))
+        if choice.proposer != self._proposer:
+            self._change_proposer(choice.proposer)
+        length = len(self._tokens) + sum(block.choice.length + 1 for block in in_flight) + choice.length + 1
+        # Nothing may refer to the old state when the new one is evaluated: a buffer that something else holds would
+        # be copied instead of written in place.
+        result, self._state = self.compiled[choice](self._take_state(length))
         mx.async_eval(result, self._state)
-        return Launched(choice, result, draft)
+        return InFlight(choice, result, time.perf_counter())
 
-    def _set_aside(self) -> State:
-        """Keep the drafter's state for when it drafts again, though not the draft that it may have begun. -> the rest
+    def _take_state(self, length: int) -> State:
+        """Take the state out of the decoder, with room for ``length`` tokens.
 
-        Taken from the decoder: if what follows is interrupted, the next prompt starts from nothing.
+        If the block fails, the next prompt starts from nothing.
         """
         state, self._state = self._state, None
-        state.pop("opened", None)
-        self.drafters.put_back(self._drafting, state.pop("drafter"), max(0, len(self._tokens) - 2))
-        return state
+        return state._replace(
+            target=with_room(state.target, length),
+            drafter=self.compiled.proposers[self._proposer].with_room(state.drafter, length),
+        )
 
-    def _behind(self) -> int:
-        """Tokens that the model drafter has not seen, as far as it is not drafting."""
-        return 0 if self._drafting == MODEL else self.drafters.behind(MODEL, len(self._tokens))
+    def _change_proposer(self, name: str) -> None:
+        """Set the present proposer's state aside and get that of another, which reads what it missed."""
+        state, self._state = self._state, None  # if this is interrupted, the next prompt starts from nothing
+        self._idle.put_back(self._proposer, state.drafter, max(0, len(self._tokens) - 2))
+        self._state, self._proposer = state._replace(drafter=self._idle.take(name, self._tokens)), name
 
-    def _state_with_room(self, length: int) -> State:
-        """The state, taken from the decoder: if the block fails, the next prompt starts from nothing."""
-        state, self._state = self._state, None
-        state["target"] = with_room(state["target"], length)
-        state["drafter"] = self.compiled.proposers[self._drafting].with_room(state["drafter"], length)
-        return state
+    def _unread(self) -> int:
+        """Return the tokens that the model drafter would have to read if it were to draft next."""
+        return 0 if self._proposer == MODEL else self._idle.unread(MODEL, len(self._tokens))
 
-    def _prefill(self, prompt: list[int], progress: Progress, key: mx.array, budget: float) -> None:
-        """Bring the caches to the prompt, reusing what they share with it; that of a drafter if it is to draft."""
-        chooser = self.chooser  # which may have to measure something
+    def _prefill(self, prompt: list[int], progress: Progress, seed: int | None, budget: float) -> None:
+        """Bring the caches to the prompt. What they share with it is reused; an idle drafter reads nothing."""
         mx.reset_peak_memory()
         start = time.perf_counter()
-        # The caches are taken from the decoder, for the same reasons as above; of other weights they are of no use.
+        # Caches of other weights are of no use.
         reused = self._reusable(prompt) if self.compiled.weights.note() and self._state else 0
-        old = self._set_aside() if self._state else {}
-        self.drafters.forget_beyond(reused)
-        chooser.begin(prompt, budget, self.drafters.behind(MODEL, len(prompt)))
-        drafting = chooser.choice.proposer
-        passes = 1 + self.compiled.proposers[drafting].prefills
+        kept: list[Any] = []
+        if self._state is not None:
+            state, self._state = self._state, None
+            self._idle.put_back(self._proposer, state.drafter, max(0, len(self._tokens) - 2))
+            kept = [state.target] if reused else []
+            del state
+        self._idle.truncate(reused)
+        self.policy.start(prompt, budget, self._idle.unread(MODEL, len(prompt)))
+        proposer = self.policy.choose(budget).proposer
+        passes = 1 + self.compiled.proposers[proposer].reads
         new, done = len(prompt) - reused, 0
 
         def advanced(tokens: int) -> None:
@@ -275,22 +293,131 @@ class SpeculativeDecoder:
             done += tokens
             progress(reused + min(done // passes, new - 1), len(prompt))
 
-        state = {
-            "recent": mx.array(prompt[-2:], mx.int32),
-            "committed": mx.array(len(prompt), mx.int32),
-            "target": self.compiled.target.prefill(
-                mx.array(prompt[reused:-1], mx.int32), old.pop("target", None) if reused else None, reused, advanced
-            ),
-            "drafter": self.drafters.ready(drafting, prompt, advanced),
-            "key": key,
-        }
+        unread = mx.array(prompt[reused:-1], mx.int32)
+        state = State(
+            recent=mx.array(prompt[-2:], mx.int32),
+            committed=mx.array(len(prompt), mx.int32),
+            target=self.compiled.target.prefill(unread, kept, reused, advanced),
+            drafter=self._idle.take(proposer, prompt, advanced),
+            key=mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed),
+        )
         mx.eval(state)
-        self._state, self._drafting, self._tokens = state, drafting, list(prompt)
+        self._state, self._proposer, self._tokens = state, proposer, list(prompt)
         progress(len(prompt), len(prompt))
         seconds = time.perf_counter() - start
         self.stats = DecodingStats(prompt_tokens=len(prompt), prompt_tokens_reused=reused, prompt_seconds=seconds)
 
     def _reusable(self, prompt: list[int]) -> int:
-        """Leading tokens of the prompt that both caches hold: all but the last two committed ones can be kept."""
+        """Return how many leading tokens of the prompt all caches hold: all but the last two committed ones."""
         limit = min(len(prompt), len(self._tokens)) - 2
         return next((i for i in range(limit) if prompt[i] != self._tokens[i]), max(limit, 0))
+
+    def _fixed_policy(self) -> DraftPolicy | None:
+        """Return the policy where nothing has to be chosen."""
+        drafters = self.compiled.drafters
+        if not drafters:
+            return Fixed(PLAIN)
+        return None if self.draft_length == "auto" else Fixed(Choice(drafters[0], self.draft_length))
+
+    def _ngram(self) -> int:
+        lookup = self.compiled.proposers.get(LOOKUP)
+        return lookup.lookup.ngram if lookup else 0
+
+
+class InFlight(NamedTuple):
+    """A block that is queued on the device."""
+
+    choice: Choice
+    result: mx.array  # [γ+2]
+    queued: float  # when, by ``time.perf_counter``
+
+
+class BlockClock:
+    """Reads results, and tells what the device took for a block where the reads show it.
+
+    The device is busy with one block between two reads that both had to wait, if the second block was queued before
+    the first read returned. A slow consumer, a trace or a change of proposer leave no such figure.
+    """
+
+    def __init__(self) -> None:
+        self.ready: float | None = None  # when the last result became ready, if the host was waiting for it
+
+    def read(self, block: InFlight) -> tuple[list[int], float | None]:
+        """Wait for a block. Return its result, and the seconds that it took the device, None if unknown."""
+        asked = time.perf_counter()
+        result = block.result.tolist()
+        now = time.perf_counter()
+        waited, before = now - asked > SHORTEST_WAIT, self.ready
+        self.ready = now if waited else None
+        known = waited and before is not None and block.queued <= before
+        return result, now - before if known else None
+
+
+def check_options(draft_length: int | str, verification: str) -> None:
+    """Raise InvalidRequestError for options that a decoder cannot have."""
+    if verification not in RULES:
+        raise InvalidRequestError(f"verification is {verification!r}; use one of {', '.join(RULES)}")
+    if draft_length != "auto" and (type(draft_length) is not int or not 0 <= draft_length <= LONGEST_DRAFT):
+        raise InvalidRequestError(
+            f'draft length is {draft_length!r}; use 0 (no drafting) to {LONGEST_DRAFT}, or "auto"'
+        )
+
+
+def answer_budget(prompt: Sequence[int], max_tokens: int, context: int | None, vocab_size: int) -> float:
+    """Return how many tokens may be emitted. Raise InvalidRequestError for a prompt that cannot be answered."""
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty; give at least one token")
+    if max_tokens < -1:
+        raise InvalidRequestError(f"max_tokens is {max_tokens}; use 0 or more, or -1 for as many as fit")
+    outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise InvalidRequestError(
+            f"token id {outside} in the prompt is outside the target's vocabulary of {vocab_size}"
+        )
+    room = (context or float("inf")) - len(prompt)
+    if room <= 0:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt)} tokens and the target's context holds {context}; shorten it to at "
+            f"most {context - 1}"
+        )
+    return min(room, max_tokens if max_tokens >= 0 else float("inf"))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer. ``tokens`` are all that were emitted, an EOS included; ``text`` ends before it."""
+
+    text: str
+    tokens: list[int]
+    stats: DecodingStats
+    finish_reason: str
+
+
+def generate(
+    pair: ModelPair,
+    prompt: str | Sequence[int],
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    draft_length: int | str = "auto",
+    verification: str = "block",
+    **stream_options: Any,
+) -> Generation:
+    """Answer one prompt. For several, keep a ``SpeculativeDecoder``: its blocks are compiled once.
+
+    Args:
+        pair: target and drafters.
+        prompt: text or token ids.
+        max_tokens: of the answer.
+        sampling: as for ``SpeculativeDecoder``, like the two that follow.
+        draft_length: tokens drafted per block, or "auto".
+        verification: the rule.
+        stream_options: those of ``SpeculativeDecoder.stream``: stop, system, raw, progress, seed.
+    """
+    decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
+    segments = list(decoder.stream(prompt, max_tokens, **stream_options))
+    return Generation(
+        text="".join(segment.text for segment in segments),
+        tokens=[token for segment in segments for token in segment.tokens],
+        stats=decoder.stats,
+        finish_reason=segments[-1].finish_reason,
+    )

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
-from mlxspec.decoding.choice import Choice
+from mlxspec.decoding.drafting import Choice
 
 
 @dataclass
@@ -22,19 +22,19 @@ class DecodingStats:
     accepted_at: list[int] = field(default_factory=list)  # how often draft position i was accepted
     drafted_at: list[int] = field(default_factory=list)  # how often it was drafted
     blocks_by: dict[str, int] = field(default_factory=dict)  # "model", "lookup" or "none": who drafted
-    drafted_by: dict[str, int] = field(default_factory=dict)  # tokens, likewise; those never verified included
+    drafted_by: dict[str, int] = field(default_factory=dict)  # tokens, likewise
     prompt_tokens: int = 0
     prompt_tokens_reused: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
-    def add(self, emitted: int, choice: Choice, accepted: int, dropped: int = 0) -> None:
-        """One more block, of which ``emitted`` tokens count; ``dropped`` were drafted and not verified."""
+    def add(self, emitted: int, choice: Choice, accepted: int) -> None:
+        """Add a block, of which ``emitted`` tokens count."""
         proposer, drafted = choice
         self.blocks += 1
         self.blocks_by[proposer] = self.blocks_by.get(proposer, 0) + 1
-        self.drafted_by[proposer] = self.drafted_by.get(proposer, 0) + drafted + dropped
+        self.drafted_by[proposer] = self.drafted_by.get(proposer, 0) + drafted
         self.tokens += emitted
         self.drafted += drafted
         self.accepted += accepted

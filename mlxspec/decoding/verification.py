@@ -18,9 +18,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlxspec.decoding.sampling import draw
+from mlxspec.decoding.sampling import Sampling, draw
 
 Rule = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
+Verify = Rule  # the same from logits [γ+1, V] in the place of p
 
 
 def token(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
@@ -68,6 +69,33 @@ def greedy(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
 
 
 RULES: dict[str, Rule] = {"block": block, "token": token, "match": match}
+
+
+def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
+    """Return the function that verifies a block, from the target's logits on.
+
+    It is the rule itself, but for two cases in which every rule comes to the same and most of its operations can be
+    left out: temperature 0, and nothing drafted.
+
+    Args:
+        name: a key of ``RULES``.
+        sampling: applied to the target's logits.
+        draft_length: γ.
+    """
+    rule = RULES[name]
+
+    def verify_greedy(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
+        return greedy(logits, tokens)
+
+    def draw_one(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.array(0, mx.int32), draw(sampling.probs(logits)[0], uniforms[0])
+
+    def verify(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
+        return rule(sampling.probs(logits), q, tokens, uniforms)
+
+    if sampling.temperature == 0:
+        return verify_greedy
+    return verify if draft_length else draw_one
 
 
 def probability_ratios(p: mx.array, q: mx.array, tokens: mx.array) -> mx.array:

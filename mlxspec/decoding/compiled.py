@@ -1,0 +1,154 @@
+"""Blocks compiled together with the models' weights: one graph for each proposer and draft length."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxspec.decoding.block import BlockParts, State, decode_block
+from mlxspec.decoding.cache import CachedModel
+from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, Choice, NoProposer, Proposer, proposer_for
+from mlxspec.decoding.sampling import Sampling
+from mlxspec.decoding.verification import verifier
+from mlxspec.models.pair import ModelPair
+
+DecodeBlock = Callable[[State], tuple[mx.array, State]]  # as ``decode_block`` without its first argument
+
+
+class Weights:
+    """The arrays of some models as they were when they were last noted.
+
+    While MLX traces a function that has a model's arrays as inputs, it puts tracers in their place, and leaves them
+    there if it is interrupted. And a KV cache is of no use once the weights have changed.
+    """
+
+    def __init__(self, models: list[nn.Module]):
+        self.models = models
+        self._noted: list[tuple[nn.Module, str, mx.array]] = []
+
+    def note(self) -> bool:
+        """Note the weights as they are now. Return whether they are those noted before."""
+        before, self._noted = self._noted, list(arrays(self.models))
+        if len(before) != len(self._noted):
+            return False
+        return all(old[2] is new[2] for old, new in zip(before, self._noted, strict=True))
+
+    def restore(self) -> None:
+        """Put the noted weights back into the models."""
+        for module, name, array in self._noted:
+            module[name] = array
+
+    @contextmanager
+    def protected(self) -> Iterator[None]:
+        """Restore the weights if functions over them are interrupted while they are traced."""
+        self.note()
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+        self.note()
+
+
+class CompiledGraph:
+    """A function of arrays, compiled with the weights of ``models`` as inputs.
+
+    As inputs, because a compiled function keeps the arrays that it closes over as they were when it was traced: a
+    drafter that is trained further would go on drafting with its old weights.
+
+    Args:
+        function: from arrays (and trees of them) to arrays.
+        models: the modules that it runs.
+        weights: the weights of all models of the pair, restored if tracing is interrupted.
+    """
+
+    def __init__(self, function: Callable[..., Any], models: list[nn.Module], weights: Weights):
+        self._function = function
+        self._models = models
+        self._weights = weights
+        self._compile()
+
+    def _compile(self) -> None:
+        function, traces = self._function, []
+
+        # Not a bound method: that would make a cycle, which keeps models and caches in memory.
+        def graph(*inputs: Any) -> Any:
+            traces.append(True)
+            return function(*inputs)
+
+        self._traces = traces
+        self._graph = mx.compile(graph, inputs=[model.state for model in self._models])
+
+    def __call__(self, *inputs: Any) -> Any:
+        try:
+            result = self._graph(*inputs)
+        except BaseException:
+            self._weights.restore()
+            self._compile()
+            raise
+        if self._traces:
+            # The weights are back in their places, but as new Python objects.
+            self._traces.clear()
+            self._weights.note()
+        return result
+
+
+class CompiledBlocks:
+    """The blocks that a pair can be decoded with: ``blocks[choice](state) -> (result, state)``.
+
+    Each is traced when it is first called, and again when the capacity of the caches has grown.
+
+    Args:
+        pair: target and drafters.
+        sampling: compiled into the blocks, hence fixed.
+        verification: name of the verification rule.
+        drafting: False leaves the drafters out.
+
+    Raises:
+        UnsupportedModelError: a model cannot be rewound.
+    """
+
+    def __init__(self, pair: ModelPair, sampling: Sampling, verification: str, drafting: bool = True):
+        self.pair = pair
+        self.sampling = sampling
+        self.verification = verification
+        self.target = CachedModel(pair.target)
+        self.proposers: dict[str, Proposer] = {NONE: NoProposer(self.target.vocab_size)}
+        for drafter in (pair.drafter, pair.lookup) if drafting else ():
+            if drafter is not None:
+                name = MODEL if isinstance(drafter, nn.Module) else LOOKUP
+                self.proposers[name] = proposer_for(drafter, sampling, self.target.vocab_size)
+        self.weights = Weights([pair.target, *([pair.drafter] if MODEL in self.proposers else [])])
+        self._blocks: dict[Choice, DecodeBlock] = {}
+
+    @property
+    def drafters(self) -> list[str]:
+        """The names of the proposers that draft something."""
+        return [name for name in self.proposers if name != NONE]
+
+    def __getitem__(self, choice: Choice) -> DecodeBlock:
+        if choice not in self._blocks:
+            self._blocks[choice] = self.block(self.proposers[choice.proposer], choice)
+        return self._blocks[choice]
+
+    def block(self, proposer: Proposer, choice: Choice) -> DecodeBlock:
+        """Compile a block of a proposer, which need not be one of the pair's."""
+        verify = verifier(self.verification, self.sampling, choice.length)
+        parts = BlockParts(self.target, proposer, verify, choice.length)
+        models = self.weights.models if choice.proposer == MODEL else [self.pair.target]
+        graph = CompiledGraph(lambda *state: decode_block(parts, State(*state)), models, self.weights)
+
+        def block(state: State) -> tuple[mx.array, State]:
+            result, following = graph(*state)
+            return result, State(*following)  # MLX returns a plain tuple
+
+        return block
+
+
+def arrays(models: list[nn.Module]) -> Iterator[tuple[nn.Module, str, mx.array]]:
+    """Yield every array of some models, with the module that holds it and its name there."""
+    for model in models:
+        for _, module in model.named_modules():
+            yield from ((module, name, value) for name, value in module.items() if isinstance(value, mx.array))

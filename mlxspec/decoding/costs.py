@@ -1,0 +1,94 @@
+"""What a block costs on this device: a table of seconds, and its arithmetic."""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from mlxspec.decoding.cache import capacity_for
+from mlxspec.decoding.drafting import MODEL, Choice
+
+MEASURED_AT = capacity_for(1)  # the cache capacity, in positions, behind which the table was measured
+CORRECTION_MEMORY = 0.9  # the weight of a measured block one such block later
+LARGEST_CORRECTION = 4.0  # a block that took longer than this many times the table's figure was disturbed
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """Seconds of the parts of a block, as ``calibration.py`` measured them.
+
+    A block that drafts γ tokens costs ``rows[γ+1]``, plus ``draft_once + γ · draft_step`` if a model drafts them.
+
+    Args:
+        rows: number of rows -> seconds of a block that verifies them, its draft excepted. Rows that are missing are
+            interpolated; beyond the last, the last slope goes on.
+        draft_once: seconds that a draft of the model costs, whatever its length.
+        draft_step: seconds of each token that the model drafts.
+        draft_read: seconds of each token of text that the model reads before it can draft.
+        trace: seconds of tracing a block of a new length.
+        position: seconds that one more position of text adds to a pass over one row.
+        position_row: seconds that it adds to each further row.
+        position_draft: seconds that it adds to each token that the model drafts.
+    """
+
+    rows: Mapping[int, float]
+    draft_once: float = 0.0
+    draft_step: float = 0.0
+    draft_read: float = 0.0
+    trace: float = 0.0
+    position: float = 0.0
+    position_row: float = 0.0
+    position_draft: float = 0.0
+
+    def verify(self, rows: int) -> float:
+        """Return the seconds of a block over ``rows`` rows, its draft excepted."""
+        known = sorted(self.rows)
+        if len(known) == 1:
+            return self.rows[known[0]] * rows / known[0]  # nothing else is known: each row costs the same
+        at = min(max(bisect_left(known, rows), 1), len(known) - 1)
+        low, high = known[at - 1], known[at]
+        slope = (self.rows[high] - self.rows[low]) / (high - low)
+        return max(self.rows[low] + slope * (rows - low), self.rows[known[0]])
+
+    def block(self, choice: Choice) -> float:
+        """Return the seconds of a block."""
+        drafting = self.draft_once + choice.length * self.draft_step if choice.proposer == MODEL else 0.0
+        return self.verify(choice.length + 1) + drafting
+
+    def at_length(self, tokens: int) -> "BlockCosts":
+        """Return the costs behind a text of ``tokens`` tokens: attention covers the capacity of the caches."""
+        more = capacity_for(tokens) - MEASURED_AT
+        rows = {m: s + more * (self.position + (m - 1) * self.position_row) for m, s in self.rows.items()}
+        return replace(self, rows=rows, draft_step=self.draft_step + more * self.position_draft)
+
+
+@dataclass
+class RunningCosts:
+    """The cost of each block at the present length of the text, corrected by the blocks that were timed.
+
+    The table is coarse. A block that was timed while decoding corrects the figure of its own choice, as a factor, so
+    that the correction stays valid when the text grows.
+    """
+
+    table: BlockCosts
+    present: BlockCosts = field(init=False)
+    factors: dict[Choice, float] = field(default_factory=dict)
+    capacity: int = MEASURED_AT
+
+    def __post_init__(self) -> None:
+        self.present = self.table
+
+    def set_length(self, tokens: int) -> None:
+        """Account for the length of the text, in tokens."""
+        if capacity_for(tokens) != self.capacity:
+            self.present, self.capacity = self.table.at_length(tokens), capacity_for(tokens)
+
+    def block(self, choice: Choice) -> float:
+        """Return the seconds of a block."""
+        return self.present.block(choice) * self.factors.get(choice, 1.0)
+
+    def observe(self, choice: Choice, seconds: float) -> None:
+        """Add the time that a block took."""
+        factor = seconds / self.present.block(choice)
+        if factor < LARGEST_CORRECTION:
+            known = self.factors.get(choice, 1.0)
+            self.factors[choice] = known + (1 - CORRECTION_MEMORY) * (factor - known)
