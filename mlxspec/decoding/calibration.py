@@ -33,14 +33,15 @@ from mlxspec.models.quantizing import cache_folder
 
 FORMAT = 5  # of the files; those of another format are measured anew
 CAP_SECONDS, CAP_PASSES = 3.5, 10  # measuring takes no longer than the longer of these
-ROUNDS = 4  # of everything, if the cap allows; the least figure counts, since nothing else disturbed that one
+ROUNDS = 6  # of everything, if the cap allows; the least figure counts, since nothing else disturbed that one
 QUEUED, SHORT = 3, 0.03  # blocks queued behind each other, as in decoding, where one takes less than so many seconds
 LONG = 4 * CAPACITY_STEP  # a capacity at which the cost of a longer text shows
 ROOM = CAPACITY_STEP // 2  # positions left free behind the text that blocks are timed on
 READ = 128  # tokens that the drafter reads at once
 FEW, MORE = 1, 4  # draft lengths that the cost of a drafted token is taken from
-FIGURES = ("rows 1", "rows 2", "draft 4", "rows 5", "draft 1", "read", "rows 3", "rows 9", "rows 4", "rows 17", "rows 7",
-           "long rows 1", "long rows 5", "long draft 4", "rows 13")  # fmt: skip  # those that decide most come first
+# The figures that decide most come first. Each group gets half of the time.
+COARSE = ("rows 1", "draft 4", "rows 2", "rows 5", "rows 9", "rows 17", "draft 1", "read")
+FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "rows 13")
 
 Figures = dict[str, float]  # name -> seconds
 Progress = Callable[[int, int], None]  # figures measured, figures in all
@@ -92,7 +93,7 @@ def costs_of(figures: Figures) -> BlockCosts:
 def names(compiled: CompiledBlocks) -> list[str]:
     """Return the names of the figures that a pair needs, those that decide most first."""
     model = MODEL in compiled.drafters
-    return [name for name in FIGURES if model or not ("draft" in name or name == "read")]
+    return [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
 
 
 # ----------------------------------------------------------------------- on disk
@@ -102,9 +103,9 @@ def stored_figures(compiled: CompiledBlocks) -> Figures:
     """Return the figures on disk; none if there is no file, or one that cannot be used."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         figures = json.loads(costs_file(compiled).read_text())["seconds"]
-        if {"rows 1", "trace"} <= figures.keys() <= {*FIGURES, "trace"}:
-            if all(math.isfinite(seconds) and seconds > 0 for seconds in figures.values()):
-                return figures
+        usable = {"rows 1", "trace"} <= figures.keys() <= {*COARSE, *FINE, "trace"}
+        if usable and all(math.isfinite(seconds) and seconds > 0 for seconds in figures.values()):
+            return figures
     return {}
 
 
@@ -153,7 +154,7 @@ def shapes_of(model: nn.Module) -> str:
 
 
 def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str], progress: Progress) -> Figures:
-    """Time the missing figures, in their order, and what tracing a block takes, until the cap.
+    """Time the missing figures, and what tracing a block takes, until the cap.
 
     Args:
         compiled: the blocks of a pair.
@@ -168,22 +169,20 @@ def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str
     with compiled.weights.protected():
         progress(0, len(missing))
         if not figures:
-            figures["rows 1"] = timers["rows 1"].first()  # compiles kernels that decoding needs as well
+            figures["rows 1"] = timers["rows 1"]()  # compiles kernels that decoding needs as well
         start, cap = time.perf_counter(), max(CAP_SECONDS, CAP_PASSES * figures["rows 1"])
-        for done, (name, timer) in enumerate(timers.items(), start=1):
-            left = cap - (time.perf_counter() - start)
-            if 2 * expected_seconds(figures, name) < left:
-                timer.first()
-                figures[name] = timer()
-                figures["trace"] = max(figures.get("trace", 0.0), timer.trace)
-            progress(done, len(missing))
-        measured = {name: timer for name, timer in timers.items() if name in figures}
-        for _ in range(ROUNDS - 1):
-            begun = time.perf_counter()
-            if begun - start > cap / 2:  # another round would take about as long as the first
-                break
-            for name, timer in measured.items():
-                figures[name] = min(figures[name], timer())
+        for group, end in ((COARSE, start + cap / 2), (FINE, start + cap)):
+            present = [name for name in group if name in timers]
+            for number in range(ROUNDS):
+                for name in present:
+                    timer = timers[name]
+                    if time.perf_counter() + expected_seconds(figures, name) * timer.count > end:
+                        continue
+                    figures[name] = min(timer(), figures.get(name, math.inf))
+                    if name.startswith("rows "):
+                        figures["trace"] = min(timer.trace, figures.get("trace", math.inf))
+                    if not number:
+                        progress(missing.index(name) + 1, len(missing))
     return figures
 
 
@@ -201,35 +200,29 @@ class Timer:
     Args:
         step: the function to time.
         state: makes a state to begin with.
+        traced: whether the first call has to trace the step.
     """
 
-    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any]):
-        self.step, self.state = step, state
+    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any], traced: bool = True):
+        self.step, self.state, self.untraced = step, state, traced
         self.count = 1  # steps that are timed together
         self.trace = 0.0  # seconds that tracing took
 
-    def first(self) -> float:
-        """Trace the step and warm up. Return the seconds of one step, its tracing excepted."""
-        state = self.state()
-        mx.eval(state)
-        start = time.perf_counter()
-        result, state = self.step(state)
-        self.trace = time.perf_counter() - start
-        mx.eval(result, state)
-        seconds = time.perf_counter() - start - self.trace
-        self.count = QUEUED if seconds < SHORT else 1
-        return seconds
-
     def __call__(self) -> float:
-        """Return the seconds of one step."""
+        """Return the seconds of one step. The first call traces it, which is not counted."""
         state = self.state()
         mx.eval(state)
+        first, self.untraced = self.untraced, False
         start = time.perf_counter()
         for _ in range(self.count):
             result, state = self.step(state)
+            if first and not self.trace:
+                self.trace = time.perf_counter() - start
             mx.async_eval(result, state)
         mx.eval(result)
-        return (time.perf_counter() - start) / self.count
+        seconds = (time.perf_counter() - start - first * self.trace) / self.count
+        self.count = QUEUED if seconds < SHORT else 1
+        return seconds
 
 
 def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
@@ -237,7 +230,7 @@ def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     capacity = LONG if name.startswith("long ") else CAPACITY_STEP
     number = int(name.split()[-1]) if name != "read" else 0
     if name == "read":
-        return Timer(reading(compiled), lambda: None)
+        return Timer(reading(compiled), lambda: None, traced=False)
     if "draft" in name:
         return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity))
     choice = Choice(LOOKUP, number - 1) if number > 1 else PLAIN
