@@ -17,10 +17,10 @@ import click
 import mlx.core as mx
 
 from mlxspec.evaluation.metrics import served_block_efficiency
+from mlxspec.files import write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.training import stages
 from mlxspec.training.corpus import read_prompts
-from mlxspec.training.files import write_json
 from mlxspec.training.losses import Loss
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Batch, objective

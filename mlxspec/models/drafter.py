@@ -4,8 +4,6 @@ Attribute names are those of Hugging Face's ``LlamaForCausalLM``, so the flatten
 checkpoint layout and nothing is renamed on the way to disk or back.
 """
 
-import json
-import os
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
 from mlxspec.errors import InvalidRequestError, ModelLoadError
+from mlxspec.files import read_json, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -257,15 +256,12 @@ class Drafter(nn.Module):
         Each file is written aside and renamed, so a reader never sees half of one. Tokenizer files are the
         caller's business.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # mx.save_safetensors insists on the suffix, so the name aside keeps it.
-        aside = folder / ".writing.safetensors"
-        mx.save_safetensors(str(aside), dict(tree_flatten(self.parameters())), metadata={"format": "pt"})
-        os.replace(aside, folder / "model.safetensors")
-        aside = folder / ".writing.json"
-        aside.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        os.replace(aside, folder / "config.json")
+        weights = dict(tree_flatten(self.parameters()))
+        write_atomically(
+            Path(folder) / "model.safetensors",
+            lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}),
+        )
+        write_json(Path(folder) / "config.json", self.config.to_dict())
 
     @classmethod
     def load(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> "Drafter":
@@ -275,9 +271,9 @@ class Drafter(nn.Module):
         """
         folder = Path(folder)
         try:
-            config = DrafterConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            config = DrafterConfig.from_dict(read_json(folder / "config.json"))
             weights = mx.load(str(folder / "model.safetensors"))
-        except (OSError, RuntimeError, json.JSONDecodeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ModelLoadError(f"cannot read a drafter from {folder}: {error}") from None
         drafter = cls(config)
         try:

@@ -1,12 +1,9 @@
 """Quantised copies of models: made once, kept beside the hub's cache, found again by what they were made of."""
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from mlxspec.errors import InvalidRequestError
+from mlxspec.files import fingerprint, replacing
 
 # --quantize's values -> bits, group size and mode, as mlx-lm has them.
 QUANTIZATIONS = {
@@ -36,22 +34,19 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
     """
     if kind not in QUANTIZATIONS:
         raise InvalidRequestError(f"quantize is {kind!r}; use one of {', '.join(QUANTIZATIONS)}, none")
-    copy = cache_folder() / f"{folder.resolve().name[:40]}-{fingerprint(folder)}-{kind}"
+    copy = cache_folder() / f"{folder.resolve().name[:40]}-{folder_fingerprint(folder)}-{kind}"
     if copy.is_dir():
         return copy
     model, config = read(folder)
     if "quantization" in config:
         raise InvalidRequestError(f"{folder} is quantised already; leave --quantize out")
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".writing-") as scratch:
-        aside = Path(scratch) / "model"
+    with replacing(copy) as aside:
         model, config = quantized(model, config, kind)
         save_model(aside, model, donate_model=True)  # the copy is read back from the disk, not kept twice
         save_config(config, aside / "config.json")
         for name in COPIED:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, aside / name)
-        os.replace(aside, copy)
     return copy
 
 
@@ -64,10 +59,10 @@ def cache_folder() -> Path:
     return Path(huggingface_hub.constants.HF_HOME) / "mlxspec"
 
 
-def fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path) -> str:
     """Changes when the folder is another one or a file of weights in it has been replaced."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.*"))]
-    return hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()[:12]
+    return fingerprint(json.dumps([str(folder.resolve()), files]), digits=12)
 
 
 def dequantized(model: nn.Module) -> nn.Module:

@@ -5,10 +5,7 @@ and a model card. mlx-lm takes it as ``--draft-model``, transformers as ``assist
 reads it.
 """
 
-import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
+from mlxspec.files import replacing, write_json
 from mlxspec.models.attention import model_type
 from mlxspec.models.loading import TOKENIZER_FILES, read_lazily, read_tokenizer, resolved
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
@@ -55,9 +53,7 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
     model, config = plain(model, config)
     if quantize:
         model, config = quantized(model, config, quantize)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as scratch:
-        aside = Path(scratch) / "drafter"
+    with replacing(out) as aside:
         aside.mkdir()
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(aside / "model.safetensors"), weights, metadata={"format": "mlx" if quantize else "pt"})
@@ -67,7 +63,6 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
         write_json(aside / "generation_config.json", generation)
         card = model_card(out.name, config, sum(weight.size for weight in weights.values()), quantize, facts)
         (aside / "README.md").write_text(card)
-        os.replace(aside, out)
     return sorted(out.iterdir())
 
 
@@ -100,10 +95,6 @@ def write_tokenizer(source: Path, out: Path) -> None:
     else:
         read_tokenizer(source).save_pretrained(out)
         shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def model_card(name: str, config: dict[str, Any], parameters: int, quantize: str | None, facts: CardFacts) -> str:

@@ -14,8 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
+from mlxspec.files import explain_write_errors
 from mlxspec.training.chunked import TeacherProbs
-from mlxspec.training.files import writing
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.teachers import OnlineTeacher
 
@@ -109,7 +109,7 @@ class CachedTeacher:
             ids = mx.argpartition(-log_p, self.k - 1, axis=-1)[:, : self.k]
             logprobs = mx.take_along_axis(log_p, ids, axis=-1)
             if not self._files[which].has(row):
-                with writing(self._files[which].folder):
+                with explain_write_errors(self._files[which].folder):
                     self._files[which].write(row, np.array(ids), np.array(logprobs))
 
     def states(self, inputs: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:

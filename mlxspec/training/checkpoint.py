@@ -5,8 +5,6 @@ under another name and renamed, so a run that is killed at any moment finds its 
 position in the data are functions of (seed, step), so the step is all there is to know of them.
 """
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
-from mlxspec.training.files import write_json, writing
+from mlxspec.files import explain_write_errors, read_json, remove_leftovers, replacing, write_json
 
 KEPT = 2
-ASIDE = ".writing-"
 
 
 def save_checkpoint(
@@ -30,19 +27,12 @@ def save_checkpoint(
 
     Raises TrainingError if the disk is full or not writable; the checkpoints before it stay.
     """
-    whole, aside = folder / checkpoint_name(step), folder / f"{ASIDE}{step:08d}"
-    with writing(f"{folder}: the checkpoint of step {step}"):
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_arrays(aside / "model.safetensors", model.parameters())
-            save_arrays(aside / "optimizer.safetensors", optimizer.state)
-            write_json(aside / "state.json", {"step": step, **state})
-            shutil.rmtree(whole, ignore_errors=True)
-            os.replace(aside, whole)
-            sync_folder(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)  # nothing, once it has its name
+    whole = folder / checkpoint_name(step)
+    with explain_write_errors(f"the checkpoint of step {step} in {folder}"), replacing(whole) as aside:
+        aside.mkdir()
+        mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())))
+        mx.save_safetensors(str(aside / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
+        write_json(aside / "state.json", {"step": step, **state})
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return whole
@@ -53,15 +43,14 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
 
     Raises TrainingError if it cannot be read or is of another model.
     """
-    for stale in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_leftovers(folder)
     found = checkpoints(folder)
     if not found:
         return None
     try:
         model.load_weights(str(found[-1] / "model.safetensors"))
         optimizer.state = tree_unflatten(list(mx.load(str(found[-1] / "optimizer.safetensors")).items()))
-        state = json.loads((found[-1] / "state.json").read_text())
+        state = read_json(found[-1] / "state.json")
         mx.eval(model.parameters(), optimizer.state)
     except (OSError, RuntimeError, ValueError) as error:
         raise TrainingError(
@@ -77,18 +66,3 @@ def checkpoint_name(step: int) -> str:
 def checkpoints(folder: Path) -> list[Path]:
     """All whole ones, the latest last."""
     return sorted(folder.glob("step-*"))
-
-
-def save_arrays(path: Path, tree: Any) -> None:
-    mx.save_safetensors(str(path), dict(tree_flatten(tree)))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,16 +1,16 @@
 """What a drafter in training is measured on. Who measures is given by the caller: training does not know decoding."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.files import fingerprint
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.corpus import read_prompts, split_prompts
-from mlxspec.training.files import Metrics
+from mlxspec.training.record import Metrics
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.target import Target
 from mlxspec.training.training_settings import LARGEST_TEMPERATURE
@@ -81,5 +81,5 @@ def evaluation_of(
 ) -> Evaluation:
     """What measures a drafter; it is described by its prompts' content, whatever the files are called."""
     prompts = evaluation_prompts(settings, target, distill)
-    content = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    content = fingerprint(json.dumps(prompts))
     return Evaluation(evaluator(target, settings, prompts), {**asdict(settings), "prompts": content})

@@ -26,8 +26,8 @@ from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training import stages
 from mlxspec.training.evaluation import EvaluationSettings, Evaluator, evaluation_of
-from mlxspec.training.files import Metrics
 from mlxspec.training.losses import Loss
+from mlxspec.training.record import Metrics
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target

@@ -2,12 +2,25 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import TrainingError
-from mlxspec.training.files import write_json
+from mlxspec.files import write_json
 from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
+
+Metrics = dict[str, float]  # of a step, by name
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that is being written, or was when the power went, is left out."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with suppress(json.JSONDecodeError):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+    return lines
 
 
 def begin(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] = ()) -> bool:

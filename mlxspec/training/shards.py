@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxspec.errors import TrainingError
-from mlxspec.training.files import write_json, writing
+from mlxspec.files import explain_write_errors, fingerprint, write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**26
@@ -110,7 +110,7 @@ class ShardWriter:
             self.index.shards.append(Shard())
             self._open_last()
         content = (tokens.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([tokens.size], "<u4"))
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             for part, data in zip(PARTS, content, strict=True):
                 self._files[part].write(data.tobytes())
                 self._hashes[part].update(data.tobytes())
@@ -122,7 +122,7 @@ class ShardWriter:
         """Everything added so far, and ``notes``, survive whatever happens next."""
         self._flush()
         self.index.notes.update(notes)
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             self.index.write(self.folder)
 
     def finish(self, **notes: Any) -> None:
@@ -133,7 +133,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         for part, file in self._files.items():
-            with writing(self.folder):
+            with explain_write_errors(self.folder):
                 file.flush()
                 os.fsync(file.fileno())
             self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
@@ -201,7 +201,7 @@ class TokenShards:
     def fingerprint(self) -> str:
         """Of the content: the same for the same tokens and masks in the same shards."""
         content = [self.index.tokenizer, *(asdict(shard) for shard in self.index.shards)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(content))
 
     def documents(self) -> Iterator[Rows]:
         """The documents one by one, as they were added; ids and mask [length]."""

@@ -4,7 +4,6 @@ A stage's folder has ``stage.json``: what went into it, as settings and fingerpr
 again with the same inputs, a complete stage is skipped and an unfinished one goes on; with other inputs it refuses.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.files import explain_write_errors, fingerprint, fingerprint_files, write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.loading import TOKENIZER_FILES, read_config, read_tokenizer, resolved
 from mlxspec.models.quantizing import COPIED
@@ -23,16 +23,15 @@ from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.cached_teacher import CachedTeacher
 from mlxspec.training.corpus import corpus_files, read_prompts, split_prompts, tokenize_corpus
 from mlxspec.training.evaluation import Evaluation
-from mlxspec.training.files import Metrics, write_json, writing
 from mlxspec.training.losses import Loss
 from mlxspec.training.memory import check_fits, training_bytes
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Teacher, objective
 from mlxspec.training.processes import is_first
-from mlxspec.training.record import begin, complete
+from mlxspec.training.record import Metrics, begin, complete
 from mlxspec.training.responses import AnswerSettings, answer_all, groups, groups_from_nothing
 from mlxspec.training.shards import Index, TokenShards
-from mlxspec.training.target import Target, fingerprint
+from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer
 from mlxspec.training.training_settings import TrainingSettings
@@ -44,7 +43,7 @@ CHANGEABLE = ("learning_rate", "clip", "weight_decay", "accumulate", "precision"
 
 def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> TokenShards:
     """Text files in tokens, made once."""
-    inputs = {"content": fingerprint(corpus_files(data)), "tokenizer": target.tokens}
+    inputs = {"content": fingerprint_files(corpus_files(data)), "tokenizer": target.tokens}
     if begin(folder, inputs):
         target.listener.stage(folder.name, "tokenising")
         if is_first():
@@ -67,7 +66,7 @@ def distill(
 ) -> TokenShards:
     """The target's answers to prompts, all but the last ``held_out``; without prompts, its texts from BOS."""
     inputs = {
-        "content": fingerprint(corpus_files(prompts)),
+        "content": fingerprint_files(corpus_files(prompts)),
         "system": system,
         "held_out": held_out,
         "target": target.fingerprint,
@@ -158,7 +157,7 @@ def train(
     )
     result = trainer.run()
     if is_first():
-        with writing(out):
+        with explain_write_errors(out):
             drafter.save(out)
             copy_tokenizer(target.folder, out)
             write_json(out / "training.json", {"inputs": inputs, "result": result})
@@ -203,10 +202,10 @@ def check_tokens(index: Index, target: Target, folder: Path) -> None:
 
 
 def weights_fingerprint(drafter: Drafter) -> str:
-    digest = hashlib.sha256(repr(drafter.config).encode())
-    for _, weight in sorted(tree_flatten(drafter.parameters())):
-        digest.update(bytes(memoryview(weight.astype(mx.float32))))
-    return digest.hexdigest()[:16]
+    weights = sorted(tree_flatten(drafter.parameters()))
+    return fingerprint(
+        repr(drafter.config), *(memoryview(weight.astype(mx.float32).flatten()) for _, weight in weights)
+    )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

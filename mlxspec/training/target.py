@@ -1,8 +1,7 @@
 """The model that a drafter is made for, and the new drafter's shape."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxspec.errors import TrainingError
+from mlxspec.files import fingerprint, fingerprint_files
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.loading import read_config, read_model, read_tokenizer, resolved
 from mlxspec.models.memory import declared_context
@@ -20,9 +19,7 @@ from mlxspec.models.quantizing import dequantized
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines
-from mlxspec.training.files import Metrics
-
-SAMPLES, SAMPLED = 256, 2**14  # places in a file that its fingerprint looks at, and bytes at each
+from mlxspec.training.record import Metrics
 
 
 @dataclass(frozen=True)
@@ -90,13 +87,13 @@ class Target:
     def tokens(self) -> str:
         """Fingerprint of the tokenizer: which text each id is."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(vocabulary))
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the weights and the config, wherever the folder is."""
         config = json.dumps(self.config, sort_keys=True)
-        return fingerprint(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]), config)
+        return fingerprint_files(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]), config)
 
     def new_drafter(self, shape: DrafterShape, seed: int) -> Drafter:
         bos, eos = self.tokenizer.bos_token_id, end_token(self.tokenizer)
@@ -107,25 +104,3 @@ class Target:
                 self.vocab_size, **asdict(shape), max_position_embeddings=context, bos_token_id=bos, eos_token_id=eos
             )
         )
-
-
-def fingerprint(files: Iterable[Path], beside: str = "") -> str:
-    """Of the files' content (of a large one, of samples all over it) and of a text, wherever the files are.
-
-    Raises TrainingError for a file that cannot be read.
-    """
-    digest = hashlib.sha256(beside.encode())
-    for file in files:
-        try:
-            with file.open("rb") as content:
-                size = file.stat().st_size
-                digest.update(f"{size}".encode())
-                if size <= SAMPLES * SAMPLED:
-                    digest.update(content.read())
-                    continue
-                for sample in range(SAMPLES):
-                    content.seek(sample * (size - SAMPLED) // (SAMPLES - 1))
-                    digest.update(content.read(SAMPLED))
-        except OSError as error:
-            raise TrainingError(f"{file} cannot be read ({error.strerror}); make it readable or leave it out") from None
-    return digest.hexdigest()[:16]

@@ -15,13 +15,14 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.files import explain_write_errors, write_atomically
 from mlxspec.models.drafter import Drafter
 from mlxspec.training.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
 from mlxspec.training.evaluation import Evaluate
-from mlxspec.training.files import Metrics, read_metrics, write_whole, writing
 from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Batch, Objective, Teacher
 from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
+from mlxspec.training.record import Metrics, read_metrics
 from mlxspec.training.training_settings import TrainingSettings
 
 Report = Callable[[int, Metrics], None]
@@ -197,7 +198,7 @@ class Trainer:
         if as_the_first_says(metrics["block_efficiency"] > self.best.get("block_efficiency", 0)):
             self.best = metrics
             if is_first():
-                with writing(self.folder / "best"):
+                with explain_write_errors(self.folder / "best"):
                     self.drafter.save(self.folder / "best")
         self._log(done, {name: value for name, value in metrics.items() if name != "step"})
         self.report(done, metrics)
@@ -216,7 +217,7 @@ class Trainer:
     def _log(self, step: int, metrics: Metrics) -> None:
         if is_first():
             path = self.folder / "metrics.jsonl"
-            with writing(path), path.open("a") as file:
+            with explain_write_errors(path), path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def _forget_metrics_after(self, step: int) -> None:
@@ -225,5 +226,5 @@ class Trainer:
         path = self.folder / "metrics.jsonl"
         if is_first() and path.exists():
             lines = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
-            with writing(path):
-                write_whole(path, lines)
+            with explain_write_errors(path):
+                write_atomically(path, lines)

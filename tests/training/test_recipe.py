@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_ends_in_one_line_and_the_run_goes_on_when_there_is_
 
     full = subprocess.run(command(recipe), capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 2
-    assert re.search(r"^error: .* cannot be written \(.*\); make room and run the command again", full.stderr, re.M)
+    assert re.search(r"^error: cannot write .* \(.*\); free some space and repeat the command", full.stderr, re.M)
     assert "Traceback" not in full.stderr
     subprocess.run(command(recipe), check=True, capture_output=True)
 
