@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlxspec.errors import TrainingError, in_one_line
 
 SCRATCH_PREFIX = ".writing-"
@@ -60,6 +62,14 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises OSError or ValueError if that is not possible."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Read the arrays of a safetensors or npz file lazily. Raises OSError, RuntimeError or ValueError."""
+    arrays = mx.load(str(path))
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path} holds no arrays with names")
+    return arrays
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import explain_write_errors, fingerprint, fingerprint_files, write_json
 from mlxspec.models.drafter import Drafter
-from mlxspec.models.loading import TOKENIZER_FILES, read_config, read_tokenizer, resolved
+from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
 from mlxspec.models.quantizing import COPIED
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.cached_teacher import CachedTeacher
@@ -216,7 +216,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def start_from(name: str | Path, target: Target) -> Drafter:
     """A drafter to go on with. Raises an MlxspecError if it is none, or one with other tokens than the target."""
-    folder = resolved(name)
+    folder = model_folder(name)
     if "quantization" in read_config(folder):
         raise InvalidRequestError(f"{folder} is quantised and cannot be trained; start from the unquantised drafter")
     if any((folder / file).exists() for file in TOKENIZER_FILES):

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlxspec.files import fingerprint, fingerprint_files
 from mlxspec.models.drafter import Drafter, DrafterConfig
-from mlxspec.models.loading import read_config, read_model, read_tokenizer, resolved
+from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
 from mlxspec.models.memory import declared_context
 from mlxspec.models.quantizing import dequantized
 from mlxspec.models.tokens import end_token
@@ -53,7 +53,7 @@ class Target:
 
     @cached_property
     def folder(self) -> Path:
-        return resolved(self.name)
+        return model_folder(self.name)
 
     @cached_property
     def tokenizer(self) -> Any:
