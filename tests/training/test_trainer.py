@@ -12,14 +12,12 @@ from mlx.utils import tree_flatten
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.errors import TrainingError
 from mlxspec.training import checkpoint
-from mlxspec.training.cached_teacher import CachedTeacher
+from mlxspec.training.batches import Batches
 from mlxspec.training.losses import LOSSES, Loss
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
 
 V = 32
@@ -43,19 +41,19 @@ def new_drafter(tied=True) -> Drafter:
 
 
 def trained(
-    shards: TokenShards, folder: Path, loss="ce", tied=True, evaluate=None, report=None, top_k=0, **given
+    shards: TokenShards, folder: Path, loss="ce", tied=True, scorer=None, report=None, top_k=0, **given
 ) -> Drafter:
     settings = TrainingSettings(
         **{"steps": 6, "batch": 4, "length": 16, "checkpoint_every": 2, "log_every": 1, **given}
     )
     loss = Loss(loss) if isinstance(loss, str) else loss
     target, teacher = random_llama(vocab_size=V, scale=3), None
-    batches = Mixture([shards], [1], settings.length, settings.batch, seed=0)
+    batches = Batches([shards], [1], settings.length, settings.batch, seed=0)
     if loss.needs_target:
         teacher = CachedTeacher(target, batches, V, top_k, 1.0, "random") if top_k else OnlineTeacher(target)
     drafter = new_drafter(tied)
     options = {"report": report} if report else {}
-    Trainer(drafter, objective(loss, teacher), batches, settings, folder, evaluate, teacher, **options).run()
+    Trainer(drafter, objective(loss, teacher), batches, settings, folder, scorer, teacher, **options).run()
     return drafter
 
 
@@ -150,7 +148,7 @@ def test_the_best_drafter_is_what_remains(shards, tmp_path):
         seen[step] = weights(drafter)
         return {"block_efficiency": worth[step]}
 
-    kept = weights(trained(shards, tmp_path, evaluate=evaluate, evaluate_every=2))
+    kept = weights(trained(shards, tmp_path, scorer=evaluate, evaluate_every=2))
     assert all(np.array_equal(kept[name], seen[4][name]) for name in kept)
     assert not all(np.array_equal(kept[name], seen[6][name]) for name in kept)
 
