@@ -22,8 +22,8 @@ SAMPLES, SAMPLE_BYTES = 256, 2**14  # a large file's fingerprint covers this man
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file or a folder aside and rename it to ``path`` at the end of the block.
 
-    The block creates a file or a folder at the path it is given, which has the same name in a scratch folder beside
-    ``path``. Everything is flushed to disk before the rename, and the rename itself after it. If the block raises,
+    The block creates a file or a folder at the path it is given, which has the same name in a scratch folder next
+    to ``path``. Everything is flushed to disk before the rename, and the rename itself after it. If the block raises,
     ``path`` keeps its old content and nothing else remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def complete_stage(folder: Path, result: Metrics | None = None) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a stage is complete, whatever its inputs were."""
+    """Return whether a stage is complete. Its inputs do not matter."""
     try:
         return bool(read_json(folder / "stage.json")["complete"])
     except (OSError, ValueError, KeyError, TypeError):

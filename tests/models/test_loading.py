@@ -98,7 +98,7 @@ def test_the_context_is_the_configs_even_if_the_model_class_drops_it():
     assert mlxspec.load().context_length == 1024
 
 
-def test_a_bare_tokenizer_takes_the_template_and_tokens_that_lie_beside_it(tmp_path, stories_folder):
+def test_a_bare_tokenizer_takes_the_template_and_tokens_next_to_it(tmp_path, stories_folder):
     for name in ("config.json", "model.safetensors", "tokenizer.model"):
         shutil.copyfile(stories_folder / name, tmp_path / name)
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 513, "<|im_start|>": 512}')

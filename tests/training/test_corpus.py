@@ -1,4 +1,4 @@
-"""Text and chat files become documents; what is wrong in them is told by file and line."""
+"""Text and chat files become documents; what is wrong in them is reported by file and line."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def test_text_lines_and_gzipped_files_are_documents(tmp_path):
     assert corpus_files([tmp_path / "*.jsonl*", tmp_path]) == [*files[1:], files[0]]
 
 
-def test_a_corpus_becomes_tokens_with_bos_and_eos_all_to_be_learnt_but_the_bos(tmp_path, tokenizer):
+def test_a_corpus_becomes_tokens_with_bos_and_eos_all_learned_but_the_bos(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"A dog, number {n}. </s>"}) + "\n" for n in range(300))
     )

@@ -1,4 +1,4 @@
-"""What a step is said to need is about what it takes."""
+"""The estimated memory of a step is close to what MLX reports."""
 
 import gc
 
@@ -31,11 +31,11 @@ def test_recomputed_layers_give_the_same_gradients_in_less_memory():
     mx.eval(drafter.parameters(), batch)
     gradients, peaks = [], []
     for recompute in (False, True):
-        minimised, trained = objective(Loss("ce"), recompute=recompute), drafter.trainable_parameters()
+        minimized, trained = objective(Loss("ce"), recompute=recompute), drafter.trainable_parameters()
 
-        def loss(weights, minimised=minimised):
+        def loss(weights, minimized=minimized):
             drafter.update(weights)
-            return minimised(drafter, batch)[0]
+            return minimized(drafter, batch)[0]
 
         gc.collect()
         mx.clear_cache()
@@ -65,7 +65,7 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
     target = random_llama(vocab_size=V, hidden_size=128, intermediate_size=352, num_hidden_layers=4)
     target_bytes = sum(weight.nbytes for _, weight in tree_flatten(target.parameters()))
     teacher = OnlineTeacher(target) if loss != "ce" else None
-    beside = (target_bytes, vars(target.args)) if teacher else ()
+    of_target = (target_bytes, vars(target.args)) if teacher else ()
     drafter = Drafter(LARGE)
     batches = Batches([TokenShards(tmp_path / "tokens")], [1], 256, 8, seed=0)
     trainer = Trainer(drafter, objective(Loss(loss), teacher, settings.recompute), batches, settings, tmp_path / "out")
@@ -76,7 +76,7 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
     mx.reset_peak_memory()
     trainer.run()
     taken = mx.get_peak_memory() - before
-    estimated = training_bytes(LARGE, settings, 1, *beside)
+    estimated = training_bytes(LARGE, settings, 1, *of_target)
     assert taken / 2 < estimated < 2 * taken, (taken, estimated)
 
 

@@ -19,7 +19,7 @@ def softmax64(logits):
 
 
 def advantage(p, fixed, weight, over_batch, epsilon):
-    """tvd++'s normalised reward; ``fixed`` is q, not differentiated."""
+    """tvd++'s normalized reward; ``fixed`` is q, not differentiated."""
     r = (p > fixed).astype(np.float64)
     mean = (weight * r).sum(-1).mean() if over_batch else (weight * r).sum(-1, keepdims=True)
     return (r - mean) / (np.sqrt(mean * (1 - mean)) + epsilon)

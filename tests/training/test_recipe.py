@@ -229,7 +229,7 @@ def test_what_was_refused_can_be_put_right_in_the_same_folder(recipe, mlxspec_co
     assert mlxspec_command("train", "run", str(recipe)).status == 0
 
 
-def test_a_run_is_the_same_by_whatever_path_it_is_named(recipe, mlxspec_command, monkeypatch):
+def test_a_run_is_the_same_under_any_path_that_names_it(recipe, mlxspec_command, monkeypatch):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
     monkeypatch.chdir(recipe.parent)
@@ -245,11 +245,11 @@ def test_other_evaluation_settings_are_not_passed_over(recipe, mlxspec_command):
     assert "finetune-2 was created with evaluation = " in outcome.err
 
 
-def test_prompts_that_are_held_out_are_not_learnt():
+def test_prompts_that_are_held_out_are_not_trained_on():
     prompts = [[n % 5] for n in range(12)]  # [0] … [4], again and again
-    learnt, kept = split_prompts(prompts, 2, max_tokens=10, context=None)
-    assert kept == [[0], [1]]
-    assert {prompt[0] for prompt in learnt} == {2, 3, 4}
+    training, held_out = split_prompts(prompts, 2, max_tokens=10, context=None)
+    assert held_out == [[0], [1]]
+    assert {prompt[0] for prompt in training} == {2, 3, 4}
     assert split_prompts(prompts, 0, 10, None) == (prompts, [])
     assert split_prompts([[1], [2] * 20], 0, max_tokens=10, context=20)[0] == [[1]]
 
@@ -304,7 +304,7 @@ def test_shards_of_another_tokenizer_are_refused(recipe, mlxspec_command):
     assert "tokens was made with another tokenizer (vocabulary of 2048)" in outcome.err
 
 
-def test_paths_are_beside_the_recipe_and_numbers_are_converted(recipe):
+def test_paths_are_relative_to_the_recipe_and_numbers_are_converted(recipe):
     read = Recipe.read(recipe)
     assert read.pretrain[0].data == (str(recipe.parent / "stories.jsonl"),)
     assert read.distill[1].temperatures == (0.0, 1.0)
@@ -342,8 +342,8 @@ def test_twenty_kills_at_random_moments_lose_and_corrupt_nothing(recipe):
         while True:
             process = subprocess.Popen(command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             try:
-                _, said = process.communicate(timeout=moments.uniform(0.2, 0.7) * seconds if kills < 20 else 120)
-                assert process.returncode == 0, said
+                _, errors = process.communicate(timeout=moments.uniform(0.2, 0.7) * seconds if kills < 20 else 120)
+                assert process.returncode == 0, errors
                 break
             except subprocess.TimeoutExpired:
                 process.kill()

@@ -33,25 +33,25 @@ def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab
     assert shards.index.learnt == sum(len(doc) - 1 for doc in docs)
 
 
-def test_rows_hold_whole_documents_and_padding_of_which_nothing_is_learnt(tmp_path):
+def test_rows_hold_whole_documents_and_padding_that_is_not_learned(tmp_path):
     docs = documents()
     shards = written(tmp_path, docs)
     ids, mask = shards.rows(60, range(shards.count_rows(60)))
     assert ids.shape[1] == 61
     waiting = list(docs)
-    for row, learnt in zip(ids.tolist(), mask.tolist(), strict=True):
+    for row, learned in zip(ids.tolist(), mask.tolist(), strict=True):
         filled = 0
         while waiting and filled + len(waiting[0]) <= 61:
             doc = waiting.pop(0)
             assert row[filled : filled + len(doc)] == doc
-            assert learnt[filled : filled + len(doc)] == [0] + [1] * (len(doc) - 1)
+            assert learned[filled : filled + len(doc)] == [0] + [1] * (len(doc) - 1)
             filled += len(doc)
         assert filled
-        assert not any(learnt[filled:])
+        assert not any(learned[filled:])
     assert not waiting
 
 
-def test_a_document_longer_than_a_row_goes_on_in_the_next_with_the_token_that_was_predicted_last():
+def test_a_document_longer_than_a_row_continues_in_the_next_row_with_the_last_token():
     assert pack([25], 10).tolist() == [[0, 10], [9, 19], [18, 25]]
     assert pack([3, 25, 4], 10).tolist() == [[0, 3], [3, 13], [12, 22], [21, 28], [28, 32]]
     assert pack([10, 19, 10], 10).tolist() == [[0, 10], [10, 20], [19, 29], [29, 39]]
@@ -93,7 +93,7 @@ def test_the_order_of_an_epoch_is_a_permutation_and_each_epoch_has_its_own(count
         assert epochs[0] != sorted(epochs[0])
 
 
-def test_a_mixture_keeps_its_shares_and_shows_every_row_before_any_twice(tmp_path):
+def test_batches_keep_their_shares_and_use_every_row_before_any_twice(tmp_path):
     shards = written(tmp_path / "a", documents()), written(tmp_path / "b", documents())
     batches = Batches(shards, [0.9, 0.1], length=16, batch=4, seed=3)
     chosen = [row for step in range(50) for row in batches.row_numbers(step)]

@@ -1,4 +1,4 @@
-"""What is kept of a target on disk is what it says, whenever and with whatever else it is asked."""
+"""What a cached teacher stores is the target's distribution, whatever order and batch it is asked for in."""
 
 import mlx.core as mx
 import numpy as np

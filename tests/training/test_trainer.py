@@ -130,7 +130,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(shards, tmp_path):
         np.testing.assert_allclose(one[name], two[name], atol=1e-5)
 
 
-def test_only_tokens_whose_mask_is_one_are_learnt(shards, tmp_path):
+def test_only_tokens_whose_mask_is_one_are_learned(shards, tmp_path):
     writer = ShardWriter(tmp_path / "masked", V, "tokens")
     for ids, mask in shards.documents():
         writer.add(ids, np.zeros_like(mask))
@@ -140,13 +140,13 @@ def test_only_tokens_whose_mask_is_one_are_learnt(shards, tmp_path):
 
 
 def test_the_best_drafter_is_what_remains(shards, tmp_path):
-    worth = {2: 1.5, 4: 2.5, 6: 2.0}
+    scores = {2: 1.5, 4: 2.5, 6: 2.0}
     seen = {}
 
     def evaluate(drafter):
         step = 2 * (len(seen) + 1)
         seen[step] = weights(drafter)
-        return {"block_efficiency": worth[step]}
+        return {"block_efficiency": scores[step]}
 
     kept = weights(trained(shards, tmp_path, scorer=evaluate, evaluate_every=2))
     assert all(np.array_equal(kept[name], seen[4][name]) for name in kept)
