@@ -21,8 +21,8 @@ def attention_windows(model: nn.Module) -> list[int | None]:
             windows.append(cache.max_size)
         else:
             raise UnsupportedModelError(
-                f"{model_type(model)} uses a {type(cache).__name__}, which cannot be rewound to an earlier token; "
-                "choose a model with plain, grouped-query or sliding-window attention"
+                f"{model_type(model)} keeps its past in a {type(cache).__name__}, which cannot be rewound to an "
+                "earlier token; choose a model with plain, grouped-query or sliding-window attention"
             )
     return windows
 

@@ -306,13 +306,13 @@ class Drafter(nn.Module):
         """
         folder = Path(folder)
         try:
-            config = DrafterConfig.from_dict(read_json(folder / "config.json"))
+            content = read_json(folder / "config.json")
             weights = load_arrays(folder / "model.safetensors")
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelLoadError(
                 f"cannot read a drafter from {folder}: {in_one_line(error)}; copy or export it again"
             ) from None
-        drafter = cls(config)
+        drafter = cls(DrafterConfig.from_dict(content))
         try:
             drafter.load_weights(list(weights.items()))
         except ValueError as error:

@@ -67,13 +67,11 @@ class Document:
 
     Attributes:
         content: A text or a conversation.
-        is_prompt: Whether the content is a prompt rather than text to learn.
         where: The file and line where it starts, "file:line".
         bytes: Bytes of all files up to its end.
     """
 
     content: str | list[Message]
-    is_prompt: bool
     where: str
     bytes: int
 
@@ -134,7 +132,7 @@ def text_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines)
         bad.read += 1
         try:
             if text := content.decode("utf-8").strip():
-                yield Document(text, False, f"{file}:{number}", done + min(position, file.stat().st_size))
+                yield Document(text, f"{file}:{number}", done + min(position, file.stat().st_size))
             else:
                 bad.skip(f"{file}:{number}", "empty")
         except UnicodeDecodeError as error:
@@ -164,14 +162,13 @@ def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines)
             continue
         bad.read += 1
         try:
-            content, is_prompt = parse_line(line)
-            yield Document(content, is_prompt, f"{file}:{number}", done + min(position, file.stat().st_size))
+            yield Document(parse_line(line), f"{file}:{number}", done + min(position, file.stat().st_size))
         except ValueError as error:
             bad.skip(f"{file}:{number}", in_one_line(error))
 
 
-def parse_line(line: bytes) -> tuple[str | list[Message], bool]:
-    """Return a line's content and whether it is a prompt. Raises ValueError, with the reason, for a malformed line."""
+def parse_line(line: bytes) -> str | list[Message]:
+    """Return the content of a line. Raises ValueError, with the reason, for a malformed line."""
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
@@ -180,14 +177,14 @@ def parse_line(line: bytes) -> tuple[str | list[Message], bool]:
             if not isinstance(entry[name], str) or not entry[name].strip():
                 raise ValueError(f'"{name}" is empty or not a string')
             entry[name].encode()  # raises for half a surrogate pair
-            return entry[name], name == "prompt"
+            return entry[name]
     messages = entry.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError('has none of "text", "prompt" and "messages"')
+        raise ValueError('has neither "text" nor "prompt" nor "messages"')
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError('a message lacks "role" or "content"')
-    return [{"role": message["role"], "content": message["content"]} for message in messages], True
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def tokenize_corpus(

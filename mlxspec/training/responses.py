@@ -43,7 +43,7 @@ class AnswerSettings:
     group: int = option(64, "Prompts that are answered in one batch.")
     seed: int = option(0, "Random seed. Runs with the same seed give the same result.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise InvalidRequestError(f"temperatures are {self.temperatures}; use numbers of 0 or more")
         if not 0 < self.top_p <= 1:

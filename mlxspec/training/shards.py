@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mlxspec.errors import TrainingError
-from mlxspec.files import explain_write_errors, fingerprint, read_json, write_json
+from mlxspec.files import explain_write_errors, fingerprint, read_json, remove_leftovers, write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**26
@@ -110,6 +110,7 @@ class ShardWriter:
     def __init__(self, folder: str | Path, vocab_size: int, tokenizer: str, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.shard_tokens = Path(folder), shard_tokens
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         if (self.folder / "index.json").exists():
             self.index = Index.read(self.folder)
             if self.index.tokenizer != tokenizer or self.index.vocab_size != vocab_size:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import explain_write_errors, fingerprint, fingerprint_files, read_json, write_json
+from mlxspec.files import explain_write_errors, fingerprint, fingerprint_files, read_json, remove_leftovers, write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
 from mlxspec.models.quantizing import COPIED
@@ -197,6 +197,7 @@ def train(
     )
     result = trainer.run()
     if is_first_process():
+        remove_leftovers(out)
         with explain_write_errors(out):
             drafter.save(out)
             copy_tokenizer(target.folder, out)

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import explain_write_errors
+from mlxspec.files import explain_write_errors, remove_leftovers
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.batches import Batches
@@ -162,6 +162,7 @@ class Trainer:
         self._compile()
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_first_process():
+            remove_leftovers(self.folder / "best")
             truncate_metrics(self.folder, start)
         for step in range(start, self.settings.steps):
             metrics, done = self._train_step(step), step + 1

@@ -60,7 +60,7 @@ def test_a_long_text_is_cut_after_a_line_and_nothing_of_it_is_lost(tmp_path, mon
 
 def test_documents_are_encoded_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(corpus, "LONGEST_TEXT", 10)
-    some = [corpus.Document(text, False, "", 0) for text in ("x" * 4, "x" * 30, "y", "z")]
+    some = [corpus.Document(text, "", 0) for text in ("x" * 4, "x" * 30, "y", "z")]
     assert [len(group) for group in corpus.group_documents(some)] == [2, 2]
 
 

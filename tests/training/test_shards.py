@@ -75,6 +75,7 @@ def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
         if number == 25:
             writer.commit(done=number)
     writer.close()  # as if killed, after much more had gone into the files
+    (tmp_path / ".writing-index").mkdir()
     writer = ShardWriter(tmp_path, 512, "tokens", shard_tokens=100)
     assert writer.index.notes == {"done": 25}
     assert writer.index.documents == 26
@@ -82,6 +83,7 @@ def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
         writer.add(doc, [1] * len(doc))
     writer.finish()
     assert [doc.ids.tolist() for doc in TokenShards(tmp_path, verify=True).documents()] == docs
+    assert not list(tmp_path.glob(".writing-*"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
