@@ -33,12 +33,11 @@ from mlx_lm.utils import dequantize_model, load_model
 import mlxspec
 from mlxspec import Drafter, DrafterConfig, ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.evaluation.speedup import calibrated, profile
+from mlxspec.training.batches import Batches as Mixture
 from mlxspec.training.losses import Loss
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.trainer import Trainer, TrainingSettings
 
 DEMO = Path(mlxspec.__file__).parent / "demo"
 PROMPTS = [[1], [1, 403, 407, 261]]  # the stories model's: nothing, and "Once upon a"

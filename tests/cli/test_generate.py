@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from mlxspec import Drafter, DrafterConfig
+from mlxspec.models.checks import check_safetensors
 from mlxspec.models.loading import DEMO
-from mlxspec.models.safety import check_safetensors
 
 SUMMARY = re.compile(r"^\d+ tokens, [\d.]+ tokens/s, block efficiency [\d.]+, acceptance rate [\d.]+$")
 
