@@ -8,7 +8,6 @@ fit into the cap is measured by the next process, or never needed: ``BlockCosts`
 learns from the blocks that are decoded.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,8 +15,9 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +27,8 @@ from mlxspec.decoding.block import State
 from mlxspec.decoding.cache import CAPACITY_STEP
 from mlxspec.decoding.compiled import CompiledBlocks, CompiledGraph
 from mlxspec.decoding.costs import BlockCosts
-from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer, Proposer
+from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer, ModelProposer, Proposer
+from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder
 
@@ -102,7 +103,7 @@ def names(compiled: CompiledBlocks) -> list[str]:
 def stored_figures(compiled: CompiledBlocks) -> Figures:
     """Return the figures on disk; none if there is no file, or one that cannot be used."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        figures = json.loads(costs_file(compiled).read_text())["seconds"]
+        figures = read_json(costs_file(compiled))["seconds"]
         usable = {"rows 1", "trace"} <= figures.keys() <= {*COARSE, *FINE, "trace"}
         if usable and all(math.isfinite(seconds) and seconds > 0 for seconds in figures.values()):
             return figures
@@ -114,25 +115,22 @@ def keep(compiled: CompiledBlocks, figures: Figures) -> None:
     file = costs_file(compiled)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps({"of": described(compiled), "seconds": figures}, indent=1))
-        os.replace(aside, file)
+        write_json(file, {"of": described(compiled), "seconds": figures})
 
 
 def costs_file(compiled: CompiledBlocks) -> Path:
-    key = hashlib.sha256(json.dumps(described(compiled), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "costs" / f"{key}.json"
+    return cache_folder() / "costs" / f"{fingerprint(json.dumps(described(compiled), sort_keys=True))}.json"
 
 
 def described(compiled: CompiledBlocks) -> dict[str, Any]:
     """Return all that the costs depend on."""
     sampling, info = compiled.sampling, mx.device_info()
-    described = {
+    described: dict[str, Any] = {
         "format": FORMAT,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "device": [str(mx.default_device()), info.get("device_name"), info.get("architecture"), platform.machine()],
         "target": shapes_of(compiled.pair.target),
-        "drafter": shapes_of(compiled.pair.drafter) if MODEL in compiled.drafters else None,
+        "drafter": shapes_of(model_proposer(compiled).run.model) if MODEL in compiled.drafters else None,
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
         "verification": compiled.verification,
     }
@@ -145,9 +143,9 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
 
 def shapes_of(model: nn.Module) -> str:
     """Return the class of a model and a digest of the shapes of its weights."""
-    shapes = [(name, weight.shape, str(weight.dtype)) for name, weight in tree_flatten(model.parameters())]
-    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-    return f"{type(model).__module__}.{type(model).__name__} {digest}"
+    parameters: Any = tree_flatten(model.parameters())
+    shapes = [(name, weight.shape, str(weight.dtype)) for name, weight in parameters]
+    return f"{type(model).__module__}.{type(model).__name__} {fingerprint(json.dumps(shapes))}"
 
 
 # ----------------------------------------------------------------------- measuring
@@ -251,7 +249,7 @@ def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int) -> 
 
 def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any, Any]]:
     """Return a step that drafts ``length`` tokens with the model."""
-    proposer, greedy = compiled.proposers[MODEL], compiled.sampling.temperature == 0
+    proposer, greedy = model_proposer(compiled), compiled.sampling.temperature == 0
 
     def draft(recent: mx.array, committed: mx.array, buffers: Any, key: mx.array) -> tuple[Any, Any]:
         key, subkey = mx.random.split(key)
@@ -260,17 +258,22 @@ def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any
         following = mx.concatenate([recent, tokens])[-2:]
         return tokens if greedy else (tokens, q), (following, committed + length, buffers, key)
 
-    graph = CompiledGraph(draft, [compiled.pair.drafter], compiled.weights)
+    graph = CompiledGraph(draft, [proposer.run.model], compiled.weights)
     return lambda state: graph(*state)
+
+
+def model_proposer(compiled: CompiledBlocks) -> ModelProposer:
+    """Return the proposer of a pair that has a model for a drafter."""
+    return cast(ModelProposer, compiled.proposers[MODEL])
 
 
 def draft_state(compiled: CompiledBlocks, capacity: int) -> tuple[Any, ...]:
     """Return the state before a draft of the model."""
-    buffers = compiled.proposers[MODEL].run.empty(capacity)
+    buffers = model_proposer(compiled).run.empty(capacity)
     return mx.zeros(2, mx.int32), mx.array(capacity - ROOM, mx.int32), buffers, mx.random.key(0)
 
 
 def reading(compiled: CompiledBlocks) -> Callable[[Any], tuple[Any, Any]]:
     """Return a step in which the model drafter reads READ tokens."""
-    run, tokens = compiled.proposers[MODEL].run, mx.zeros(READ, mx.int32)
+    run, tokens = model_proposer(compiled).run, mx.zeros(READ, mx.int32)
     return lambda state: (run.prefill(tokens, [], 0, lambda count: None), None)

@@ -12,7 +12,7 @@ from mlxspec.decoding.costs import BlockCosts, RunningCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
 
 MARGIN = 0.97  # drafting has to win by 3 %: costs are not known better, and drafting in vain is the worse mistake
-PROBE_SHARE = 0.01  # of the time, spent on finding out whether a drafter that did not pay pays by now
+PROBE_SHARE = 0.008  # of the time, spent on finding out whether a drafter that did not pay pays by now
 READ_SHARE = 0.008  # of the time, spent on what the drafter has to read before a probe
 PROBE_DOUBT = 0.5  # what earlier evidence weighs from then on: it is old, and a probe is short
 TYPICAL_ANSWER = 128.0  # tokens, before any answer was seen
