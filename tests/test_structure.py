@@ -25,7 +25,7 @@ READERS_OF_MODELS = {
     "quantizing.py",
     "safety.py",
     "sharing.py",
-    "hub_rows.py",
+    "tasks.py",
 }  # only these touch the hub and mlx-lm's loader
 
 

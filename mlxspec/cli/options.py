@@ -115,7 +115,7 @@ def calibrate(decoder: SpeculativeDecoder, quiet: bool = False, anew: bool = Fal
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if not terminal and not quiet:
         click.echo(MEASURING, err=True)
-    with tqdm(total=0, desc=MEASURING, unit="figure", disable=quiet or not terminal, leave=False) as bar:
+    with tqdm(total=0, desc=MEASURING, disable=quiet or not terminal, leave=False, delay=0.1) as bar:
         decoder.calibrate(lambda done, total: advance(bar, done, total), anew)
 
 
@@ -135,16 +135,22 @@ def drafter_name(target: str | None, drafter: str | None) -> str:
 
 @contextmanager
 def prefill_bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar for long prompts, on standard error if that is a terminal."""
-    with tqdm(total=0, desc="prompt", unit="tok", disable=True if quiet else None, leave=False, delay=0.5) as bar:
+    """A progress bar for long prompts, on standard error if that is a terminal. It is made when it is needed."""
+    bars: list[tqdm] = []
 
-        def progress(done: int, total: int) -> None:
-            if total >= LONG_PROMPT:
-                advance(bar, done, total)
-                if done == total:
-                    bar.close()
+    def progress(done: int, total: int) -> None:
+        if total >= LONG_PROMPT:
+            if not bars:
+                bars.append(tqdm(desc="prompt", unit="tok", disable=quiet or None, leave=False, delay=0.5))
+            advance(bars[0], done, total)
+            if done == total:
+                bars.pop().close()
 
+    try:
         yield progress
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def summary(stats: DecodingStats) -> str:
