@@ -1,12 +1,13 @@
-"""Which loss makes the better drafter: the same start, the same steps, the same data, several seeds.
+"""Which loss makes the better drafter? The same start, the same steps and the same data, for several seeds.
 
     python scripts/ablate_losses.py --target STORIES260K_FOLDER --prompts TINYSTORIES.jsonl --work WORK_FOLDER
 
-For each seed a drafter is pretrained on the target's own samples with next-token cross-entropy, and from there trained
-with each loss for as many steps. The target's k most likely tokens are kept on disk, so that it is run once for all
-losses; what that costs is measured with one of them. What counts is block efficiency as served, at temperature 0 and 1,
-on the first words of real stories. Every training is a stage in WORK_FOLDER: what is complete is not run again. Prints
-a table in Markdown, means and standard deviations over the seeds. On Linux preload OpenBLAS (see CONTRIBUTING.md).
+For each seed a drafter is pretrained on the target's own samples with next-token cross-entropy. From there it is
+trained with each loss for the same number of steps. The target's k most likely tokens are kept on disk, so that it runs
+once for all losses; one loss is also trained with other k. Each drafter is judged by its block efficiency at
+temperature 0 and 1, on the first words of real stories. Every training is a stage in WORK_FOLDER; finished stages are
+skipped. The result is a table in Markdown: means and standard deviations over the seeds. On Linux preload OpenBLAS (see
+MEASUREMENTS.md).
 """
 
 import json
@@ -45,10 +46,10 @@ LOSSES = {
     "tvd++, 8 samples, batch": Loss("tvd++", "8", "batch", epsilon=1e-5),
     "tvd++, vocabulary": Loss("tvd++", weighting="vocabulary", epsilon=1e-5),
 }
-TRUNCATIONS = {"tvd, online": 0, "tvd, k = 8": 8, "tvd, k = 32": 32}  # of the teacher, beside the k of all others
+TRUNCATIONS = {"tvd, online": 0, "tvd, k = 8": 8, "tvd, k = 32": 32}  # other k of the teacher than that of all losses
 MEASURES = {"acceptance_rate": "α", "block_efficiency_at_0": "τ, T = 0", "block_efficiency_at_1": "τ, T = 1"}
 
-# 52 368 parameters: one layer, tied tables.
+# 52 368 parameters: one layer, embedding and output head tied.
 SHAPE = DrafterShape(48, 128, 1, 4, None, True)
 
 
@@ -71,17 +72,17 @@ class Ablation:
         ]
 
     def acceptance_rate(self, drafter: Drafter, batches: int = 8) -> float:
-        """α at temperature 1 on rows of the target's samples, against the target itself: Σ min(p, q)."""
-        minimised, total = objective(Loss("tvd"), OnlineTeacher(self.target.model)), 0.0
+        """Return α = Σ min(p, q) at temperature 1 on rows of the target's samples, against the target itself."""
+        minimized, total = objective(Loss("tvd"), OnlineTeacher(self.target.model)), 0.0
         for number in range(batches):
             rows = self.batches(number)
             weights = rows.mask[:, 1:] / rows.mask[:, 1:].sum()
             batch = Batch(mx.array(rows.ids), mx.array(weights, mx.float32), (), mx.array(1.0), mx.random.key(0))
-            total += minimised(drafter, batch)[1].item()
+            total += minimized(drafter, batch)[1].item()
         return total / batches
 
     def note(self, label: str, seed: int, drafter: Drafter) -> None:
-        """Measure and keep what a drafter is worth, unless that is known."""
+        """Measure a drafter and keep the figures, unless they are known."""
         name = f"{label}/{seed}"
         if name not in self.found:
             self.found[name] = {"acceptance_rate": self.acceptance_rate(drafter), **self.measure(drafter)}
@@ -106,7 +107,7 @@ def spread(values: list[float]) -> str:
 @click.command()
 @click.option("--target", required=True, help="Folder of the target.")
 @click.option("--prompts", required=True, help="Stories, of which the first 20 words are prompts.")
-@click.option("--answers", help="Samples that train distill has made; default: made here.")
+@click.option("--answers", help="Answers that `mlxspec train distill` made; default: made here.")
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--pretrain-steps", default=900, show_default=True)
@@ -117,7 +118,7 @@ def spread(values: list[float]) -> str:
 @click.option("--samples", default=10240, show_default=True, help="Texts of the target to learn from.")
 @click.option("--teacher-top-k", default=128, show_default=True)
 @click.option("--count", default=40, show_default=True, help="Prompts.")
-@click.option("--only", multiple=True, help="Only losses whose label begins with this.")
+@click.option("--only", multiple=True, help="Only losses whose label starts with this.")
 def main(target, prompts, answers, work, seeds, pretrain_steps, steps, samples, count, only, teacher_top_k, **training):
     model = Target(target)
     if answers is None:

@@ -1,4 +1,4 @@
-"""Make the embedded demo pair (mlxspec/demo/) from nothing, with mlxspec's own commands.
+"""Make the embedded demo pair (mlxspec/demo/) with mlxspec's own commands.
 
     python scripts/build_demo_pair.py --teacher STORIES260K_FOLDER --stories TINYSTORIES.jsonl --work WORK_FOLDER
 
@@ -7,8 +7,8 @@
 3. ``mlxspec train run``       demo_target.toml: next-token training on both, then 4 bits        target/
 4. ``mlxspec train run``       demo_drafter.toml: distilled from the 4-bit target's own stories  demo_drafter/
 
-Each is skipped, or gone on with, where WORK_FOLDER has it already. The result is copied to mlxspec/demo/ (or --out). On
-Linux preload OpenBLAS (see CONTRIBUTING.md).
+Finished steps in WORK_FOLDER are skipped, interrupted ones resumed. The result is copied to mlxspec/demo/ (or --out).
+On Linux preload OpenBLAS (see MEASUREMENTS.md).
 """
 
 import json
@@ -88,7 +88,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def run_recipe(name: str, work: Path, scale: float) -> Path:
-    """Run a recipe of this folder in ``work``; its last drafter. ``scale`` shortens everything, for a trial."""
+    """Run a recipe of this folder in ``work`` and return its last drafter. ``scale`` shortens it, for a trial."""
     recipe = (SCRIPTS / name).read_text()
     for key in ("steps", "samples", "evaluate_every", "max_tokens"):
         recipe = scaled(recipe, key, scale)
@@ -107,7 +107,7 @@ def scaled(recipe: str, key: str, scale: float) -> str:
 
 
 def quantize_target(trained: Path, folder: Path) -> None:
-    """The trained model in 16 bits, its matrices in 4."""
+    """Write the trained model in 16 bits, its matrices in 4."""
     model, config = load_model(trained)
     model.set_dtype(mx.float16)
     model, config = quantized(model, config, "4")
@@ -118,7 +118,7 @@ def quantize_target(trained: Path, folder: Path) -> None:
 
 
 def save_drafter(trained: Path, folder: Path) -> None:
-    """In 16 bits, without the checkpoints and the record of the training."""
+    """Write the drafter in 16 bits, without the checkpoints and the record of the training."""
     drafter = Drafter.load(trained, mx.float16)
     drafter.save(folder)
     for name in TOKENIZER_FILES:
@@ -135,7 +135,7 @@ def save_drafter(trained: Path, folder: Path) -> None:
 def main(teacher, stories, work, out, samples, scale):
     work.mkdir(parents=True, exist_ok=True)
     sample_stories(teacher, work, samples)
-    # Once, beside many sampled ones: a target that sees the few real stories more often learns them by heart.
+    # Each real story once, among many sampled ones: a target that sees them more often learns them by heart.
     (work / "stories").mkdir(exist_ok=True)
     shutil.copyfile(stories, work / "stories" / "0.jsonl")
     if not (work / "tokenizer" / "config.json").exists():

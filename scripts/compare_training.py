@@ -1,13 +1,11 @@
-"""What training costs, beside what it could cost: each pair of figures is measured in one process, interleaved.
+"""What training costs, compared with a baseline in interleaved rounds.
 
-    python scripts/compare_training.py loss         memory and time of a loss with its gradient, chunked and plain
-    python scripts/compare_training.py throughput   next-token training beside mlx-lm's own trainer
-    python scripts/compare_training.py distill      a distillation step beside the target's pass and a drafter's step
-    python scripts/compare_training.py answers      mlx-lm's batches beside our decoder, one prompt after the other
+    python scripts/compare_training.py loss         # memory and time of a loss with its gradient, chunked and plain
+    python scripts/compare_training.py throughput   # next-token training and mlx-lm's own trainer
+    python scripts/compare_training.py distill      # a distillation step; the target's pass and a drafter's step
+    python scripts/compare_training.py answers      # mlx-lm's batches; our decoder, one prompt after the other
 
-Every round runs every engine once, after a round that is thrown away; ratios are taken within a round, and medians
-over rounds. The shapes are options; the defaults are those of the 115M drafter. On Linux preload OpenBLAS (see
-CONTRIBUTING.md).
+The shapes are options; the defaults are those of the 115M drafter. On Linux preload OpenBLAS (see MEASUREMENTS.md).
 """
 
 import contextlib
@@ -28,6 +26,7 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.trainer import train as mlx_lm_train
 
 from mlxspec import Drafter, DrafterConfig, ModelPair, Sampling, SpeculativeDecoder
+from mlxspec.evaluation.rounds import by_engine, interleaved, ratio, seconds, spread
 from mlxspec.models.loading import DEMO
 from mlxspec.training.batches import Batches as Mixture
 from mlxspec.training.chunked_loss import Positions, log_softmax, weighted_loss
@@ -65,7 +64,7 @@ def plain_divergence(name: str, p: mx.array, log_p: mx.array, q: mx.array, log_q
 
 
 def loss_functions(name: str, vocabulary: int, hidden: int, positions: int) -> dict[str, Callable]:
-    """Engine -> a function that evaluates value and gradients of the loss over random hidden states."""
+    """Return, by engine, a function that evaluates value and gradients of the loss over random hidden states."""
     mx.random.seed(0)
     states, target_states = mx.random.normal((positions, hidden)), mx.random.normal((positions, hidden))
     heads = [mx.random.normal((vocabulary, hidden)) * 2 / hidden**0.5 for _ in range(2)]
@@ -89,40 +88,24 @@ def loss_functions(name: str, vocabulary: int, hidden: int, positions: int) -> d
 
     def run(function: Callable) -> Callable:
         compiled = mx.compile(mx.value_and_grad(function, argnums=(0, 1)))
-        return lambda: mx.eval(compiled(states, heads[0], target_states, heads[1]))
+        return lambda number: mx.eval(compiled(states, heads[0], target_states, heads[1]))
 
     return {"chunked": run(chunked), "plain": run(plain)}
 
 
-def interleaved(runs: dict[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every engine in every round: what it returns, or else how long it took."""
-    seconds = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            found = run()
-            if number:
-                seconds[name].append(found or time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], over: str, *under: str) -> float:
-    each = zip(seconds[over], *(seconds[name] for name in under), strict=True)
-    return statistics.median(first / sum(others) for first, *others in each)
-
-
-def tell(seconds: dict[str, list[float]]) -> None:
-    for name, values in seconds.items():
-        click.echo(f"  {name:28s} {1000 * statistics.median(values):9.1f} ms  ({1000 * min(values):.1f} to "
-                   f"{1000 * max(values):.1f})")  # fmt: skip
+def show(taken: dict[str, list[float]]) -> None:
+    """Print the seconds of every engine, in milliseconds."""
+    for name, values in taken.items():
+        found = spread([1000 * value for value in values])
+        click.echo(f"  {name:28s} {found.median:9.1f} ms  ({found.least:.1f} to {found.most:.1f})")
 
 
 def peak_bytes(run: Callable) -> int:
-    """What a run allocates on top of what was there."""
+    """Return the most memory that a run allocates on top of what was there."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    run()
+    run(0)
     return mx.get_peak_memory() - before
 
 
@@ -142,36 +125,34 @@ def loss(names, vocabulary, hidden, positions, rounds):
     for name in names:
         runs = loss_functions(name, vocabulary, hidden, positions)
         peaks = {engine: peak_bytes(run) for engine, run in runs.items()}
-        seconds = interleaved(runs, rounds)
+        taken = by_engine(interleaved({engine: seconds(run) for engine, run in runs.items()}, rounds))
         memory = peaks["chunked"] / peaks["plain"]
         click.echo(
             f"{name}, {positions} positions, hidden {hidden}, vocabulary {vocabulary}: memory ratio {memory:.3f} "
             f"({peaks['chunked'] / 1e6:.0f} MB chunked, {peaks['plain'] / 1e6:.0f} MB plain), "
-            f"time ratio {ratio(seconds, 'chunked', 'plain'):.2f}"
+            f"time ratio {ratio(taken['chunked'], taken['plain'])}"
         )
-        tell(seconds)
+        show(taken)
 
 
-class Shape:
-    """The options of the commands that train a drafter."""
+SHAPE = (
+    click.option("--vocabulary", default=32000, show_default=True),
+    click.option("--hidden", default=1024, show_default=True),
+    click.option("--intermediate", default=2816, show_default=True),
+    click.option("--layers", default=4, show_default=True),
+    click.option("--heads", default=8, show_default=True),
+    click.option("--batch", default=2, show_default=True),
+    click.option("--length", default=256, show_default=True),
+    click.option("--steps", default=5, show_default=True, help="Timed steps that an engine takes in a round."),
+    click.option("--rounds", default=5, show_default=True),
+)
 
-    OPTIONS = (
-        click.option("--vocabulary", default=32000, show_default=True),
-        click.option("--hidden", default=1024, show_default=True),
-        click.option("--intermediate", default=2816, show_default=True),
-        click.option("--layers", default=4, show_default=True),
-        click.option("--heads", default=8, show_default=True),
-        click.option("--batch", default=2, show_default=True),
-        click.option("--length", default=256, show_default=True),
-        click.option("--steps", default=5, show_default=True, help="Timed steps an engine takes in a round."),
-        click.option("--rounds", default=5, show_default=True),
-    )
 
-    @classmethod
-    def options(cls, command: Callable) -> Callable:
-        for option in reversed(cls.OPTIONS):
-            command = option(command)
-        return command
+def shape_options(command: Callable) -> Callable:
+    """Add the options of the commands that train a drafter."""
+    for option in reversed(SHAPE):
+        command = option(command)
+    return command
 
 
 def new_drafter(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> Drafter:
@@ -184,7 +165,7 @@ def random_rows(vocabulary: int, rows: int, length: int) -> np.ndarray:
 
 
 class StepTimes:
-    """Seconds between one report of a trainer and the next, the first few left out: a step with all that it needs."""
+    """Times the steps of a trainer, each with all that it needs, by its reports. The first few are left out."""
 
     LEFT_OUT = 2
 
@@ -202,7 +183,7 @@ class StepTimes:
 
 
 def our_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int, loss: Loss, teacher=None) -> Callable:
-    def run() -> float:
+    def run(number: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             with ShardWriter(Path(folder) / "tokens", drafter.config.vocab_size, "random") as writer:
                 for row in rows:
@@ -222,7 +203,7 @@ def our_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int, loss
 def their_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int) -> Callable:
     dataset = [(row.tolist(), 0) for row in rows]
 
-    def run() -> float:
+    def run(number: int) -> float:
         times = StepTimes()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             args = TrainingArgs(
@@ -239,29 +220,29 @@ def their_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int) ->
 
 
 @main.command()
-@Shape.options
+@shape_options
 def throughput(vocabulary, hidden, intermediate, layers, heads, batch, length, steps, rounds):
-    """Next-token training, beside mlx-lm's trainer."""
+    """Next-token training, compared with mlx-lm's trainer."""
     drafter = new_drafter(vocabulary, hidden, intermediate, layers, heads)
     rows = random_rows(vocabulary, 4 * batch, length)
     runs = {
         "mlxspec": our_trainer(drafter, rows, batch, steps, Loss("ce")),
         "mlx-lm": their_trainer(drafter, rows, batch, steps),
     }
-    seconds = interleaved(runs, rounds)
-    click.echo(f"{drafter.num_parameters:,} parameters, {batch} x {length} positions a step: tokens/s of mlxspec over "
-               f"mlx-lm {1 / ratio(seconds, 'mlxspec', 'mlx-lm'):.2f}")  # fmt: skip
-    tell(seconds)
+    taken = by_engine(interleaved(runs, rounds))
+    click.echo(f"{drafter.num_parameters:,} parameters, {batch} x {length} positions per step: tokens/s of mlxspec "
+               f"over mlx-lm {ratio(taken['mlx-lm'], taken['mlxspec'])}")  # fmt: skip
+    show(taken)
 
 
 @main.command()
-@Shape.options
+@shape_options
 @click.option("--name", "name", type=click.Choice([name for name in LOSSES if name != "ce"]), default="tvd++")
 @click.option("--target-hidden", default=1024, show_default=True)
 @click.option("--target-layers", default=16, show_default=True)
 def distill(vocabulary, hidden, intermediate, layers, heads, batch, length, steps, rounds, name, target_hidden,
             target_layers):  # fmt: skip
-    """A distillation step, beside its parts alone: the target's pass and a next-token step of the drafter."""
+    """A distillation step, compared with its parts alone: the target's pass and a next-token step of the drafter."""
     drafter = new_drafter(vocabulary, hidden, intermediate, layers, heads)
     target = llama.Model(llama.ModelArgs(
         "llama", target_hidden, target_layers, 11 * target_hidden // 4, heads, 1e-5, vocabulary,
@@ -271,7 +252,7 @@ def distill(vocabulary, hidden, intermediate, layers, heads, batch, length, step
     inputs = mx.array(rows[:batch, :-1])
     forward: Callable[[mx.array], mx.array] = mx.compile(target.__call__)
 
-    def target_pass() -> float:
+    def target_pass(number: int) -> float:
         times = StepTimes()
         for _ in range(steps + StepTimes.LEFT_OUT):
             mx.eval(forward(inputs))
@@ -283,12 +264,13 @@ def distill(vocabulary, hidden, intermediate, layers, heads, batch, length, step
         "target": target_pass,
         "drafter": our_trainer(drafter, rows, batch, steps, Loss("ce")),
     }
-    seconds = interleaved(runs, rounds)
+    taken = by_engine(interleaved(runs, rounds))
+    parts = [target + drafter for target, drafter in zip(taken["target"], taken["drafter"], strict=True)]
     count = sum(weight.size for _, weight in nn.utils.tree_flatten(target.parameters()))
     click.echo(f"{name}: drafter of {drafter.num_parameters:,}, target of {count:,} parameters, {batch} x {length} "
-               f"positions: a step costs {ratio(seconds, 'distillation', 'target', 'drafter'):.2f} of the target's pass"
-               " and the drafter's step together")  # fmt: skip
-    tell(seconds)
+               f"positions: a step costs {ratio(taken['distillation'], parts)} of the target's pass and the drafter's "
+               "step together")  # fmt: skip
+    show(taken)
 
 
 @main.command()
@@ -298,24 +280,26 @@ def distill(vocabulary, hidden, intermediate, layers, heads, batch, length, step
 @click.option("--tokens", default=64, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 def answers(target, drafter, sizes, tokens, rounds):
-    """Who answers prompts faster at temperature 1: mlx-lm in batches, or our decoder one by one."""
+    """Answers at temperature 1: mlx-lm in batches, compared with our decoder, one prompt after the other."""
     known = Target(target)
     decoder = SpeculativeDecoder(
         ModelPair(known.model, Drafter.load(drafter, mx.float32), known.tokenizer), Sampling(temperature=1.0)
     )
 
-    def batched(size: int) -> Callable[[], float]:
+    decoder.calibrate()
+
+    def batched(size: int) -> Callable[[int], float]:
         settings = AnswerSettings((1.0,), 1.0, size, tokens, size)
         work = Group(0, [[known.tokenizer.bos_token_id]] * size, 1.0)
 
-        def run() -> float:
+        def run(number: int) -> float:
             start = time.perf_counter()
             made = sum(map(len, answer_group(known.model, known.tokenizer, work, settings)))
             return (time.perf_counter() - start) / made
 
         return run
 
-    def one_by_one() -> float:
+    def one_by_one(number: int) -> float:
         start, made = time.perf_counter(), 0
         for seed in range(8):
             made += sum(
@@ -324,11 +308,11 @@ def answers(target, drafter, sizes, tokens, rounds):
         return (time.perf_counter() - start) / made
 
     runs = {f"mlx-lm, {size} at once": batched(size) for size in sizes} | {"our decoder": one_by_one}
-    seconds = interleaved(runs, rounds)
-    click.echo("time of a token:")
-    tell(seconds)
+    taken = by_engine(interleaved(runs, rounds))
+    click.echo("time per token:")
+    show(taken)
     for name in list(runs)[:-1]:
-        click.echo(f"  our decoder / {name}: {ratio(seconds, 'our decoder', name):.2f} of its time")
+        click.echo(f"  our decoder / {name}: {ratio(taken['our decoder'], taken[name])} of its time")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does the full size work? A Llama 2 7B of random weights in 4 bits, in both layouts, with the 115M drafter.
+"""Does the full size work? A Llama 2 7B with random 4-bit weights, in both layouts, with the 115M drafter.
 
     python scripts/full_size.py --tokenizer LLAMA2_TOKENIZER.model --work WORK_FOLDER
 
-Writes about 8 GB into WORK_FOLDER, then loads each layout in a process of its own, drafts for a few tokens, and prints
-load time, peak memory and peak memory relative to the weights. The text is noise; the sizes are real.
+Writes about 8 GB into WORK_FOLDER. Then a process per layout loads it, decodes a few tokens, and prints load time and
+peak memory relative to the weights. The text is noise; the sizes are real.
 """
 
 import json
@@ -25,7 +25,7 @@ QUANTIZATION = {"group_size": 64, "bits": 4}
 
 
 def random_linear(name: str, rows: int, columns: int) -> dict[str, mx.array]:
-    """Random 4-bit values with scales that keep the products in range."""
+    """Return random 4-bit values with scales that keep the products in range."""
     groups = (rows, columns // QUANTIZATION["group_size"])
     packed = mx.random.randint(0, 2**31 - 1, (rows, columns // 8)).astype(mx.uint32)
     scales = mx.full(groups, 0.3 / columns**0.5, mx.float16)
@@ -33,7 +33,7 @@ def random_linear(name: str, rows: int, columns: int) -> dict[str, mx.array]:
 
 
 def random_llama() -> dict[str, mx.array]:
-    """Names of the Hugging Face layout -> arrays that are made when they are written."""
+    """Return arrays by their names in the Hugging Face layout. They are evaluated when they are written."""
     shapes = {
         "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
         "mlp.up_proj": (INTERMEDIATE, HIDDEN),

@@ -1,18 +1,16 @@
-"""Does ``draft_length="auto"`` keep its promises? Each command is one table, measured in one process, interleaved.
+"""Does ``draft_length="auto"`` keep its promises? Each command prints one table, measured in interleaved rounds.
 
-    python scripts/measure_auto.py never-slower --stories STORIES260K_FOLDER
-    python scripts/measure_auto.py nearly-best --stories STORIES260K_FOLDER
-    python scripts/measure_auto.py peer --stories STORIES260K_FOLDER
-    python scripts/measure_auto.py lookup --stories STORIES260K_FOLDER
-    python scripts/measure_auto.py context --stories STORIES260K_FOLDER
-    python scripts/measure_auto.py block --stories STORIES260K_FOLDER
+    python scripts/measure_auto.py --stories STORIES260K_FOLDER never-slower
+    python scripts/measure_auto.py --stories STORIES260K_FOLDER nearly-best
+    python scripts/measure_auto.py --stories STORIES260K_FOLDER peer
+    python scripts/measure_auto.py --stories STORIES260K_FOLDER lookup
+    python scripts/measure_auto.py --stories STORIES260K_FOLDER context
+    python scripts/measure_auto.py --stories STORIES260K_FOLDER block
 
-Pairs are made of the public stories260K model and of the demo pair: padded with layers that change no text, and drafted
-for by noised or random copies. Every round runs every engine once, after rounds that are thrown away; ratios are taken
-within a round and are medians over rounds.
+The pairs are made of the public stories260K model and of the demo pair. Targets are padded with layers that change no
+text, drafters are noised or random copies. Two warm-up rounds are thrown away.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,51 +22,49 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from compare_speed import noise, pad
-from mlx_lm.generate import generate_step, speculative_generate_step
+from compare_speed import Engine, Ours, noise, pad, peer, plain, read
+from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
-from mlx_lm.sample_utils import make_sampler
-from mlx_lm.utils import dequantize_model, load_model
 
 import mlxspec
 from mlxspec import Drafter, DrafterConfig, ModelPair, PromptLookup, Sampling, SpeculativeDecoder
-from mlxspec.evaluation.speedup import calibrated, profile
-from mlxspec.training.batches import Batches as Mixture
+from mlxspec.decoding.acceptance import MENU
+from mlxspec.evaluation.profile import PARTS, calibrated, profile
+from mlxspec.evaluation.rounds import by_engine, interleaved, ratio, spread, tokens_per_second
+from mlxspec.models.loading import DEMO
+from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import objective
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.trainer import Trainer, TrainingSettings
 
-DEMO = Path(mlxspec.__file__).parent / "demo"
 PROMPTS = [[1], [1, 403, 407, 261]]  # the stories model's: nothing, and "Once upon a"
-PEER_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-Run = Callable[[int], int]  # the round's number -> tokens
 
 rounds = click.option("--rounds", default=5, show_default=True)
-tokens = click.option("--tokens", default=150, show_default=True, help="Tokens an engine decodes in a round.")
-
-
-def read(folder: Path) -> nn.Module:
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32 if mx.default_device().type == mx.cpu else mx.float16)
-    return dequantize_model(model)  # padding and noise need plain weights
+tokens = click.option("--tokens", default=150, show_default=True, help="Tokens that an engine decodes per prompt.")
 
 
 class Pairs:
-    """The pairs that are measured, made when they are asked for."""
+    """The models that are measured, made when they are needed.
+
+    Args:
+        stories: folder of stories260K.
+        width: of the MLPs of the padding.
+    """
 
     def __init__(self, stories: Path, width: int = 8192):
-        self.stories, self.width = stories, width  # of the padding
+        self.stories, self.width = stories, width
 
     @cache  # noqa: B019
     def target(self, kind: str, layers: int) -> nn.Module:
-        """The stories model, or the demo's, with padding."""
+        """Return the stories model, or the demo's target, with padding."""
         model = read(self.stories if kind == "stories" else DEMO / "target")
         pad(model, layers, self.width)
         return model
 
     @cache  # noqa: B019
     def noised(self, amount: float, layers: int = 0) -> nn.Module:
+        """Return a noised copy of the stories model, which may be padded to cost more."""
         model = read(self.stories)
         noise(model, amount)
         if layers:
@@ -77,7 +73,7 @@ class Pairs:
 
     @cache  # noqa: B019
     def random(self) -> nn.Module:
-        """A drafter as small as the stories model that knows nothing."""
+        """Return a drafter as small as the stories model whose guesses are worthless."""
         args = replace(read(self.stories).args)
         mx.random.seed(3)
         model = llama.Model(args)
@@ -94,66 +90,17 @@ def demo_prompts() -> list[list[int]]:
     return [tokenizer.encode(text) for text in ("Once upon a time", "One day, a little girl named Lily")]
 
 
-def plain(target: nn.Module, temperature: float, count: int, prompts: list[list[int]]) -> Run:
-    sampler = make_sampler(temp=temperature)
-
-    def run(seed: int) -> int:
-        mx.random.seed(seed)
-        stream = (generate_step(mx.array(p), target, sampler=sampler, max_tokens=count) for p in prompts)
-        return sum(1 for steps in stream for _ in steps)
-
-    return run
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, list[float]]:
+    """Return the tokens/s of every engine in every counted round."""
+    return by_engine(interleaved({name: tokens_per_second(run) for name, run in engines.items()}, rounds, warm_up=2))
 
 
-def peer(target, drafter, temperature: float, count: int, length: int, prompts: list[list[int]]) -> Run:
-    sampler = make_sampler(temp=temperature)
-
-    def run(seed: int) -> int:
-        mx.random.seed(seed)
-        streams = (
-            speculative_generate_step(
-                mx.array(p), target, drafter, num_draft_tokens=length, sampler=sampler, max_tokens=count
-            )
-            for p in prompts
-        )
-        return sum(1 for steps in streams for _ in steps)
-
-    return run
+def fastest(rates: dict[str, list[float]]) -> str:
+    return max(rates, key=lambda name: spread(rates[name]).median)
 
 
-def ours(target, drafter, temperature: float, count: int, length, prompts: list[list[int]], lookup=None) -> Run:
-    decoder = SpeculativeDecoder(ModelPair(target, drafter, lookup=lookup), Sampling(temperature), length)
-
-    def run(seed: int) -> int:
-        count_of = 0
-        for prompt in prompts:
-            decoder.forget()  # mlx-lm reuses nothing of the last prompt either
-            count_of += sum(len(block.tokens) for block in decoder.blocks(prompt, count, seed=seed))
-        return count_of
-
-    run.decoder = decoder
-    return run
-
-
-def measure(runs: dict[str, Run], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Tokens/s of every engine in every counted round."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(-warm_up, rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            count = run(number + warm_up)
-            if number >= 0:
-                rates[name].append(count / (time.perf_counter() - start))
-    return rates
-
-
-def ratio(rates: dict[str, list[float]], over: str, under: str) -> str:
-    ratios = [a / b for a, b in zip(rates[over], rates[under], strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
-def settled(run: Run) -> str:
-    stats = run.decoder.stats
+def last_answer(engine: Ours) -> str:
+    stats = engine.decoder.stats
     return f"τ {stats.block_efficiency:.2f}, γ {stats.draft_length:.1f}, {stats.blocks_by}"
 
 
@@ -171,9 +118,7 @@ def main(context: click.Context, stories: Path, pad_width: int):
 @click.pass_obj
 def never_slower(pairs: Pairs, rounds: int, tokens: int):
     """auto over mlx-lm plain where speculation cannot win, or hardly."""
-    prompts = PROMPTS
-    stories = pairs.target("stories", 24)
-    demo = mlxspec.load()
+    stories, demo, prompts = pairs.target("stories", 24), mlxspec.load(), PROMPTS
     cases = {
         "a random drafter, T = 0": (stories, pairs.random(), 0.0, tokens, prompts),
         "a random drafter, T = 1": (stories, pairs.random(), 1.0, tokens, prompts),
@@ -187,14 +132,14 @@ def never_slower(pairs: Pairs, rounds: int, tokens: int):
         "8-token answers, long prompts": (stories, pairs.noised(0.07), 0.0, 8, [[n] * 400 for n in range(3, 7)]),
     }
     for name, (target, drafter, temperature, count, asked) in cases.items():
-        auto = ours(target, drafter, temperature, count, "auto", asked)
+        auto = Ours(target, drafter, temperature, count, "auto", asked)
         rates = measure({"plain": plain(target, temperature, count, asked), "auto": auto}, rounds)
-        click.echo(f"{name:38s} auto / plain {ratio(rates, 'auto', 'plain')}   {settled(auto)}")
+        click.echo(f"{name:38s} auto / plain {ratio(rates['auto'], rates['plain'])}   {last_answer(auto)}")
 
 
-# Pairs on the stories model with 24 layers of padding, whose best fixed draft length is small, middling and large: the
-# noise in the drafter, and its own layers of padding.
-LADDER = {"often wrong": (0.2, 0), "middling": (0.12, 0), "nearly always right": (0.05, 0)}
+# Pairs on the stories model with 24 layers of padding whose best fixed draft length is small, middling and large: the
+# noise in the drafter.
+LADDER = {"often wrong": 0.2, "middling": 0.12, "nearly always right": 0.05}
 
 
 @main.command()
@@ -204,15 +149,15 @@ LADDER = {"often wrong": (0.2, 0), "middling": (0.12, 0), "nearly always right":
 @click.option("--only", type=click.Choice(list(LADDER)), multiple=True)
 @click.pass_obj
 def nearly_best(pairs: Pairs, rounds: int, tokens: int, temperature: float, only: tuple[str, ...]):
-    """auto over the best fixed draft length; and the cost model's prediction for each, at the same time."""
+    """auto over the best fixed draft length, and the cost model's prediction for each length."""
     for name in only or LADDER:
-        target, drafter = pairs.target("stories", 24), pairs.noised(*LADDER[name])
-        runs = {str(n): ours(target, drafter, temperature, tokens, n, PROMPTS) for n in (*range(9), 12, 16, "auto")}
-        rates = measure(runs, rounds)
-        best = max((n for n in rates if n != "auto"), key=lambda n: statistics.median(rates[n]))
-        medians = " ".join(f"{n}: {statistics.median(values):.1f}" for n, values in rates.items())
-        click.echo(f"{name:32s} best γ {best}; auto / best {ratio(rates, 'auto', best)}   {settled(runs['auto'])}")
-        click.echo(f"    tokens/s  {medians}")
+        target, drafter = pairs.target("stories", 24), pairs.noised(LADDER[name])
+        engines = {str(n): Ours(target, drafter, temperature, tokens, n, PROMPTS) for n in (*MENU, "auto")}
+        rates = measure(engines, rounds)
+        best = fastest({n: figures for n, figures in rates.items() if n != "auto"})
+        click.echo(f"{name:32s} best γ {best}; auto / best {ratio(rates['auto'], rates[best])}   "
+                   f"{last_answer(engines['auto'])}")  # fmt: skip
+        click.echo("    tokens/s  " + " ".join(f"{n}: {spread(figures).median:.1f}" for n, figures in rates.items()))
         found = calibrated(ModelPair(target, drafter), PROMPTS, Sampling(temperature), rounds, tokens)
         entries = [(e["draft_length"], e["predicted"], e["measured"]) for e in found["lengths"]]
         worst = max(abs(p / m - 1) for _, p, m in entries)
@@ -228,24 +173,24 @@ def nearly_best(pairs: Pairs, rounds: int, tokens: int, temperature: float, only
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0, 1.0], show_default=True)
 @click.pass_obj
 def against_the_peer(pairs: Pairs, rounds: int, tokens: int, layers, kinds, temperatures):
-    """auto over mlx-lm speculative with the same pair and its best fixed draft length."""
+    """auto over mlx-lm speculative with the same pair at its best fixed draft length."""
     for kind in kinds:
         for count in layers:
             target = pairs.target(kind, count)
             drafter = pairs.noised(0.07) if kind == "stories" else pairs.demo_drafter()
             prompts = PROMPTS if kind == "stories" else demo_prompts()
             for temperature in temperatures:
-                auto = ours(target, drafter, temperature, tokens, "auto", prompts)
-                runs = {f"peer {n}": peer(target, drafter, temperature, tokens, n, prompts) for n in PEER_LENGTHS}
-                rates = measure({"plain": plain(target, temperature, tokens, prompts), **runs, "auto": auto}, rounds)
-                best = max(runs, key=lambda n: statistics.median(rates[n]))
-                click.echo(f"{kind} + {count} layers, T = {temperature:g}: auto / {best} {ratio(rates, 'auto', best)}, "
-                           f"/ plain {ratio(rates, 'auto', 'plain')}, {best} / plain {ratio(rates, best, 'plain')}   "
-                           f"{settled(auto)}")  # fmt: skip
+                auto = Ours(target, drafter, temperature, tokens, "auto", prompts)
+                peers = {f"peer {n}": peer(target, drafter, temperature, tokens, n, prompts) for n in MENU[1:]}
+                rates = measure({"plain": plain(target, temperature, tokens, prompts), **peers, "auto": auto}, rounds)
+                best = fastest({name: rates[name] for name in peers})
+                click.echo(f"{kind} + {count} layers, T = {temperature:g}: auto / {best} "
+                           f"{ratio(rates['auto'], rates[best])}, / plain {ratio(rates['auto'], rates['plain'])}, "
+                           f"{best} / plain {ratio(rates[best], rates['plain'])}   {last_answer(auto)}")  # fmt: skip
 
 
 def copier(work: Path, steps: int) -> nn.Module:
-    """A model that was taught to go on copying: trained here, in a minute, on random tokens that repeat themselves."""
+    """Return a model that copies its prompt: trained here, in a minute, on random tokens that repeat themselves."""
     vocab_size, length, rng = 64, 64, np.random.default_rng(0)
     with ShardWriter(work / "tokens", vocab_size, "random tokens") as writer:
         for _ in range(6000):
@@ -256,7 +201,7 @@ def copier(work: Path, steps: int) -> nn.Module:
     mx.random.seed(0)
     model = Drafter(DrafterConfig(vocab_size, 64, 128, 2, 4))
     settings = TrainingSettings(steps=steps, batch=48, length=length, learning_rate=3e-3, warmup=50)
-    batches = Mixture([TokenShards(work / "tokens")], [1], length, 48, seed=0)
+    batches = Batches([TokenShards(work / "tokens")], [1], length, 48, seed=0)
     Trainer(model, objective(Loss("ce"), None, False), batches, settings, work / "out").run()
     return model
 
@@ -281,13 +226,11 @@ def lookup(pairs: Pairs, rounds: int, tokens: int, steps: int):
             passes += decoder.stats.blocks
         click.echo(f"copying, draft length {length}: block efficiency {emitted / passes:.2f}; "
                    f"{copied / (40 * len(texts)):.0%} of the answers is the prompt's text")  # fmt: skip
-    target = pairs.target("stories", 24)
-    found = ours(target, None, 0.0, 400, "auto", [[1]], PromptLookup())
-    rates = measure({"plain": ours(target, None, 0.0, 400, 0, [[1]]), "auto": found}, rounds)
-    click.echo(f"a greedy text that repeats itself, auto / nobody {ratio(rates, 'auto', 'plain')}   {settled(found)}")
-    never = ours(target, None, 1.5, tokens, "auto", [[1]], PromptLookup())
-    rates = measure({"plain": ours(target, None, 1.5, tokens, 0, [[1]]), "auto": never}, rounds)
-    click.echo(f"text at temperature 1.5, auto / nobody {ratio(rates, 'auto', 'plain')}   {settled(never)}")
+    target, prompts = pairs.target("stories", 24), [[1]]
+    for name, temperature, count in (("a greedy text that repeats itself", 0.0, 400), ("temperature 1.5", 1.5, tokens)):
+        auto = Ours(target, PromptLookup(), temperature, count, "auto", prompts)
+        rates = measure({"none": Ours(target, None, temperature, count, 0, prompts), "auto": auto}, rounds)
+        click.echo(f"{name}, auto / no drafter {ratio(rates['auto'], rates['none'])}   {last_answer(auto)}")
 
 
 @main.command()
@@ -295,58 +238,49 @@ def lookup(pairs: Pairs, rounds: int, tokens: int, steps: int):
 @click.option("--long", "longer", default=4000, show_default=True, help="Tokens of the long prompt.")
 @click.pass_obj
 def context(pairs: Pairs, rounds: int, longer: int):
-    """Tokens/s behind a long prompt over tokens/s behind 200 tokens, ours and mlx-lm plain's."""
+    """Tokens/s behind a long prompt over tokens/s behind 200 tokens, for mlxspec and mlx-lm plain."""
     target, drafter = pairs.target("stories", 24), pairs.noised(0.07)
+    prompts = {n: [1] + [(7 * i) % 500 + 3 for i in range(n - 1)] for n in (200, longer)}
 
-    def decode_rate(run: Callable[[list[int]], tuple[int, float]], length: int) -> float:
-        prompt = [1] + [(7 * n) % 500 + 3 for n in range(length - 1)]
-        count, seconds = run(prompt)
-        return count / seconds
-
-    def mlx_lm(prompt: list[int]) -> tuple[int, float]:
+    # Only what comes after the prompt is timed, so that it does not matter what is reused of it.
+    def mlx_lm(prompt: list[int]) -> float:
         stream = generate_step(mx.array(prompt), target, max_tokens=60)
         next(stream)
         start = time.perf_counter()
-        return sum(1 for _ in stream), time.perf_counter() - start
+        return sum(1 for _ in stream) / (time.perf_counter() - start)
 
-    def decoder_run(length) -> Callable:
+    def mlxspec_at(length: int | str) -> Callable[[list[int]], float]:
         decoder = SpeculativeDecoder(ModelPair(target, drafter, context_length=8192), None, length)
 
-        def run(prompt: list[int]) -> tuple[int, float]:
+        def run(prompt: list[int]) -> float:
             for _ in decoder.blocks(prompt, 60):
                 pass
-            return decoder.stats.tokens, decoder.stats.decode_seconds
+            return decoder.stats.tokens_per_second
 
         return run
 
-    # Only what comes after the prompt is timed, so that nothing depends on what is reused of it.
-    runs = {"mlx-lm plain": mlx_lm, "auto": decoder_run("auto"), "γ = 4": decoder_run(4), "γ = 0": decoder_run(0)}
-    falls: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            short, long = decode_rate(run, 200), decode_rate(run, longer)
-            if number:
-                falls[name].append(long / short)
-    for name, values in falls.items():
-        click.echo(f"{name:14s} at {longer} over at 200: {statistics.median(values):.2f} "
-                   f"({min(values):.2f}-{max(values):.2f})")  # fmt: skip
+    engines = {"mlx-lm plain": mlx_lm, "auto": mlxspec_at("auto"), "γ = 4": mlxspec_at(4), "γ = 0": mlxspec_at(0)}
+    runs = {(name, n): lambda number, run=run, prompt=prompt: run(prompt)
+            for name, run in engines.items() for n, prompt in prompts.items()}  # fmt: skip
+    rates = by_engine(interleaved(runs, rounds))
+    for name in engines:
+        click.echo(f"{name:14s} at {longer} over at 200: {ratio(rates[name, longer], rates[name, 200])}")
 
 
 @main.command()
 @rounds
 @click.pass_obj
 def block(pairs: Pairs, rounds: int):
-    """Where the time of a block goes, on the padded pairs."""
+    """The time of a block by its parts, on the padded pairs."""
     for name, target, drafter in (
         ("stories + 24 layers", pairs.target("stories", 24), pairs.noised(0.07)),
         ("demo + 6 layers", pairs.target("demo", 6), pairs.demo_drafter()),
     ):
         for temperature in (0.0, 1.0):
             found = profile(ModelPair(target, drafter), Sampling(temperature), 4, rounds=rounds)
-            parts = ", ".join(f"{part} {1000 * found[part]:.2f}"
-                              for part in ("drafting", "verification", "acceptance", "host"))  # fmt: skip
-            click.echo(f"{name}, T = {temperature:g}: {1000 * found['block']:.2f} ms: {parts}; outside the models "
-                       f"{found['outside_the_models']:.1%}")  # fmt: skip
+            parts = ", ".join(f"{part} {1000 * found[part]:.2f}" for part in PARTS)
+            click.echo(f"{name}, T = {temperature:g}: {1000 * found['block']:.2f} ms: {parts}; besides the draft and "
+                       f"the target's pass {found['overhead']:.1%}")  # fmt: skip
 
 
 if __name__ == "__main__":

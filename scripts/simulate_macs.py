@@ -79,7 +79,9 @@ def policy_seconds(costs: BlockCosts, text: str, seed: int) -> float:
     policy, rng = Automatic(costs, [MODEL]), random.Random(seed)
     policy.start([1, 2], TOKENS, 0)
     seconds = 0.0
-    done = queued = unread = 0  # tokens read by the host, tokens of the blocks queued so far, tokens not read by the model
+    done = queued = unread = (
+        0  # tokens read by the host, tokens of the blocks queued so far, tokens not read by the model
+    )
     in_flight: deque[tuple[Choice, int]] = deque()
     proposer = None
     while done < TOKENS:
@@ -127,7 +129,9 @@ def simulate(name: str, rows: dict[int, float], runs: int) -> list[Case]:
 def main(runs: int, worst: int) -> None:
     """Print the worst cases by machine, and the worst of all."""
     cases = [case for name, rows in profiles().items() for case in simulate(name, rows, runs)]
-    click.echo("| machine | of the best fixed length, at worst | median | of plain decoding, at worst |\n|---|---|---|---|")
+    click.echo(
+        "| machine | of the best fixed length, at worst | median | of plain decoding, at worst |\n|---|---|---|---|"
+    )
     for name in profiles():
         mine = [case for case in cases if case.profile == name]
         of_best = [case.of_best for case in mine]

@@ -1,11 +1,15 @@
-"""The maintainer's scripts, as processes, on a small scale."""
+"""The maintainer's scripts: their usage lines parse, and they run as processes on a small scale."""
 
+import ast
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from mlx_lm.utils import load_model
 
@@ -14,6 +18,84 @@ from mlxspec.training.recipe import Recipe
 from tests.conftest import shared
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+MEASUREMENTS = SCRIPTS / "MEASUREMENTS.md"
+
+
+def usage_lines(script: Path) -> list[str]:
+    """The commands in the docstring of a script."""
+    docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
+    return [line.strip() for line in docstring.splitlines() if line.strip().startswith("python ")]
+
+
+def measured_commands() -> list[str]:
+    """The commands in MEASUREMENTS.md."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", MEASUREMENTS.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return "".join(blocks).splitlines()
+
+
+def without_work(command: click.Command) -> None:
+    """Let a command parse its options and do nothing. A group still makes what its subcommands are given."""
+    if isinstance(command, click.Group):
+        for subcommand in command.commands.values():
+            without_work(subcommand)
+    else:
+        command.callback = lambda **options: None
+
+
+def parse(line: str, monkeypatch, folder: Path) -> None:
+    """Parse a command line as its script does, with empty files and folders for the names in capitals."""
+    python, script, *words = shlex.split(line, comments=True)
+    assert python == "python"
+    assert script.startswith("scripts/")
+    for place, word in enumerate(words):
+        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.\w+)?", word):
+            path = folder / word
+            path.touch() if path.suffix else path.mkdir(exist_ok=True)
+            words[place] = str(path)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.chdir(SCRIPTS.parent)
+    main = importlib.reload(importlib.import_module(Path(script).stem)).main
+    without_work(main)
+    main(words, standalone_mode=False)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
+def test_the_usage_lines_of_a_script_are_commands_that_it_takes(script, monkeypatch, tmp_path):
+    lines = usage_lines(script)
+    assert lines
+    for line in lines:
+        assert line.startswith(f"python scripts/{script.name}")
+        parse(line, monkeypatch, tmp_path)
+
+
+def test_the_usage_lines_name_every_subcommand(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    for name in ("measure_auto", "compare_training"):
+        words = {word for line in usage_lines(SCRIPTS / f"{name}.py") for word in line.split()}
+        assert set(importlib.import_module(name).main.commands) <= words
+
+
+@pytest.mark.parametrize("line", [
+    "python scripts/measure_auto.py never-slower --stories STORIES_FOLDER",
+    "python scripts/measure_auto.py --stories STORIES_FOLDER never-faster",
+    "python scripts/full_size.py --work WORK_FOLDER",
+])  # fmt: skip
+def test_a_wrong_usage_line_is_noticed(line, monkeypatch, tmp_path):
+    with pytest.raises(click.UsageError):
+        parse(line, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("line", measured_commands())
+def test_the_commands_of_the_measurements_are_those_that_the_scripts_take(line, monkeypatch, tmp_path):
+    if line.startswith("mlxspec train run "):
+        assert (SCRIPTS / line.split()[-1]).exists()
+    elif not line.startswith(("export ", "pytest ", "pip ")):
+        parse(line, monkeypatch, tmp_path)
+
+
+def test_every_path_that_the_measurements_name_exists():
+    for name in re.findall(r"`((?:mlxspec|scripts|tests)/[\w/.-]*)", MEASUREMENTS.read_text()):
+        assert (SCRIPTS.parent / name).exists(), name
 
 
 def run_script(name: str, *arguments) -> str:
@@ -44,9 +126,11 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
     ("what", "options", "words"),
     [
         ("never-slower", ["--tokens", 8], "8-token answers, long prompts"),
+        ("nearly-best", ["--tokens", 8, "--only", "middling"], "at worst"),
+        ("peer", ["--tokens", 8, "--target", "demo", "--layers", 1], "auto / peer"),
         ("lookup", ["--tokens", 8, "--steps", 2], "copying, draft length auto"),
         ("context", ["--long", 300], "at 300 over at 200"),
-        ("block", [], "outside the models"),
+        ("block", [], "besides the draft and the target's pass"),
     ],
 )
 def test_the_promises_of_the_automatic_draft_length_are_measured(stories_folder, what, options, words):
@@ -97,4 +181,4 @@ def test_the_ablation_trains_with_each_loss_and_goes_on_where_it_was(tmp_path, s
 def test_the_costs_of_training_are_measured(what, options):
     small = ["--length", 16, "--steps", 1] if what in ("throughput", "distill") else []
     out = run_script("compare_training.py", what, *options, *small, "--rounds", 1)
-    assert re.search(r"ratio \d|over mlx-lm \d|costs \d|\d of its time", out)
+    assert re.search(r"ratio \d|over mlx-lm \d|costs \d|\d\) of its time", out)

@@ -1,4 +1,4 @@
-"""The ``mlxspec`` command: one module a verb, and one place where errors become a line and an exit status."""
+"""The ``mlxspec`` command: one module per verb, and the one place where errors become a line and an exit status."""
 
 import sys
 
@@ -16,7 +16,7 @@ from mlxspec.cli.train import train
 @click.group()
 @click.version_option(__version__)
 def cli() -> None:
-    """Lossless speculative decoding on MLX, and training of the drafters that make it fast."""
+    """Lossless speculative decoding on MLX, and training of drafters."""
 
 
 cli.add_command(bench)
@@ -30,7 +30,7 @@ cli.add_command(train)
 
 
 def main() -> None:
-    """Exit status: 0; 2 for what the user can put right, told in one line; 130 after Ctrl-C."""
+    """Run the command. Exit status: 0; 2 for an error that the user can fix, one line; 130 after Ctrl-C."""
     try:
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -42,7 +42,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except OSError as error:  # a full disk, an unwritable folder
-        fail(f"{error.filename or 'output'}: {error.strerror or error}; free some space or choose another place")
+        fail(f"{error.filename or 'output'}: {error.strerror or error}; free some space or choose another folder")
 
 
 def fail(message: str) -> None:

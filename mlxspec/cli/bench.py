@@ -1,4 +1,4 @@
-"""``mlxspec bench`` and ``mlxspec report``: what a pair is worth on this machine, as a table, JSON and a page."""
+"""``mlxspec bench`` and ``mlxspec report``: measure a pair on this machine; a table, JSON and a page with pictures."""
 
 import os
 import sys
@@ -9,11 +9,19 @@ import click
 from tqdm import tqdm
 
 import mlxspec
+from mlxspec import SpeculativeDecoder
 from mlxspec.cli.generate import INTERRUPTED
-from mlxspec.cli.options import DraftLength, drafter_name, target_name
-from mlxspec.decoding.block import CompiledBlocks
-from mlxspec.decoding.calibration import measure_and_keep
-from mlxspec.decoding.verification import RULES
+from mlxspec.cli.options import (
+    DRAFT_LENGTH,
+    DRAFTER,
+    QUANTIZE,
+    TARGET,
+    VERIFICATION,
+    advance,
+    calibrate,
+    drafter_name,
+    target_name,
+)
 from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.benchmark import (
     BenchmarkSettings,
@@ -25,63 +33,65 @@ from mlxspec.evaluation.benchmark import (
     summaries,
 )
 from mlxspec.evaluation.engines import PEER_DRAFT_LENGTH
+from mlxspec.evaluation.profile import PARTS, calibrated, profile
 from mlxspec.evaluation.report import (
     ENGINE_HEADINGS,
     HEADINGS,
+    PART_NAMES,
     cells,
     engine_cells,
     headline,
     read_record,
     write_report,
 )
-from mlxspec.evaluation.speedup import calibrated, profile
 from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
 
-PROFILED = 4  # tokens drafted by the block whose time is taken apart
+PROFILED = 4  # draft length of the block whose parts are timed
 
 
 @click.command()
-@click.option("--target", help="Folder, hub id or short name of the model.  [default: the embedded demo model]")
-@click.option("--drafter", help="As for generate.  [default: the demo's own]")
-@click.option("--quantize", help="As for generate.")
+@TARGET
+@DRAFTER
+@QUANTIZE
 @click.option("--tasks", default="stories", show_default=True,
-              help=f"Separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files (Spec-Bench's too).")  # fmt: skip
+              help=f"Separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files (also Spec-Bench's).")  # fmt: skip
 @click.option("--temperature", "temperatures", type=float, multiple=True,
-              help="May be given several times.  [default: the task's, or 0 and 1]")  # fmt: skip
-@click.option("--prompts", default=4, show_default=True, help="Prompts of each task.")
+              help="May be given several times.  [default: that of the task, else 0 and 1]")  # fmt: skip
+@click.option("--prompts", default=4, show_default=True, help="Prompts per task.")
 @click.option("--max-tokens", default=128, show_default=True, help="Longest answer.")
-@click.option("--rounds", default=5, show_default=True, help="After one that is not counted.")
-@click.option("--draft-length", type=DraftLength(), default="auto", show_default=True)
-@click.option("--peer-draft-length", default=PEER_DRAFT_LENGTH, show_default=True, help="What mlx-lm drafts.")
-@click.option("--verification", type=click.Choice(list(RULES)), default="block", show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="Rounds that count; a warm-up round precedes them.")
+@DRAFT_LENGTH
+@click.option("--peer-draft-length", default=PEER_DRAFT_LENGTH, show_default=True,
+              help="Tokens that mlx-lm drafts per block.")  # fmt: skip
+@VERIFICATION
 @click.option("--out", type=click.Path(path_type=Path), default="bench.json", show_default=True)
-@click.option("--calibrate", is_flag=True, help="Measure what blocks cost anew, and the speed at each draft length.")
+@click.option("--calibrate", "calibration", is_flag=True,
+              help="Measure block costs anew, and the speed at each draft length.")  # fmt: skip
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
-              help="Measure nothing: B's figures over A's.")  # fmt: skip
-def bench(target, drafter, quantize, tasks, prompts, out, calibrate, compare, **settings):
-    """Measure a pair against mlx-lm, plain and speculative, on this machine."""
+              help="Measure nothing; print the figures of B relative to A.")  # fmt: skip
+def bench(target, drafter, quantize, tasks, prompts, out, calibration, compare, **given):
+    """Measure a pair on this machine and compare it with mlx-lm, plain and speculative."""
     if compare:
         print_comparison(*map(read_record, compare))
         return
-    settings = BenchmarkSettings(**settings)
+    settings = BenchmarkSettings(**given)
     if prompts < 1:
         raise InvalidRequestError(f"prompts is {prompts}; use 1 or more")
     check_writable(out)
     pair = mlxspec.load(target, drafter, quantize=quantize)
-    if calibrate and pair.drafter is None:
+    if calibration and pair.drafter is None:
         raise InvalidRequestError("--calibrate needs a drafter; name one with --drafter")
     room = (pair.context_length or float("inf")) - settings.max_tokens
     chosen = read_tasks([name for name in tasks.split(",") if name], pair.tokenizer, prompts, room)
     record = new_record(pair, settings, {"target": target_name(target), "drafter": drafter_name(target, drafter)})
     try:
-        if pair.drafter is not None:
-            measure_blocks(pair, chosen, settings, calibrate, record)
-        with tqdm(disable=None, leave=False, unit="round") as bar:
+        measure_blocks(pair, chosen, settings, calibration, record)
+        with tqdm(disable=None, leave=False, unit="answer") as bar:
 
             def progress(what: str, done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.set_description(what)
+                bar.set_description(what, refresh=False)
+                advance(bar, done, total)
 
             run_benchmark(pair, chosen, settings, record, out, progress)
     except KeyboardInterrupt:
@@ -91,34 +101,46 @@ def bench(target, drafter, quantize, tasks, prompts, out, calibrate, compare, **
         print_results(record)
         sys.exit(INTERRUPTED)
     print_results(record)
-    click.echo(f"\n{out}; a page of it: mlxspec report {out}", err=True)
+    click.echo(f"\nwritten to {out}; to make a page of it: mlxspec report {out}", err=True)
 
 
 def check_writable(out: Path) -> None:
-    """Before anything is measured that could then not be kept."""
+    """Raise InvalidRequestError before anything is measured that could not be kept."""
     if not out.parent.is_dir():
         raise InvalidRequestError(f"there is no folder {out.parent} for {out.name}; make it or choose another")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise InvalidRequestError(f"{out} cannot be written; name a file in a folder of yours with --out")
+        raise InvalidRequestError(f"{out} cannot be written; give a file in a writable folder with --out")
 
 
 def measure_blocks(
-    pair: ModelPair, tasks: list[Task], settings: BenchmarkSettings, calibrate: bool, record: Record
+    pair: ModelPair, tasks: list[Task], settings: BenchmarkSettings, calibration: bool, record: Record
 ) -> None:
-    """The profile of a block and, if asked for, the table of costs, into the record."""
-    sampling, verification = samplings(tasks[0], settings)[0], settings.verification
-    record["profile"] = profile(pair, sampling, PROFILED, verification)
-    if calibrate:
+    """Measure the block costs that "auto" needs, and add the profile and, if wanted, the calibration to a record.
+
+    Args:
+        pair: target and drafters.
+        tasks: their samplings decide which costs are needed; the prompts of the first are used.
+        settings: how to measure.
+        calibration: measure known costs anew, and the speed at each draft length.
+        record: is added to.
+    """
+    first, *others = dict.fromkeys(sampling for task in tasks for sampling in samplings(task, settings))
+    length = "auto" if calibration else settings.draft_length
+    for sampling in others if calibration else [first, *others]:  # ``calibrated`` measures the costs of the first
+        calibrate(SpeculativeDecoder(pair, sampling, length, settings.verification), anew=calibration)
+    if pair.drafter is not None:
+        record["profile"] = profile(pair, first, PROFILED, settings.verification)
+    if calibration:
         with tqdm(disable=None, leave=False, unit="run", desc="draft lengths") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.refresh()
-
-            prompts, rounds, longest = tasks[0].prompts, settings.rounds, settings.max_tokens
-            record["calibration"] = calibrated(pair, prompts, sampling, rounds, longest, verification, progress)
-        for other in {s for task in tasks for s in samplings(task, settings)} - {sampling}:
-            measure_and_keep(CompiledBlocks(pair, other, verification))
+            record["calibration"] = calibrated(
+                pair,
+                tasks[0].prompts,
+                first,
+                settings.rounds,
+                settings.max_tokens,
+                settings.verification,
+                lambda done, total: advance(bar, done, total),
+            )
         print_calibration(record["calibration"])
 
 
@@ -128,13 +150,13 @@ def measure_blocks(
     "--out", type=click.Path(path_type=Path), help="Folder for the page and its pictures.  [default: FILE-report]"
 )
 def report(file: Path, out: Path | None) -> None:
-    """Make a page of what bench wrote into FILE: index.html, which needs nothing beside it, and the pictures as PNG."""
+    """Make a self-contained page, index.html, and its pictures as PNG from FILE, which bench wrote."""
     record = read_record(file)
     click.echo(write_report(record, out or file.with_name(f"{file.stem}-report")))
 
 
 def print_results(record: Record) -> None:
-    if record and (rows := summaries(record)):
+    if rows := summaries(record):
         print_table(HEADINGS, [cells(row) for row in rows])
         click.echo()
         print_table(ENGINE_HEADINGS, [line for row in rows for line in engine_cells(row)])
@@ -144,33 +166,33 @@ def print_results(record: Record) -> None:
 
 def print_block(found: Record | None) -> None:
     if found:
+        parts = ", ".join(f"{PART_NAMES[part]} {1000 * found[part]:.2f}" for part in PARTS)
         click.echo(
-            f"A block that drafts {found['draft_length']}: {1000 * found['block']:.2f} ms; drafter "
-            f"{1000 * found['drafting']:.2f}, target {1000 * found['verification']:.2f}, drawing and verifying "
-            f"{1000 * found['acceptance']:.2f}, host {1000 * found['host']:.2f}."
+            f"A block that drafts {found['draft_length']} tokens takes {1000 * found['block']:.2f} ms: {parts}. The "
+            "last two are what remains."
         )
 
 
 def print_calibration(found: Record) -> None:
-    verify, once, draft = (found["costs"][name] for name in ("verify", "once", "draft"))
+    one, costs = found["lengths"][0]["verify"], found["costs"]
     rows = [
         [
             str(entry["draft_length"]),
             str(entry["draft_length"] + 1),
-            f"{1000 * verify[entry['draft_length']]:.2f} ms",
-            f"{verify[entry['draft_length']] / verify[0]:.2f}",
+            f"{1000 * entry['verify']:.2f} ms",
+            f"{entry['verify'] / one:.2f}",
             f"{entry['predicted']:.2f}",
             f"{entry['measured']:.2f}",
         ]
         for entry in found["lengths"]
     ]
-    if auto := found.get("auto"):  # a file of an earlier version has none
-        rows.append(["auto", "", "", "", "", f"{auto['measured']:.2f}"])
-    print_table(("γ", "rows", "verifying them", "/ one row", "predicted", "measured"), rows)
-    click.echo(
-        f"a drafted token costs {1000 * draft:.2f} ms, drafting at all {1000 * once:.2f} ms more; speed-ups are over "
-        "γ = 0"
-    )
+    rows.append(["auto", "", "", "", "", f"{found['auto']['measured']:.2f}"])
+    print_table(("γ", "rows", "verify", "/ one row", "predicted", "measured"), rows)
+    if costs["draft_step"]:
+        click.echo(
+            f"A draft costs {1000 * costs['draft_once']:.2f} ms and {1000 * costs['draft_step']:.2f} ms per token."
+        )
+    click.echo("Speed-ups are over γ = 0.")
     best = max(found["lengths"], key=lambda entry: entry["measured"])
     if best["draft_length"] == 0:
         click.echo("Plain decoding wins: with this drafter, no draft length is faster than drafting nothing.\n")
@@ -188,7 +210,7 @@ def print_comparison(before: Record, after: Record) -> None:
     figures = ("block_efficiency", "tokens_per_second", "over_plain")
     print_table(headings, [[row["task"], f"{row['temperature']:g}", *(f"{row[name]:.2f}" for name in figures)]
                            for row in rows])  # fmt: skip
-    click.echo("second file over first; above 1 the second is better")
+    click.echo("second file relative to the first; above 1 the second is better")
 
 
 def print_table(headings: tuple[str, ...], rows: list[list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""``mlxspec chat``: a conversation in the terminal; both caches are kept between turns."""
+"""``mlxspec chat``: a conversation in the terminal. Both caches are kept between turns."""
 
 import contextlib
 import json
@@ -9,23 +9,24 @@ import click
 
 from mlxspec import Conversation, InvalidRequestError
 from mlxspec.cli.generate import Answer
-from mlxspec.cli.options import decoder_from, decoder_options, detailed, prefill_bar
+from mlxspec.cli.options import calibrate, decoder_from, decoder_options, detailed, prefill_bar
 
 HELP = """\
-/reset         start anew
-/system TEXT   start anew with this system prompt
-/stats         what the last answer cost
+/reset         start a new conversation
+/system TEXT   start a new conversation with this system prompt
+/stats         show the statistics of the last answer
 /save FILE     write the conversation as JSON, {"messages": [...]}
-/exit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
+/exit          leave (or press Ctrl-D); Ctrl-C stops an answer"""
 
 
 @click.command()
 @decoder_options
-@click.option("--max-tokens", default=-1, show_default=True, help="-1: until the answer or the context ends.")
+@click.option("--max-tokens", default=-1, show_default=True, help="Longest answer; -1: no limit but the context.")
 @click.option("--system", help="System prompt.")
 def chat(max_tokens, system, **decoder_settings):
-    """Talk to a chat model. /help lists what can be typed besides messages."""
+    """Talk to a chat model. Type /help for the commands."""
     conversation = Conversation(decoder_from(max_tokens, **decoder_settings), system)
+    calibrate(conversation.decoder)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  importing it gives input() the arrow keys
     click.echo("/help for help", err=True)
@@ -43,7 +44,7 @@ def chat(max_tokens, system, **decoder_settings):
 
 
 def read_line() -> str | None:
-    """The next line, stripped; None at the end of the input. Ctrl-C gives up the line and not the chat."""
+    """Return the next line, stripped; None at the end of the input. Ctrl-C discards the line only."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
@@ -52,11 +53,11 @@ def read_line() -> str | None:
         except UnicodeDecodeError:
             raise InvalidRequestError("standard input is not valid UTF-8; convert it first") from None
         except KeyboardInterrupt:
-            click.echo("\n(/exit or Ctrl-D to leave)", err=True)
+            click.echo("\n(type /exit or press Ctrl-D to leave)", err=True)
 
 
 def run(line: str, conversation: Conversation) -> bool:
-    """Run a command that begins with "/"; False if it was to leave."""
+    """Run a command that begins with "/". Return False if the chat ends."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     if command in ("/exit", "/quit"):
@@ -75,6 +76,7 @@ def run(line: str, conversation: Conversation) -> bool:
 
 
 def save(conversation: Conversation, file: Path) -> None:
+    """Write the messages as JSON."""
     system = [{"role": "system", "content": conversation.system}] if conversation.system is not None else []
     try:
         file.write_text(json.dumps({"messages": [*system, *conversation.messages]}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""``mlxspec generate``: text to standard output as it comes, what it cost to standard error."""
+"""``mlxspec generate``: streams text to standard output and prints statistics to standard error."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import click
 
 from mlxspec import InvalidRequestError, Segment
 from mlxspec.cli.options import (
+    calibrate,
     decoder_from,
     decoder_options,
     detailed,
@@ -23,20 +24,21 @@ INTERRUPTED = 130
 @click.command()
 @click.argument("prompt", required=False)
 @decoder_options
-@click.option("--max-tokens", default=256, show_default=True, help="-1: until the answer or the context ends.")
-@click.option("--system", help="System prompt, where the model's chat template takes one.")
+@click.option("--max-tokens", default=256, show_default=True, help="Longest answer; -1: no limit but the context.")
+@click.option("--system", help="System prompt, for a model whose chat template accepts one.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
-@click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@click.option("--stop", multiple=True, help="End the answer before this text. May be given several times.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", "details", is_flag=True, help="Print all statistics.")
 @click.option("--show-drafted", is_flag=True, help="Show accepted drafted tokens in green.")
 def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_drafted, **decoder_settings):
-    """Answer PROMPT. Without one, or with "-", it is read from standard input."""
+    """Answer PROMPT. Without PROMPT, or with "-", the prompt is read from standard input."""
     prompt = read_prompt(prompt)
     decoder = decoder_from(max_tokens, **decoder_settings)
     with prefill_bar(quiet=as_json) as progress:
         segments = decoder.stream(prompt, max_tokens, stop, system, raw, progress)
-        answer = Answer(segments, quiet=as_json, colour=show_drafted)
+        calibrate(decoder, quiet=as_json)
+        answer = Answer(segments, quiet=as_json, color=show_drafted)
     if as_json:
         target, drafter = decoder_settings["target"], decoder_settings["drafter"]
         click.echo(json.dumps({
@@ -56,12 +58,13 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
 
 
 def read_prompt(prompt: str | None) -> str:
-    if prompt not in (None, "-"):
+    """Return the prompt, from standard input where none is given."""
+    if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise InvalidRequestError('no prompt; give one, as in: mlxspec generate "Once upon a time"')
     try:
-        # The newline that ends a line of a shell is not part of what was meant.
+        # A shell ends what it pipes with a newline, which is not part of the prompt.
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(
@@ -70,16 +73,23 @@ def read_prompt(prompt: str | None) -> str:
 
 
 class Answer:
-    """Everything that a stream of segments said, printed meanwhile; Ctrl-C ends it and keeps what there is."""
+    """Collects a stream of segments and prints it meanwhile. Ctrl-C ends the stream and keeps what has arrived.
 
-    def __init__(self, segments: Iterable[Segment], quiet: bool = False, colour: bool = False):
-        self.text, self.tokens, self.finish_reason = "", [], "interrupted"
+    Args:
+        segments: the stream.
+        quiet: print nothing.
+        color: print accepted drafted tokens in green.
+    """
+
+    def __init__(self, segments: Iterable[Segment], quiet: bool = False, color: bool = False):
+        self.text, self.finish_reason = "", "interrupted"
+        self.tokens: list[int] = []
         try:
             for segment in segments:
                 self.text += segment.text
                 self.tokens += segment.tokens
                 if not quiet:
-                    green = colour and segment.drafted
+                    green = color and segment.drafted
                     click.echo(click.style(segment.text, fg="green") if green else segment.text, nl=False)
                 self.finish_reason = segment.finish_reason or self.finish_reason
         except KeyboardInterrupt:

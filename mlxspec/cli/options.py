@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 import mlxspec
 from mlxspec import DecodingStats, Sampling, SpeculativeDecoder
-from mlxspec.decoding.calibration import are_known
 from mlxspec.decoding.decoder import Progress
 from mlxspec.decoding.verification import RULES
 
-WHO = {"model": "drafted by the model", "lookup": "by prompt lookup", "none": "without a draft"}
-LONG_PROMPT = 512  # tokens from which a progress bar is worth its flicker
+DRAFTED_BY = {"model": "drafted by the model", "lookup": "drafted by prompt lookup", "none": "without a draft"}
+LONG_PROMPT = 512  # tokens from which a progress bar is shown
+MEASURING = "measuring what a block costs on this machine"
 
 
 class DraftLength(click.ParamType):
@@ -31,25 +31,32 @@ class DraftLength(click.ParamType):
             self.fail(f'{value!r} is neither a number nor "auto"', param, ctx)
 
 
-MODEL_OPTIONS = [
-    click.option("--target", help="Folder, hub id or short name of the model.  [default: the embedded demo model]"),
-    click.option(
-        "--drafter",
-        help='The same for its drafter, or "lookup" or "none". NAME+lookup: whichever is faster for the text at hand; '
-        "auto: that, with the drafter that belongs to the target.  [default: the demo's own]",
-    ),
-    click.option(
-        "--quantize", help="4, 8, mxfp4 or nvfp4: quantise the target, once, and keep the copy; none: do not."
-    ),
-    click.option(
-        "--draft-length",
-        type=DraftLength(),
-        default="auto",
-        show_default=True,
-        help="Tokens drafted a block; 0: none; auto: what is fastest by measured cost and acceptance.",
-    ),
-    click.option("--verification", type=click.Choice(list(RULES)), default="block", show_default=True),
-]
+TARGET = click.option(
+    "--target", help="Target model: a folder, hub id or short name.  [default: the built-in demo target]"
+)
+DRAFTER = click.option(
+    "--drafter",
+    help="Draft model: a folder, hub id or short name; or `lookup` (prompt lookup), `none`, or `auto` (the recommended "
+    "drafter for this target). Append `+lookup` to try prompt lookup as well.  [default: the demo's drafter for the "
+    "demo target, else none]",
+)
+QUANTIZE = click.option(
+    "--quantize", help="Quantize the target once to 4, 8, mxfp4 or nvfp4 and keep the copy; none: do not quantize."
+)
+DRAFT_LENGTH = click.option(
+    "--draft-length",
+    type=DraftLength(),
+    default="auto",
+    show_default=True,
+    help="Tokens drafted per block; 0 to decode without drafts; auto to choose the fastest length while decoding.",
+)
+VERIFICATION = click.option(
+    "--verification",
+    type=click.Choice(list(RULES)),
+    default="block",
+    show_default=True,
+    help="Rule that accepts drafted tokens. The answer is distributed as the target's own with each of them.",
+)
 # The fields of ``Sampling``: name, type, default and help are the dataclass's.
 SAMPLING_OPTIONS = [
     click.option(
@@ -64,20 +71,58 @@ SAMPLING_OPTIONS = [
 
 
 def decoder_options(command: Callable) -> Callable:
-    for option in reversed([*MODEL_OPTIONS, *SAMPLING_OPTIONS]):
+    """Add the options of ``decoder_from`` to a command."""
+    for option in reversed([TARGET, DRAFTER, QUANTIZE, DRAFT_LENGTH, VERIFICATION, *SAMPLING_OPTIONS]):
         command = option(command)
     return command
 
 
-def decoder_from(max_tokens, target, drafter, quantize, draft_length, verification, **sampling) -> SpeculativeDecoder:
-    """What the options of ``decoder_options`` ask for; the cheap ones are checked before anything is loaded."""
-    sampling = Sampling(**sampling)
+def decoder_from(
+    max_tokens: int,
+    target: str | None,
+    drafter: str | None,
+    quantize: str | None,
+    draft_length: int | str,
+    verification: str,
+    **sampling: Any,
+) -> SpeculativeDecoder:
+    """Return the decoder that the options describe. Options that need no model are checked before one is loaded.
+
+    Args:
+        max_tokens: of an answer, for the check whether the models fit into memory.
+        target: as given on the command line, like all that follow.
+        drafter: draft model.
+        quantize: how to quantize the target.
+        draft_length: tokens drafted per block, or "auto".
+        verification: the rule.
+        sampling: the fields of ``Sampling``.
+    """
+    drawn = Sampling(**sampling)
     pair = mlxspec.load(target, drafter, quantize=quantize, context=max_tokens if max_tokens > 0 else None)
-    decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
-    to_measure = draft_length == "auto" and decoder.compiled.drafters and not are_known(decoder.compiled)
-    if to_measure and sys.stderr.isatty():
-        click.echo("measuring, once, what blocks of this pair cost on this machine ...", err=True)
-    return decoder
+    return SpeculativeDecoder(pair, drawn, draft_length, verification)
+
+
+def calibrate(decoder: SpeculativeDecoder, quiet: bool = False, anew: bool = False) -> None:
+    """Measure what blocks cost, if the decoder needs that, with a bar on a terminal and one line elsewhere.
+
+    Args:
+        decoder: is ready to decode afterwards.
+        quiet: show nothing.
+        anew: measure even if the costs are known.
+    """
+    if decoder.calibrated and not anew:
+        return
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not terminal and not quiet:
+        click.echo(MEASURING, err=True)
+    with tqdm(total=0, desc=MEASURING, disable=quiet or not terminal, leave=False, delay=0.1) as bar:
+        decoder.calibrate(lambda done, total: advance(bar, done, total), anew)
+
+
+def advance(bar: tqdm, done: int, total: int) -> None:
+    """Set a progress bar."""
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def target_name(target: str | None) -> str:
@@ -90,20 +135,26 @@ def drafter_name(target: str | None, drafter: str | None) -> str:
 
 @contextmanager
 def prefill_bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar for long prompts, on standard error if that is a terminal."""
-    with tqdm(total=0, desc="prompt", unit="tok", disable=True if quiet else None, leave=False, delay=0.5) as bar:
+    """A progress bar for long prompts, on standard error if that is a terminal. It is made when it is needed."""
+    bars: list[tqdm] = []
 
-        def progress(done: int, total: int) -> None:
-            if total >= LONG_PROMPT:
-                bar.total = total
-                bar.update(done - bar.n)
-                if done == total:
-                    bar.close()
+    def progress(done: int, total: int) -> None:
+        if total >= LONG_PROMPT:
+            if not bars:
+                bars.append(tqdm(desc="prompt", unit="tok", disable=quiet or None, leave=False, delay=0.5))
+            advance(bars[0], done, total)
+            if done == total:
+                bars.pop().close()
 
+    try:
         yield progress
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def summary(stats: DecodingStats) -> str:
+    """Return the line that follows every answer."""
     return (
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"block efficiency {stats.block_efficiency:.2f}, acceptance rate {stats.acceptance_rate:.2f}"
@@ -111,14 +162,15 @@ def summary(stats: DecodingStats) -> str:
 
 
 def detailed(stats: DecodingStats) -> str:
+    """Return all statistics of an answer, several lines."""
     by_position = [f"{share:.2f}" for share in stats.acceptance_by_position]
-    by = ", ".join(f"{count} {WHO[name]}" for name, count in stats.blocks_by.items())
-    reused = f", {stats.prompt_tokens_reused} of them known already" if stats.prompt_tokens_reused else ""
+    by = ", ".join(f"{count} {DRAFTED_BY[name]}" for name, count in stats.blocks_by.items())
+    reused = f", {stats.prompt_tokens_reused} of them cached" if stats.prompt_tokens_reused else ""
     return "\n".join([
         summary(stats),
         f"prompt           {stats.prompt_tokens} tokens in {stats.prompt_seconds:.2f} s{reused}",
         f"decoding         {stats.blocks} blocks in {stats.decode_seconds:.2f} s: {by or '-'}",
-        f"drafted          {stats.drafted} tokens, {stats.draft_length:.1f} a block; {stats.accepted} accepted",
+        f"drafted          {stats.drafted} tokens, {stats.draft_length:.1f} per block; {stats.accepted} accepted",
         f"by position      {' '.join(by_position) or '-'}",
         f"peak memory      {stats.peak_memory_bytes / 1e6:.0f} MB",
     ])  # fmt: skip

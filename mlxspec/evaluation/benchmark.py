@@ -1,21 +1,26 @@
-"""Measure a pair on this machine, in interleaved rounds, against mlx-lm plain and speculative; write JSON.
+"""Measure a pair on this machine against mlx-lm, plain and speculative, in interleaved rounds; the result is JSON.
 
-In a round every prompt of a task is answered by every engine in turn, so that what disturbs the machine disturbs them
-alike. The first round is a warm-up and not counted. Ratios are of whole answers, prefill included, and taken within a
-round; figures are medians over the rounds.
+In a round, every engine in turn answers the first prompt of a task, then the second, and so on. Speeds and ratios are
+of whole answers, prefill included.
 """
 
+import os
+import platform
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from mlxspec.decoding.decoder import SpeculativeDecoder
-from mlxspec.decoding.draft_length import MODEL
-from mlxspec.decoding.request import check_options
+from mlxspec import __version__
+from mlxspec.decoding.decoder import SpeculativeDecoder, check_options
+from mlxspec.decoding.drafting import MODEL
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.errors import InvalidRequestError
@@ -25,32 +30,32 @@ from mlxspec.evaluation.engines import (
     PEER_DRAFT_LENGTH,
     PLAIN,
     Answer,
-    Decode,
+    Engine,
     mlx_lm_engine,
     mlxspec_engine,
 )
-from mlxspec.evaluation.machine import machine
 from mlxspec.evaluation.metrics import memory_bound_speedup, parameter_count, step_bytes
+from mlxspec.evaluation.rounds import interleaved, ratio
 from mlxspec.evaluation.tasks import Task
 from mlxspec.files import write_json
 from mlxspec.models.pair import ModelPair
 
 Record = dict[str, Any]  # what is written as JSON
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
     """How a benchmark is run. Raises InvalidRequestError for a value outside its range."""
 
-    temperatures: tuple[float, ...] = ()  # none: what each task says, or 0 and 1
+    temperatures: tuple[float, ...] = ()  # none: those of each task, or 0 and 1
     rounds: int = 5
     max_tokens: int = 128
     draft_length: int | str = "auto"
     peer_draft_length: int = PEER_DRAFT_LENGTH
     verification: str = "block"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("rounds", "max_tokens", "peer_draft_length"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
@@ -61,8 +66,17 @@ class BenchmarkSettings:
             raise InvalidRequestError(f"temperatures are {self.temperatures}; give each once")
 
 
+# ----------------------------------------------------------------------- measuring
+
+
 def new_record(pair: ModelPair, settings: BenchmarkSettings, names: dict[str, Any]) -> Record:
-    """A record without results. ``names`` says what the models are called; ``speedup.py`` may add to it."""
+    """Return a record without results, to which ``profile.py`` may add.
+
+    Args:
+        pair: target and drafters.
+        settings: how it will be measured.
+        names: of the models, "target" and "drafter".
+    """
     return {
         "format": FORMAT,
         "machine": machine(),
@@ -81,22 +95,35 @@ def run_benchmark(
     out: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
-    """Fill a record, and write it to ``out`` after every round, so that an interruption keeps what is finished."""
+    """Fill a record. It is written after every round, so that an interruption loses only the round it falls into.
+
+    Args:
+        pair: target and drafters.
+        tasks: the prompts.
+        settings: how to measure.
+        record: of ``new_record``.
+        out: file to write to, if any.
+        progress: is called with the task, the answers done and all answers.
+    """
     wanted = [(task, sampling) for task in tasks for sampling in samplings(task, settings)]
-    total = len(wanted) * (settings.rounds + 1)
-    for number, (task, sampling) in enumerate(wanted):
-        result = {"task": task.name, "prompts": len(task.prompts), "sampling": sampling.to_dict(), "rounds": []}
+    runs_per_prompt = (settings.rounds + 1) * len(engine_names(pair))
+    before, total = 0, runs_per_prompt * sum(len(task.prompts) for task, _ in wanted)
+    for task, sampling in wanted:
+        result: Record = {"task": task.name, "prompts": len(task.prompts), "sampling": sampling.to_dict(), "rounds": []}
         record["results"].append(result)
-        run = Run(pair, sampling, settings)
-        for turn in range(settings.rounds + 1):
-            progress(f"{task.name}, temperature {sampling.temperature:g}", number * (settings.rounds + 1) + turn, total)
-            measured = run.round(task.prompts, turn)
-            if turn:
-                result["rounds"].append(measured)
-                keep(record, out)
+        what, engines = f"{task.name}, temperature {sampling.temperature:g}", engines_for(pair, sampling, settings)
+        runs = {(i, name): partial(engine, prompt) for i, prompt in enumerate(task.prompts)
+                for name, engine in engines.items()}  # fmt: skip
+
+        def advanced(done: int, of_task: int, what: str = what, before: int = before) -> None:
+            progress(what, before + done, total)
+
+        for answers in interleaved(runs, settings.rounds, progress=advanced):
+            result["rounds"].append(round_of(answers, sampling))
+            keep(record, out)
+        before += len(task.prompts) * runs_per_prompt
     record["complete"] = True
     keep(record, out)
-    progress("", total, total)
 
 
 def keep(record: Record, out: Path | None) -> None:
@@ -105,13 +132,44 @@ def keep(record: Record, out: Path | None) -> None:
 
 
 def samplings(task: Task, settings: BenchmarkSettings) -> list[Sampling]:
+    """Return the samplings that a task is measured with."""
     if settings.temperatures:
         return [Sampling(temperature) for temperature in settings.temperatures]
     return [Sampling(**task.sampling)] if task.sampling else [Sampling(0.0), Sampling(1.0)]
 
 
+def engine_names(pair: ModelPair) -> list[str]:
+    """Return the engines that can decode with a pair, in the order of their turns."""
+    return [PLAIN, *([PEER] if isinstance(pair.drafter, nn.Module) else []), OURS]
+
+
+def engines_for(pair: ModelPair, sampling: Sampling, settings: BenchmarkSettings) -> dict[str, Engine]:
+    """Return the engines for one sampling, in the order of their turns."""
+    decoder = SpeculativeDecoder(pair, sampling, settings.draft_length, settings.verification)
+    decoder.calibrate()  # not inside an answer that is timed
+    engines = {PLAIN: mlx_lm_engine(pair, sampling, settings.max_tokens)}
+    if isinstance(pair.drafter, nn.Module):
+        engines[PEER] = mlx_lm_engine(pair, sampling, settings.max_tokens, pair.drafter, settings.peer_draft_length)
+    engines[OURS] = mlxspec_engine(decoder, settings.max_tokens)
+    return {name: engines[name] for name in engine_names(pair)}
+
+
+def round_of(answers: dict[tuple[int, str], Answer], sampling: Sampling) -> Record:
+    """Return the record of one round: sums over the prompts."""
+    prompts = {prompt for prompt, _ in answers}
+    names = list(dict.fromkeys(name for _, name in answers))
+    sums = {name: sum((answers[prompt, name] for prompt in prompts), Answer()) for name in names}
+    blocks = sum((answers[prompt, OURS].stats or DecodingStats() for prompt in prompts), DecodingStats())
+    same = sum(len({answers[prompt, name].ids for name in names}) == 1 for prompt in prompts)
+    return {
+        "engines": {name: total.to_dict() for name, total in sums.items()},
+        "blocks": blocks.to_dict(),
+        "same_text": same if sampling.temperature == 0 else None,
+    }
+
+
 def sizes(pair: ModelPair) -> Record:
-    """Parameters, and bytes read by a step, of both models."""
+    """Return the parameters of both models, and the bytes that a step of each reads."""
     models = {"target": pair.target, "drafter": pair.drafter if isinstance(pair.drafter, nn.Module) else None}
     return {
         f"{name}_{what}": measure(model) if model is not None else 0
@@ -120,52 +178,49 @@ def sizes(pair: ModelPair) -> Record:
     }
 
 
-@dataclass
-class Run:
-    """The engines for one task and sampling."""
+def machine() -> Record:
+    """Return what the figures depend on: chip, memory, versions and the git revision of a checkout."""
+    info = mx.device_info()
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "chip": info.get("device_name") or platform.processor(),
+        "device": str(mx.default_device().type).removeprefix("DeviceType."),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "mlxspec": __version__,
+        "revision": git_revision(),
+    }
 
-    pair: ModelPair
-    sampling: Sampling
-    settings: BenchmarkSettings
-    engines: dict[str, Decode] = field(init=False)
 
-    def __post_init__(self):
-        settings, pair = self.settings, self.pair
-        self.decoder = SpeculativeDecoder(pair, self.sampling, settings.draft_length, settings.verification)
-        self.engines = {PLAIN: mlx_lm_engine(pair, self.sampling, settings.max_tokens)}
-        if isinstance(pair.drafter, nn.Module):
-            self.engines[PEER] = mlx_lm_engine(
-                pair, self.sampling, settings.max_tokens, pair.drafter, settings.peer_draft_length
-            )
-        self.engines[OURS] = mlxspec_engine(self.decoder, settings.max_tokens)
+def git_revision() -> str | None:
+    """Return the revision of the checkout that this package runs from, with a "+" if files were changed, or None."""
+    folder = Path(__file__).parent
 
-    def round(self, prompts: list[list[int]], seed: int) -> Record:
-        """Every prompt by every engine in turn; sums over the prompts."""
-        answers = {name: Answer(joules=0.0) for name in self.engines}
-        blocks, same = DecodingStats(), 0
-        for prompt in prompts:
-            ids = {}
-            for name, decode in self.engines.items():
-                answer = decode(prompt, seed)
-                answers[name] += answer
-                ids[name] = answer.ids
-            same += len(set(ids.values())) == 1
-            blocks += self.decoder.stats
-        return {
-            "engines": {name: answer.to_dict() for name, answer in answers.items()},
-            "blocks": blocks.to_dict(),
-            "same_text": same if self.sampling.temperature == 0 else None,
-        }
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):
+            return None
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ----------------------------------------------------------------------- summaries
 
 
 def summaries(record: Record) -> list[Record]:
-    """A row for each task and temperature that has a finished round: medians over its rounds, with their spread."""
+    """Return a row for each task and temperature that has a finished round: medians over its rounds."""
     return [summary(record, result) for result in record["results"] if result["rounds"]]
 
 
 def summary(record: Record, result: Record) -> Record:
     rounds, pair = result["rounds"], record["pair"]
-    blocks = sum_of_blocks(rounds)
+    blocks = sum((DecodingStats.from_dict(turn["blocks"]) for turn in rounds), DecodingStats())
     rates = {name: [rate(turn["engines"][name]) for turn in rounds] for name in rounds[0]["engines"]}
     row = {
         "task": result["task"],
@@ -180,11 +235,11 @@ def summary(record: Record, result: Record) -> Record:
         if rounds[0]["same_text"] is not None
         else None,
         "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "decode_tokens_per_second": medians(rounds, lambda e: later(e) / max(e["seconds"] - e["first_seconds"], 1e-9)),
+        "decode_tokens_per_second": medians(rounds, decode_rate),
         "prefill_tokens_per_second": medians(rounds, lambda e: e["prompt_tokens"] / e["first_seconds"]),
         "peak_memory_bytes": medians(rounds, lambda e: e["peak_memory_bytes"]),
         "joules_per_token": medians(rounds, lambda e: e["joules"] / e["tokens"] if e["joules"] else None),
-        "ratio": {name: spread(rates[OURS], rates[name]) for name in (PLAIN, PEER) if name in rates},
+        "ratio": {name: ratio(rates[OURS], rates[name]).to_dict() for name in (PLAIN, PEER) if name in rates},
     }
     length = blocks.drafted_by.get(MODEL, 0) / blocks.blocks  # by the model; prompt lookup reads no weights
     for what in ("parameters", "step_bytes"):
@@ -193,42 +248,32 @@ def summary(record: Record, result: Record) -> Record:
     return row
 
 
-def sum_of_blocks(rounds: list[Record]) -> DecodingStats:
-    total = DecodingStats()
-    for turn in rounds:
-        total += DecodingStats.from_dict(turn["blocks"])
-    return total
-
-
 def rate(engine: Record) -> float:
+    """Return the tokens per second of whole answers."""
     return engine["tokens"] / engine["seconds"]
 
 
-def later(engine: Record) -> int:
-    return engine["tokens"] - engine["first_tokens"]
+def decode_rate(engine: Record) -> float:
+    """Return the tokens per second after the first token or block."""
+    return (engine["tokens"] - engine["first_tokens"]) / max(engine["seconds"] - engine["first_seconds"], 1e-9)
 
 
-def medians(rounds: list[Record], of: Callable[[Record], float | None]) -> dict[str, float | None]:
-    found = {}
+def medians(rounds: list[Record], figure: Callable[[Record], float | None]) -> dict[str, float | None]:
+    """Return the median of a figure for each engine; None where a round does not have it."""
+    found: dict[str, float | None] = {}
     for name in rounds[0]["engines"]:
-        values = [of(turn["engines"][name]) for turn in rounds]
-        found[name] = None if None in values else statistics.median(values)
+        values = [value for turn in rounds if (value := figure(turn["engines"][name])) is not None]
+        found[name] = statistics.median(values) if len(values) == len(rounds) else None
     return found
 
 
-def spread(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Of the ratios within each round."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-
-
 def worst(rows: list[Record], name: str = "block_efficiency") -> Record:
-    """The row of the task that fares worst."""
+    """Return the row of the task and temperature with the lowest figure."""
     return min(rows, key=lambda row: row[name])
 
 
 def compared(before: Record, after: Record) -> list[Record]:
-    """A row for each task and temperature that both records have: the later figures over the earlier ones."""
+    """Return, for each task and temperature that both records have, the later figures over the earlier ones."""
     first = {(row["task"], row["temperature"]): row for row in summaries(before)}
     rows = []
     for row in summaries(after):

@@ -1,4 +1,4 @@
-"""A picture of a training run, from the metrics.jsonl that each of its stages leaves. Needs matplotlib."""
+"""The curves of a training run, drawn from the metrics.jsonl that each stage writes. Needs matplotlib."""
 
 import importlib.util
 from pathlib import Path
@@ -7,19 +7,34 @@ from typing import Any
 from mlxspec.errors import InvalidRequestError
 from mlxspec.training.run_folder import read_metrics
 
-WINDOW = 20  # lines of metrics that the thick line is the mean of
+WINDOW = 20  # lines of metrics that the thick line averages
 EFFICIENCY = "block_efficiency"
 
 
 def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Loss, acceptance rate and block efficiency against steps, a column for each stage; PNG, PDF or SVG by its suffix.
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return an empty figure. ``pyplot`` would choose a window system, and keep every figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    ``folder`` is a stage's or that of a whole run; ``out`` is ``folder/curves.png`` if not given. Raises
-    InvalidRequestError if there is nothing to draw, nothing to draw with, or no such format.
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Draw loss, acceptance rate and block efficiency by step, one column per stage, and return the file.
+
+    Args:
+        folder: of a stage or of a whole run.
+        out: a PNG, PDF or SVG file; ``folder/curves.png`` if not given.
+
+    Raises:
+        InvalidRequestError: there are no metrics, no matplotlib, or no such format.
     """
     if not can_draw():
         raise InvalidRequestError("pictures need matplotlib; install it with: pip install 'mlxspec[plots]'")
@@ -27,19 +42,14 @@ def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
     runs = {path.parent.name: read_metrics(path) for path in metrics_files(folder)}
     runs = {name: lines for name, lines in runs.items() if lines}
     if not runs:
-        raise InvalidRequestError(f"{folder} has no metrics.jsonl in it; give the folder of a training run")
-    # Not pyplot: it would choose a window system, and keep every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6, 4.5 * len(runs)), 6), layout="constrained")
-    FigureCanvasAgg(figure)
+        raise InvalidRequestError(f"{folder} contains no metrics.jsonl; give the folder of a training run")
+    figure = new_figure((max(6, 4.5 * len(runs)), 6))
     axes = figure.subplots(2, len(runs), squeeze=False, sharex="col")
     for (name, lines), (above, below) in zip(runs.items(), axes.T, strict=True):
         above.set_title(name)
         draw_smoothed(above, lines, "loss", "loss")
         below.set_xlabel("step")
-        draw_worth(below, lines)
+        draw_quality(below, lines)
     out = Path(out) if out else folder / "curves.png"
     try:
         figure.savefig(out, dpi=120)
@@ -49,13 +59,14 @@ def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def metrics_files(folder: Path) -> list[Path]:
-    """In the order in which the stages were run."""
+    """Return the metrics of each stage, in the order in which the stages ran."""
     own = folder / "metrics.jsonl"
     found = [own] if own.exists() else folder.glob("*/metrics.jsonl")
     return sorted(found, key=lambda path: (path.parent.name != "pretrain", len(path.parent.name), path.parent.name))
 
 
 def draw_smoothed(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: str = "C0") -> None:
+    """Draw a metric as it was logged, thin, and its running mean, thick."""
     steps, values = points(lines, name)
     window = min(WINDOW, max(1, len(values) // 5))
     sums = [0.0]
@@ -68,8 +79,8 @@ def draw_smoothed(axis: Any, lines: list[dict[str, Any]], name: str, label: str,
     axis.grid(alpha=0.3)
 
 
-def draw_worth(axis: Any, lines: list[dict[str, Any]]) -> None:
-    """Acceptance rate on the left, block efficiency on the right; the gradient's norm where neither was measured."""
+def draw_quality(axis: Any, lines: list[dict[str, Any]]) -> None:
+    """Draw acceptance rate (left axis) and block efficiency (right axis), or the gradient norm without them."""
     if not points(lines, "acceptance_rate")[0]:
         draw_smoothed(axis, lines, "gradient_norm", "gradient norm", "C2")
         return
@@ -85,5 +96,6 @@ def draw_worth(axis: Any, lines: list[dict[str, Any]]) -> None:
 
 
 def points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which a metric was logged, and its values."""
     found = [(line["step"], line[name]) for line in lines if name in line]
     return [step for step, _ in found], [value for _, value in found]

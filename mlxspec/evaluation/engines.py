@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,65 +13,94 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
-from mlxspec.evaluation.machine import joules
+from mlxspec.decoding.stats import DecodingStats
 from mlxspec.models.pair import ModelPair
 
 PLAIN, PEER, OURS = "mlx-lm plain", "mlx-lm speculative", "mlxspec"
 PEER_DRAFT_LENGTH = 3  # mlx-lm's own default
+RAPL = Path("/sys/class/powercap")  # Linux: microjoules of each processor package, usually readable by root only
 
-Decode = Callable[[list[int], int], "Answer"]  # prompt, seed
+Engine = Callable[[list[int], int], "Answer"]  # prompt, seed
 
 
 @dataclass
 class Answer:
-    """One answer, or several added up. Times in seconds; ``first_seconds`` is until the first token or block."""
+    """Measurements of one answer. ``+`` adds those of several.
+
+    Args:
+        tokens: tokens emitted.
+        first_tokens: those that came with the first token or block.
+        prompt_tokens: tokens of the prompt.
+        seconds: the whole answer, prefill included.
+        first_seconds: until the first token or block.
+        peak_memory_bytes: the most memory that MLX had allocated.
+        joules: energy of the processor packages, None where it cannot be read.
+        ids: the tokens themselves, of one answer.
+        stats: what mlxspec counted, of one answer.
+    """
 
     tokens: int = 0
-    first_tokens: int = 0  # that came with it
+    first_tokens: int = 0
     prompt_tokens: int = 0
     seconds: float = 0.0
     first_seconds: float = 0.0
     peak_memory_bytes: int = 0
-    joules: float | None = None
+    joules: float | None = 0.0
     ids: tuple[int, ...] = ()
+    stats: DecodingStats | None = None
 
     def __add__(self, other: "Answer") -> "Answer":
-        names = ("tokens", "first_tokens", "prompt_tokens", "seconds", "first_seconds")
-        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        energy = None if None in (self.joules, other.joules) else self.joules + other.joules
-        peak = max(self.peak_memory_bytes, other.peak_memory_bytes)
-        return Answer(**sums, peak_memory_bytes=peak, joules=energy)
+        return Answer(
+            tokens=self.tokens + other.tokens,
+            first_tokens=self.first_tokens + other.first_tokens,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            seconds=self.seconds + other.seconds,
+            first_seconds=self.first_seconds + other.first_seconds,
+            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
+            joules=None if self.joules is None or other.joules is None else self.joules + other.joules,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "ids"}
+        return {name: value for name, value in vars(self).items() if name not in ("ids", "stats")}
 
 
 def timed(
-    prompt: list[int], pieces: Callable[[], Iterable[list[int]]], arrived: Callable[[], int] = lambda: 1
+    prompt: list[int], stream: Callable[[], Iterable[list[int]]], arrived: Callable[[], int] = lambda: 1
 ) -> Answer:
-    """Decode, with a clock, a look at the memory and, where there is one, at the energy counter.
+    """Decode one answer and measure time, memory and, where it can be read, energy.
 
-    ``arrived`` tells, with the first piece, how many tokens came at once.
+    Args:
+        prompt: token ids.
+        stream: starts the stream of tokens, in pieces.
+        arrived: returns, when the first piece has come, how many tokens were decoded with it.
     """
     mx.synchronize()
     mx.reset_peak_memory()
     energy, start = joules(), time.perf_counter()
     ids: list[int] = []
-    first_seconds = first_tokens = 0
-    for piece in pieces():
+    first_seconds, first_tokens = 0.0, 0
+    for piece in stream():
         if not ids:
             first_seconds, first_tokens = time.perf_counter() - start, arrived()
         ids += piece
     seconds = time.perf_counter() - start
     later = joules()
-    used = None if energy is None or later is None or later < energy else later - energy  # the counter goes round
+    used = None if energy is None or later is None or later < energy else later - energy  # the counter wraps around
     return Answer(len(ids), first_tokens, len(prompt), seconds, first_seconds, mx.get_peak_memory(), used, tuple(ids))
 
 
 def mlx_lm_engine(
     pair: ModelPair, sampling: Sampling, max_tokens: int, drafter: nn.Module | None = None, draft_length: int = 0
-) -> Decode:
-    """mlx-lm's own ``stream_generate``, with ``drafter`` as its draft model if one is given."""
+) -> Engine:
+    """Return mlx-lm's own ``stream_generate``.
+
+    Args:
+        pair: its target and tokenizer are used.
+        sampling: how tokens are drawn.
+        max_tokens: of an answer.
+        drafter: a draft model; None for plain decoding.
+        draft_length: tokens that it drafts per block.
+    """
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "sampler": make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k),
@@ -78,32 +108,42 @@ def mlx_lm_engine(
     if drafter is not None:
         options |= {"draft_model": drafter, "num_draft_tokens": draft_length}
 
-    def pieces(prompt: list[int]) -> Iterable[list[int]]:
+    def stream(prompt: list[int]) -> Iterable[list[int]]:
         emitted = 0
         for response in stream_generate(pair.target, pair.tokenizer, prompt, **options):
             if response.generation_tokens > emitted:
                 emitted = response.generation_tokens
                 yield [response.token]
 
-    def decode(prompt: list[int], seed: int) -> Answer:
+    def answer(prompt: list[int], seed: int) -> Answer:
         mx.random.seed(seed)
-        return timed(prompt, lambda: pieces(prompt))
+        return timed(prompt, lambda: stream(prompt))
 
-    return decode
+    return answer
 
 
-def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Decode:
-    """Our stream, text included, as mlx-lm's includes it; of earlier prompts nothing is reused, as mlx-lm does not."""
+def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Engine:
+    """Return mlxspec's stream. Like mlx-lm's it makes text, and it reuses nothing of earlier prompts."""
 
-    def pieces(prompt: list[int], seed: int) -> Iterable[list[int]]:
+    def stream(prompt: list[int], seed: int) -> Iterable[list[int]]:
         for segment in decoder.stream(prompt, max_tokens, seed=seed):
             if segment.tokens:
                 yield segment.tokens
 
-    def decode(prompt: list[int], seed: int) -> Answer:
+    def answer(prompt: list[int], seed: int) -> Answer:
         decoder.forget()
-        answer = timed(prompt, lambda: pieces(prompt, seed), lambda: decoder.stats.tokens)
-        decoder.forget()  # nor does it have our caches in its memory
-        return answer
+        measured = timed(prompt, lambda: stream(prompt, seed), lambda: decoder.stats.tokens)
+        measured.stats = decoder.stats
+        decoder.forget()  # mlx-lm's memory must not include these caches
+        return measured
 
-    return decode
+    return answer
+
+
+def joules(folder: Path = RAPL) -> float | None:
+    """Return the energy counter of the processor packages; None where it cannot be read, as on macOS without root."""
+    packages = [path for path in folder.glob("*:*") if path.name.count(":") == 1]
+    try:
+        return sum(int((path / "energy_uj").read_text()) for path in packages) / 1e6 if packages else None
+    except (OSError, ValueError):
+        return None

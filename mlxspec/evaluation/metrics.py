@@ -1,11 +1,11 @@
-"""What a drafter is worth: block efficiency as served, by the real decoder, and the speed-up that it could give."""
+"""How good a drafter is: its block efficiency in the real decoder, and the speed-up that this could give."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 
 from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
@@ -21,11 +21,22 @@ def served_block_efficiency(
     max_tokens: int,
     verification: str = "block",
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures drafters: tokens for each pass of the target, over all prompts together.
+    """Return a function that measures a drafter with the real decoder.
 
-    Its result has ``block_efficiency``, the mean over the temperatures, and ``block_efficiency_at_T`` for each.
+    Args:
+        target: the model that is drafted for.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        temperatures: to measure at.
+        draft_length: tokens drafted per block.
+        max_tokens: of an answer.
+        verification: the rule.
+
+    Returns:
+        A function of the drafter. Its result has ``block_efficiency_at_T`` for each temperature, in tokens per target
+        pass over all prompts together, and ``block_efficiency``, their mean.
     """
-    decoders: dict[float, SpeculativeDecoder] = {}  # compiled once for a drafter that is trained further
+    decoders: dict[float, SpeculativeDecoder] = {}  # kept, so that a drafter that is trained further compiles once
 
     def measure(drafter: nn.Module) -> dict[str, float]:
         pair = ModelPair(target, drafter, tokenizer)
@@ -47,7 +58,7 @@ def served_block_efficiency(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Of the weights as they were before they were quantised."""
+    """Return the number of parameters, of a quantized model as it was before."""
     count = 0
     for _, module in model.named_modules():
         for name, weight in module.items():
@@ -59,15 +70,31 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def step_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a step of one row reads: all, but of an embedding that is no output head too only a row."""
-    read = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+    """Return the bytes of weights that a step over one row reads.
+
+    That is all of them, except for an embedding that is not also the output head: only one row of it is read.
+    """
+    read = weight_bytes(model)
     tied = not any(name.endswith("lm_head") for name, _ in model.named_modules())
     for name, module in model.named_modules():
         if name.endswith("embed_tokens") and not tied:
-            read -= sum(weight.nbytes for _, weight in tree_flatten(module.parameters()))
+            read -= weight_bytes(module)
     return read
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Return the bytes of all weights."""
+    return tree_reduce(lambda total, weight: total + weight.nbytes, module.parameters(), 0)
+
+
 def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
-    """MBSU = τ / (c·γ + 1), the speed-up where a step costs what it reads. Source: Goel et al. 2024, as recalled."""
+    """Return MBSU = τ / (c·γ + 1), the speed-up where a step costs what it reads.
+
+    Args:
+        block_efficiency: τ, tokens per target pass.
+        cost_ratio: c, the cost of a drafter step over that of a target step.
+        draft_length: γ, mean tokens drafted per block.
+
+    Source: Goel et al. 2024, quoted from memory.
+    """
     return block_efficiency / (cost_ratio * draft_length + 1)

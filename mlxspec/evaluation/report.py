@@ -1,20 +1,26 @@
-"""A benchmark's record as one HTML page that needs nothing beside it, and its pictures as PNG files."""
+"""A benchmark's record as one self-contained HTML page, and its pictures as PNG files. Pictures need matplotlib."""
 
 import base64
 import html
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.evaluation.benchmark import FORMAT, OURS, PEER, PLAIN, Record, summaries, worst
-from mlxspec.evaluation.pictures import pictures
+from mlxspec.evaluation.benchmark import FORMAT, Record, summaries, worst
+from mlxspec.evaluation.curves import can_draw, new_figure
+from mlxspec.evaluation.engines import OURS, PEER, PLAIN
+from mlxspec.evaluation.profile import PARTS
+from mlxspec.evaluation.rounds import Spread
 
 CAPTIONS = {
     "tasks": "Tokens per second by task, prefill included. Medians over interleaved rounds in one process.",
     "acceptance": "How often a drafted token is accepted, by its position in the block.",
-    "draft-length": "Speed-up against the number of drafted tokens, measured, and predicted by the cost model.",
-    "block": "Where the time of a block goes.",
+    "draft-length": "Speed-up by draft length: measured, and predicted by the cost model.",
+    "block": "The time of a block by its parts. The draft and the target's pass are timed alone; the other two parts "
+    "are what remains.",
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -26,10 +32,13 @@ th:first-child, td:first-child { text-align: left }
 figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption { color: #55636f; font-size: .9rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem } dt { color: #55636f } dd { margin: 0 }
 """
+COLORS = {PLAIN: "#9aa5b1", PEER: "#e0a458", OURS: "#2f6f9f"}
+PART_NAMES = {"drafting": "draft", "verification": "target pass", "acceptance": "drawing and verifying", "host": "host"}
+PART_COLORS = {"drafting": "#e0a458", "verification": "#2f6f9f", "acceptance": "#7fb069", "host": "#c8553d"}
 
 
 def read_record(file: Path) -> Record:
-    """A record that ``mlxspec bench`` wrote. Raises InvalidRequestError for anything else."""
+    """Return a record that ``mlxspec bench`` wrote. Raises InvalidRequestError for anything else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         summaries(record)
@@ -37,14 +46,19 @@ def read_record(file: Path) -> Record:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}")
     except OSError as error:
-        raise InvalidRequestError(f"{file} cannot be read: {error.strerror}; give a file of `mlxspec bench`") from None
+        raise InvalidRequestError(
+            f"{file} cannot be read: {error.strerror}; give a file that `mlxspec bench` wrote"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, IndexError):
         raise InvalidRequestError(f"{file} was not written by this version's `mlxspec bench`; run it again") from None
     return record
 
 
 def write_report(record: Record, folder: Path) -> Path:
-    """``index.html`` and the PNGs in ``folder``; the page. Raises InvalidRequestError if there is nothing to show."""
+    """Write ``index.html`` and the PNGs into ``folder`` and return the page.
+
+    Raises InvalidRequestError if no round was finished.
+    """
     if not summaries(record):
         raise InvalidRequestError("the benchmark was interrupted before its first round was finished; run it again")
     drawn = pictures(record)
@@ -56,17 +70,18 @@ def write_report(record: Record, folder: Path) -> Path:
     return page
 
 
+# ----------------------------------------------------------------------- page
+
+
 def page_of(record: Record, drawn: dict[str, bytes]) -> str:
     pair, rows = record["pair"], summaries(record)
-    title = f"{pair['target']}, with {pair['drafter']} drafting"
+    title = f"{pair['target']} with drafter {pair['drafter']}"
     figures = "".join(
-        f'<figure><img alt="{CAPTIONS[name]}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-        f"<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+        f'<figure><img alt="{text(CAPTIONS[name])}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f"<figcaption>{text(CAPTIONS[name])}</figcaption></figure>"
         for name, content in drawn.items()
     )
-    unfinished = (
-        "" if record["complete"] else "<p><strong>Interrupted: only the finished rounds are shown.</strong></p>"
-    )
+    unfinished = "" if record["complete"] else "<p><strong>Interrupted: only finished rounds are shown.</strong></p>"
     lowest = "Lowest τ: {task} at temperature {temperature:g}.".format(**worst(rows))
     engines = [line for row in rows for line in engine_cells(row)]
     return f"""<!doctype html>
@@ -75,12 +90,13 @@ def page_of(record: Record, drawn: dict[str, bytes]) -> str:
 <h1>{text(title)}</h1>
 <p>{text(headline(rows))}</p>{unfinished}
 <h2>By task</h2><div class="wide">{table(HEADINGS, [cells(row) for row in rows])}</div>
-<p>Ratios are of tokens per second of whole answers, taken within a round; in brackets the least and the most over the
-rounds. τ: tokens for each pass of the target. MBSU: the speed-up where a step costs what it reads, with the drafter's
-cost by parameters and by bytes. Same text: at temperature 0, whether all engines gave it. {text(lowest)}</p>
+<p>Ratios compare the tokens per second of whole answers within a round: the median, and in brackets the least and the
+most over the rounds. τ is block efficiency, the tokens per target pass. γ is the mean draft length. MBSU is the
+speed-up on a machine where a step costs what it reads, with the drafter's cost by parameters and by bytes. "Same text"
+says whether all engines gave the same text at temperature 0. {text(lowest)}</p>
 <h2>By engine</h2><div class="wide">{table(ENGINE_HEADINGS, engines)}</div>
-<p>Tokens per second: of whole answers, of the prompt, and after the first token or block. Energy where it can be
-read.</p>
+<p>Tokens per second of whole answers, of the prompt, and after the first token or block. Energy is shown where it can
+be read.</p>
 <h2>Pictures</h2>{figures}
 <h2>Measured on</h2><dl>{"".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in described(record))}</dl>
 </body></html>
@@ -102,7 +118,7 @@ HEADINGS = (
 
 
 def cells(row: Record) -> list[str]:
-    """What the terminal's table and the page show of a row."""
+    """Return a row of the table by task, for the terminal and the page."""
     mbsu = f"{row['mbsu_parameters']:.2f} / {row['mbsu_step_bytes']:.2f}"
     same = {True: "yes", False: "no", None: "-"}[row["same_text"]]
     return [
@@ -111,8 +127,7 @@ def cells(row: Record) -> list[str]:
         f"{row['block_efficiency']:.2f}",
         f"{row['acceptance_rate']:.2f}",
         f"{row['draft_length']:.1f}",
-        ratio(row, PLAIN),
-        ratio(row, PEER),
+        *(str(Spread(**row["ratio"][name])) if name in row["ratio"] else "-" for name in (PLAIN, PEER)),
         f"{row['tokens_per_second'][OURS]:.1f}",
         mbsu,
         same,
@@ -123,7 +138,7 @@ ENGINE_HEADINGS = ("task", "T", "engine", "tokens/s", "prefill", "decode", "peak
 
 
 def engine_cells(row: Record) -> list[list[str]]:
-    """A line for each engine: tokens per second of whole answers, of the prompt, and after it."""
+    """Return the rows of the table by engine that belong to one row of the table by task."""
 
     def energy(name: str) -> str:
         joules = row["joules_per_token"][name]
@@ -144,24 +159,21 @@ def engine_cells(row: Record) -> list[list[str]]:
     ]
 
 
-def ratio(row: Record, name: str) -> str:
-    found = row["ratio"].get(name)
-    return f"{found['median']:.2f} ({found['least']:.2f}-{found['most']:.2f})" if found else "-"
-
-
 def headline(rows: list[Record]) -> str:
-    """In one sentence: is it faster?"""
+    """Return one sentence: is it faster?"""
     ratios = [row["ratio"][PLAIN]["median"] for row in rows]
-    slowest = worst(rows)
+    lowest = worst(rows)
     verdict = "faster than" if min(ratios) > 1 else "slower than" if max(ratios) < 1 else "not always faster than"
     span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
     return (
         f"mlxspec is {verdict} mlx-lm's plain decoding here: {span} times its tokens per second; block efficiency is "
-        f"{slowest['block_efficiency']:.2f} on the worst task, {slowest['task']}."
+        f"{lowest['block_efficiency']:.2f} on the worst task, {lowest['task']} at temperature "
+        f"{lowest['temperature']:g}."
     )
 
 
 def described(record: Record) -> list[tuple[str, str]]:
+    """Return what was measured and on what, as names and values."""
     pair, machine, settings = record["pair"], record["machine"], record["settings"]
     return [
         ("target", f"{pair['target']}, {pair['target_parameters']:,} parameters"),
@@ -182,3 +194,97 @@ def table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
 
 def text(value: Any) -> str:
     return html.escape(str(value))
+
+
+# ----------------------------------------------------------------------- pictures
+
+
+def pictures(record: Record) -> dict[str, bytes]:
+    """Return PNGs by name, of whatever the record has. Raises InvalidRequestError without matplotlib."""
+    if not can_draw():
+        raise InvalidRequestError("pictures need matplotlib; install it with: pip install 'mlxspec[plots]'")
+    rows, found = summaries(record), {}
+    if rows:
+        found["tasks"] = png(lambda axis: draw_tasks(axis, rows), (8, 1.5 + 0.75 * len(rows)))
+    if any(row["acceptance_by_position"] for row in rows):
+        found["acceptance"] = png(lambda axis: draw_acceptance(axis, rows), (8, 4))
+    if calibration := record.get("calibration"):
+        found["draft-length"] = png(lambda axis: draw_lengths(axis, calibration), (8, 4))
+    if profile := record.get("profile"):
+        found["block"] = png(lambda axis: draw_block(axis, profile), (8, 2.2))
+    return found
+
+
+def png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+    figure = new_figure(size)
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    draw(axis)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144)
+    return buffer.getvalue()
+
+
+def label(row: Record) -> str:
+    return f"{row['task']}, T = {row['temperature']:g}"
+
+
+def draw_tasks(axis: Any, rows: list[Record]) -> None:
+    """Draw the tokens per second of every engine, a group of bars for each task and temperature."""
+    names = [name for name in (PLAIN, PEER, OURS) if name in rows[0]["tokens_per_second"]]
+    height = 0.8 / len(names)
+    for place, name in enumerate(names):
+        values = [row["tokens_per_second"][name] for row in rows]
+        bars = axis.barh([i + (place - (len(names) - 1) / 2) * height for i in range(len(rows))], values, 0.92 * height,
+                         label=name, color=COLORS[name])  # fmt: skip
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axis.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axis.invert_yaxis()
+    axis.margins(x=0.1)
+    axis.set_xlabel("tokens/s of whole answers (median)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)
+
+
+def draw_acceptance(axis: Any, rows: list[Record]) -> None:
+    longest = max(len(row["acceptance_by_position"]) for row in rows)
+    for row, marker in zip(rows, "os^vD*PX" * (1 + len(rows) // 8), strict=False):
+        if shares := row["acceptance_by_position"]:
+            axis.plot(range(1, len(shares) + 1), shares, marker=marker, label=label(row))
+    axis.set_ylim(0, 1.02)
+    axis.set_xticks(range(1, longest + 1))
+    axis.set_xlabel("draft position")
+    axis.set_ylabel("accepted, of those drafted")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def draw_lengths(axis: Any, calibration: Record) -> None:
+    """Draw the speed-up over drafting nothing, measured and predicted, and that of "auto"."""
+    lengths = calibration["lengths"]
+    x = [entry["draft_length"] for entry in lengths]
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.plot(x, [entry["measured"] for entry in lengths], marker="o", color=COLORS[OURS], label="measured")
+    axis.plot(x, [entry["predicted"] for entry in lengths], linestyle="--", marker="s", markerfacecolor="none",
+              color=COLORS[PEER], label="predicted from cost and acceptance")  # fmt: skip
+    axis.axhline(
+        calibration["auto"]["measured"], color=COLORS[OURS], linestyle=":", label="draft length auto, measured"
+    )
+    axis.set_xticks(x)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens drafted per block, γ")
+    axis.set_ylabel("speed-up over γ = 0")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+
+
+def draw_block(axis: Any, profile: Record) -> None:
+    """Draw one bar whose parts add up to the block. A remainder that noise made negative takes back from the bar."""
+    start = 0.0
+    for part in PARTS:
+        milliseconds, share = 1000 * profile[part], profile[part] / profile["block"]
+        words = f"{PART_NAMES[part]}: {milliseconds:.2f} ms ({share:.1%})"
+        axis.barh([0], milliseconds, left=start, color=PART_COLORS[part], label=words)
+        start += milliseconds
+    axis.set_yticks([])
+    axis.set_xlabel(f"milliseconds of a block that drafts {profile['draft_length']} tokens")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

@@ -1,8 +1,8 @@
-"""What a pair is measured on: named sets of prompts, of our own, from files, or from public data sets on the hub.
+"""Tasks: named sets of prompts. Some come with the package, others from files or from public data sets on the hub.
 
 The paper's four tasks are open-ended instructions (Dolly), news summaries (CNN/DailyMail, XSum) and translation (WMT18,
-German to English). Its sampling (temperature 0.6 with top-p 0.9 for the first, greedy for the others) is recalled, not
-read, and the words of the prompts are ours; so both are defaults here and nothing more.
+German to English). The sampling given here for them (temperature 0.6 with top-p 0.9 for the first, greedy for the
+others) is quoted from memory, and the wording of the prompts is ours: both are only defaults.
 """
 
 import json
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlxspec.errors import InvalidRequestError, MlxspecError
-from mlxspec.evaluation.hub_rows import HubSet, rows_of
+import huggingface_hub
+
+from mlxspec.errors import InvalidRequestError, MlxspecError, in_one_line
 from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
 from mlxspec.training.corpus import BadLines, corpus_files
 from mlxspec.training.corpus import Document as Record
@@ -22,27 +23,38 @@ from mlxspec.training.corpus import prompt_messages as asked
 from mlxspec.training.corpus import read_documents as records
 
 OWN = Path(__file__).parent / "prompts"
-MOST_SKIPPED = 1000  # prompts that do not fit, before a set is given up
+MOST_SKIPPED = 1000  # prompts that do not fit, before a task is given up
 OWN_TASKS = tuple(path.stem for path in sorted(OWN.glob("*.jsonl")))
+ROWS = "https://datasets-server.huggingface.co/rows"  # serves a data set in pages: no copy of it, no parquet
+PAGE = 100  # the most rows that the service returns at once
+TIMEOUT = 30.0  # seconds
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts in tokens, and how the answers are to be sampled unless something else is asked for."""
+    """Prompts as token ids, and the task's default sampling."""
 
     name: str
     prompts: list[list[int]]
-    sampling: dict[str, float] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
-def question(row: dict[str, Any]) -> str | None:
-    """Dolly's open-ended instructions: those that need no text beside them."""
+class HubSet(NamedTuple):
+    """A public data set on the hub."""
+
+    name: str
+    config: str
+    split: str
+
+
+def open_instruction(row: dict[str, Any]) -> str | None:
+    """Return an instruction of Dolly that needs no accompanying text, or None."""
     return row["instruction"] if row["category"] in ("creative_writing", "brainstorming", "open_qa") else None
 
 
 GREEDY = {"temperature": 0.0}
 HUB_TASKS = {
-    "dolly": (HubSet("databricks/databricks-dolly-15k", "default", "train"), question,
+    "dolly": (HubSet("databricks/databricks-dolly-15k", "default", "train"), open_instruction,
               {"temperature": 0.6, "top_p": 0.9}),
     "cnn-dm": (HubSet("abisee/cnn_dailymail", "3.0.0", "test"),
                lambda row: f"Summarize this news article in three sentences:\n\n{row['article']}", GREEDY),
@@ -55,11 +67,17 @@ TASK_NAMES = (*OWN_TASKS, *HUB_TASKS)
 
 
 def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = float("inf")) -> list[Task]:
-    """The first ``count`` prompts of each task that have at most ``room`` tokens.
+    """Read the first prompts of each task that fit.
 
-    A name is one of TASK_NAMES or a .jsonl file: Spec-Bench's own, which is one task for each of its categories (the
-    first turn of each conversation is asked), or lines with "prompt", "text" or "messages". Raises MlxspecError
-    for an unknown name, a task of which no prompt fits, and a malformed line, by file and number.
+    Args:
+        names: each one of TASK_NAMES or a .jsonl file. The lines of a file have "prompt", "text" or "messages", or they
+            are Spec-Bench's: then each category is a task, and the first turn of each conversation is the prompt.
+        tokenizer: the target's.
+        count: prompts per task.
+        room: the most tokens that a prompt may have.
+
+    Raises:
+        MlxspecError: a name is unknown, no prompt of a task fits, or a line is malformed (by file and number).
     """
     if not names:
         raise InvalidRequestError(f"name at least one task: a .jsonl file or {', '.join(TASK_NAMES)}")
@@ -70,7 +88,8 @@ def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = f
             fitting = list(islice((prompt for prompt in prompts if len(prompt) <= room), count))
             if not fitting:
                 raise InvalidRequestError(
-                    f"task {title}: no prompt of it fits into {room:g} tokens beside the answer; use fewer --max-tokens"
+                    f"task {title}: no prompt fits into the {room:g} tokens that the answer leaves; use a smaller "
+                    "--max-tokens"
                 )
             found.append(Task(title, fitting, sampling))
     twice = next((title for title, times in Counter(task.name for task in found).items() if times > 1), None)
@@ -82,8 +101,8 @@ def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = f
 Content = str | list[Message]
 
 
-def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, float]]]:
-    """(title, contents, sampling) of what a name stands for."""
+def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, Any]]]:
+    """Yield title, contents and sampling of each task that a name stands for."""
     if name in OWN_TASKS:
         yield name, file_contents(OWN / f"{name}.jsonl")[name], {}
     elif name in HUB_TASKS:
@@ -93,7 +112,9 @@ def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, float]]
         for title, contents in file_contents(Path(name).expanduser()).items():
             yield title, contents, {}
     else:
-        raise InvalidRequestError(f"no task and no file is named {name}; use a .jsonl file or {', '.join(TASK_NAMES)}")
+        raise InvalidRequestError(
+            f"there is no task and no file named {name}; use a .jsonl file or {', '.join(TASK_NAMES)}"
+        )
 
 
 def hub_contents(source: HubSet, text_of: Callable[[dict[str, Any]], str | None]) -> Iterator[str]:
@@ -102,15 +123,39 @@ def hub_contents(source: HubSet, text_of: Callable[[dict[str, Any]], str | None]
             text = text_of(row)
         except (KeyError, TypeError):
             raise InvalidRequestError(
-                f"{source.name} has columns {', '.join(map(str, row))} now, and not those that are asked for; give "
-                "prompts in a .jsonl file"
+                f"{source.name} now has the columns {', '.join(map(str, row))}, not the expected ones; give prompts in "
+                "a .jsonl file"
             ) from None
         if text:
             yield text
 
 
+def rows_of(source: HubSet) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a data set, in order. Raises InvalidRequestError where they cannot be read."""
+    offset = 0
+    while True:
+        page: dict[str, Any] = {"offset": offset, "length": PAGE}
+        page |= {"dataset": source.name, "config": source.config, "split": source.split}
+        try:
+            reply = huggingface_hub.get_session().get(ROWS, params=page, timeout=TIMEOUT)
+            reply.raise_for_status()
+            rows = [entry["row"] for entry in reply.json()["rows"]]
+        except Exception as error:  # of the network, of the service, of its reply
+            raise InvalidRequestError(
+                f"{source.name} cannot be read from the hub now ({in_one_line(error)}); connect to the network, or "
+                "give prompts in a .jsonl file"
+            ) from None
+        yield from rows
+        offset += len(rows)
+        if len(rows) < PAGE:
+            return
+
+
 def file_contents(file: Path) -> dict[str, list[Content]]:
-    """Prompts by title: the file's name, or Spec-Bench's categories. Raises InvalidRequestError for a bad line."""
+    """Return prompts by title, which is the file's name or a category of Spec-Bench.
+
+    Raises InvalidRequestError for a bad line.
+    """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # a JSON string may hold what splitlines() splits at
     except (OSError, UnicodeDecodeError) as error:
@@ -120,9 +165,9 @@ def file_contents(file: Path) -> dict[str, list[Content]]:
     bad = BadLines()
     contents = [content_of(record) for record in records(corpus_files([file]), bad)]
     if bad.told:
-        raise InvalidRequestError(f"{bad.told[0]}; mend or remove that line")
+        raise InvalidRequestError(f"{bad.told[0]}; fix or remove this line")
     if not contents:
-        raise InvalidRequestError(f"{file} has no prompts in it; give a line of JSON for each")
+        raise InvalidRequestError(f"{file} contains no prompts; write one JSON object per line")
     return {file.name.removesuffix(".jsonl"): contents}
 
 
@@ -130,11 +175,11 @@ def content_of(record: Record) -> Content:
     try:
         return record.content if isinstance(record.content, str) else asked(record.content, None)
     except MlxspecError as error:
-        raise InvalidRequestError(f"{record.where}: {error}; mend or remove that line") from None
+        raise InvalidRequestError(f"{record.where}: {error}; fix or remove this line") from None
 
 
 def spec_bench(file: Path, lines: list[str]) -> dict[str, list[Content]]:
-    """Lines {"question_id", "category", "turns"}."""
+    """Return prompts by category from lines {"question_id", "category", "turns"}."""
     found: dict[str, list[Content]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -145,7 +190,8 @@ def spec_bench(file: Path, lines: list[str]) -> dict[str, list[Content]]:
                     raise TypeError("not text")
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise InvalidRequestError(
-                    f'{file}:{number}: no line of Spec-Bench, which has "category" and "turns" ({error}); mend it'
+                    f'{file}:{number}: not a line of Spec-Bench, which has "category" and "turns" ({error}); fix or '
+                    "remove this line"
                 ) from None
             found.setdefault(category, []).append(turn)
     return found

@@ -1,11 +1,15 @@
 """``mlxspec bench`` and ``mlxspec report`` as a user runs them."""
 
 import json
+import re
 import signal
 import sys
 import time
 
 import pytest
+
+from mlxspec.decoding.acceptance import MENU
+from mlxspec.evaluation.report import PART_NAMES
 
 SHORT = ["--prompts", "1", "--max-tokens", "12", "--rounds", "1", "--temperature", "0"]
 
@@ -18,7 +22,8 @@ def test_bench_prints_a_table_and_writes_json_that_report_makes_a_page_of(mlxspe
     assert heading.split()[:3] == ["task", "T", "τ"]
     assert row.split()[:2] == ["stories", "0"]
     assert "times its tokens per second" in outcome.out
-    assert "a page of it: mlxspec report bench.json" in outcome.err
+    assert "on the worst task, stories at temperature 0." in outcome.out
+    assert "to make a page of it: mlxspec report bench.json" in outcome.err
     page = mlxspec_command("report", "bench.json")
     assert page.out.strip() == "bench-report/index.html"
     assert "<h2>By task</h2>" in (tmp_path / "bench-report" / "index.html").read_text()
@@ -30,15 +35,24 @@ def test_bench_prints_a_table_and_writes_json_that_report_makes_a_page_of(mlxspe
 def test_calibrate_prints_what_rows_cost_and_says_which_length_wins(mlxspec_command, tmp_path):
     outcome = mlxspec_command("bench", *SHORT, "--calibrate", "--out", str(tmp_path / "b.json"))
     lines = outcome.out.splitlines()
-    assert [line.split()[0] for line in lines[1:12]] == [*map(str, range(9)), "16", "auto"]
+    assert [line.split()[0] for line in lines[1 : len(MENU) + 2]] == [*map(str, MENU), "auto"]
+    assert re.search(r"^A draft costs [\d.]+ ms and [\d.]+ ms per token\.$", outcome.out, re.MULTILINE)
     assert " wins: " in outcome.out
-    assert len(json.loads((tmp_path / "b.json").read_text())["calibration"]["lengths"]) == 10
+    assert len(json.loads((tmp_path / "b.json").read_text())["calibration"]["lengths"]) == len(MENU)
+
+
+def test_the_parts_of_a_block_that_are_printed_add_up_to_it(mlxspec_command, tmp_path):
+    outcome = mlxspec_command("bench", *SHORT, "--draft-length", "3", "--out", str(tmp_path / "b.json"))
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("A block that drafts 4 tokens")]
+    block = float(re.search(r"takes ([\d.]+) ms", line)[1])
+    parts = [float(re.search(rf"{name} (-?\d+\.\d+)", line)[1]) for name in PART_NAMES.values()]
+    assert sum(parts) == pytest.approx(block, abs=0.03)  # each is rounded
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tasks", "sotries"], "no task and no file is named sotries"),
+        (["--tasks", "sotries"], "there is no task and no file named sotries"),
         (["--prompts", "0"], "prompts is 0"),
         (["--rounds", "0"], "rounds is 0"),
         (["--temperature", "-1"], "temperature is -1"),

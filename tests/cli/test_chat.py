@@ -35,7 +35,7 @@ def test_a_conversation_is_answered_turn_by_turn_and_saved(mlxspec_command, chat
         stdin=typed("Once upon a time", "/stats", "And then?", "/stats", f"/save {saved}", "/exit", "never read"),
     )  # fmt: skip
     assert outcome.status == 0
-    assert "of them known already" in outcome.err
+    assert "of them cached" in outcome.err
     messages = json.loads(saved.read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert outcome.out == "".join(message["content"] + "\n" for message in messages if message["role"] == "assistant")

@@ -3,21 +3,91 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 
 from mlxspec import Drafter, DrafterConfig
+from mlxspec.cli.options import MEASURING
+from mlxspec.decoding import calibration
+from mlxspec.decoding.costs import BlockCosts
 from mlxspec.models.checks import check_safetensors
 from mlxspec.models.loading import DEMO
 
 SUMMARY = re.compile(r"^\d+ tokens, [\d.]+ tokens/s, block efficiency [\d.]+, acceptance rate [\d.]+$")
 
 
+def told(err: str) -> str:
+    """Standard error without the line of a calibration, which only the first answer on a machine needs."""
+    return err.removeprefix(f"{MEASURING}\n").strip()
+
+
 def test_text_goes_to_standard_output_and_one_line_to_standard_error(mlxspec_command):
     outcome = mlxspec_command("generate", "Once upon a time", "--max-tokens", "30")
     assert outcome.status == 0
     assert len(outcome.out.split()) > 10
-    assert SUMMARY.match(outcome.err.strip())
+    assert SUMMARY.match(told(outcome.err))
+
+
+COSTS = BlockCosts(rows={1: 1.0, 17: 1.3}, draft_step=0.05)
+
+
+@pytest.fixture
+def new_machine(monkeypatch):
+    """A machine on which nothing was measured yet, and on which measuring takes no time."""
+    figures = []
+
+    def calibrate(compiled, progress, anew=False):
+        progress(0, 2)
+        time.sleep(0.2)  # a bar is shown after a tenth of a second
+        progress(2, 2)
+        figures.append(COSTS)
+        return COSTS
+
+    monkeypatch.setattr(calibration, "known_costs", lambda compiled: figures[0] if figures else None)
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    return figures
+
+
+def test_the_first_answer_on_a_machine_says_in_one_line_that_costs_are_measured(mlxspec_command, new_machine):
+    first, second = (mlxspec_command("generate", "Once upon a time", "--max-tokens", "9") for _ in range(2))
+    line, summary = first.err.splitlines()
+    assert line == MEASURING == "measuring what a block costs on this machine"
+    assert SUMMARY.match(summary)
+    assert SUMMARY.match(second.err.strip())
+
+
+def test_on_a_terminal_a_progress_bar_says_it_and_is_cleared(mlxspec_command, new_machine, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    err = mlxspec_command("generate", "Once upon a time", "--max-tokens", "9").err
+    bar, summary = err.rsplit("\r", 1)
+    assert re.search(rf"{MEASURING}: 100%.*2/2", bar)
+    assert "\n" not in bar
+    assert SUMMARY.match(summary.strip())
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--draft-length", "3"], ["--drafter", "none"]])
+def test_nothing_is_said_where_nothing_is_measured_or_json_is_wanted(mlxspec_command, new_machine, options):
+    outcome = mlxspec_command("generate", "Once upon a time", "--max-tokens", "9", *options)
+    assert MEASURING not in outcome.err
+    assert (outcome.err == "") == ("--json" in options)
+    assert len(new_machine) == ("--json" in options)
+
+
+def test_a_prompt_that_is_refused_is_refused_before_anything_is_measured(mlxspec_command, new_machine):
+    one_line_error(mlxspec_command("generate", "word " * 2000), "the target's context holds 1024")
+    assert not new_machine
+
+
+def test_ctrl_c_while_costs_are_measured_exits_with_130_and_no_traceback(mlxspec_command, new_machine, monkeypatch):
+    def interrupted(compiled, progress, anew=False):
+        progress(1, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "calibrate", interrupted)
+    outcome = mlxspec_command("generate", "Once upon a time")
+    assert (outcome.status, outcome.out) == (130, "")
+    assert outcome.err.strip() == MEASURING
 
 
 def test_the_same_answer_whoever_drafts(mlxspec_command):
@@ -70,13 +140,13 @@ def test_a_story_ends_with_its_eos_and_without_showing_it(mlxspec_command):
     assert "</s>" not in answer["text"]
 
 
-def test_accepted_tokens_show_in_another_colour(mlxspec_command, monkeypatch):
+def test_accepted_tokens_show_in_another_color(mlxspec_command, monkeypatch):
     monkeypatch.setattr("click.utils.should_strip_ansi", lambda *args: False)
     options = ["Once upon a time", "--max-tokens", "40", "--draft-length", "4"]
     plain = mlxspec_command("generate", *options).out
-    coloured = mlxspec_command("generate", *options, "--show-drafted").out
-    assert "\x1b[32m" in coloured
-    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
+    colored = mlxspec_command("generate", *options, "--show-drafted").out
+    assert "\x1b[32m" in colored
+    assert re.sub(r"\x1b\[\d+m", "", colored) == plain
 
 
 @pytest.fixture
@@ -226,12 +296,12 @@ def test_a_reader_that_leaves_early_causes_no_traceback(mlxspec_process):
         process.stdout.read(10)
         process.stdout.close()
         assert process.wait(timeout=60) in (0, 1)  # 0: the whole story fitted into the pipe
-        assert process.stderr.read().count("\n") <= 1  # the summary or nothing
+        assert told(process.stderr.read()).count("\n") <= 1  # the summary or nothing
 
 
 def test_a_path_with_spaces_works(mlxspec_process, llama_folder):
     process = mlxspec_process("generate", "Once", "--drafter", str(llama_folder), "--max-tokens", "5")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert SUMMARY.match(err.strip())
+    assert SUMMARY.match(told(err))
     assert out.strip()

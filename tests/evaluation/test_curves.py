@@ -59,7 +59,7 @@ def test_the_thick_line_is_the_mean_of_the_last_values():
 
 def test_nothing_to_draw_and_no_such_format_are_one_line(run, tmp_path, mlxspec_command):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidRequestError, match=r"no metrics\.jsonl in it"):
+    with pytest.raises(InvalidRequestError, match=r"contains no metrics\.jsonl"):
         draw_curves(tmp_path / "empty")
     outcome = mlxspec_command("train", "plot", str(run), "--out", str(run / "x.doc"))
     assert outcome.status == 2

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 
 from mlxspec import InvalidRequestError
-from mlxspec.evaluation import hub_rows
+from mlxspec.evaluation import tasks
 from mlxspec.evaluation.tasks import HUB_TASKS, OWN_TASKS, read_tasks
 from mlxspec.models.loading import DEMO, read_tokenizer
 from tests.conftest import shared
@@ -64,24 +64,24 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(tokenizer, lines)
     file = lines({"prompt": "word " * 100}, {"prompt": "short"})
     (task,) = read_tasks([file], tokenizer, 5, room=20)
     assert texts(task, tokenizer) == ["short"]
-    with pytest.raises(InvalidRequestError, match=r"task mine: no prompt of it fits into 1 tokens"):
+    with pytest.raises(InvalidRequestError, match=r"task mine: no prompt fits into the 1 tokens"):
         read_tasks([file], tokenizer, 5, room=1)
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        (['{"prompt": "a"}', "{", '{"prompt": "b"}'], r"mine.jsonl:2: .*mend or remove that line"),
+        (['{"prompt": "a"}', "{", '{"prompt": "b"}'], r"mine.jsonl:2: .*fix or remove this line"),
         (['{"prompt": "a"}', '{"other": 1}'], r'mine.jsonl:2: has neither "text" nor "prompt"'),
         (
             ['{"category": "qa", "turns": ["x"]}', '{"category": "qa", "turns": []}'],
-            r"mine.jsonl:2: no line of Spec-Be",
+            r"mine.jsonl:2: not a line of Spec-Be",
         ),
         (
             ['{"category": "qa", "turns": ["x"]}', '{"category": 3, "turns": ["x"]}'],
-            r"mine.jsonl:2: no line of Spec-Be",
+            r"mine.jsonl:2: not a line of Spec-Be",
         ),
-        ([], "has no prompts in it"),
+        ([], "contains no prompts"),
     ],
 )
 def test_a_malformed_line_is_named_by_file_and_number(tokenizer, lines, entries, words):
@@ -96,7 +96,7 @@ def test_lines_end_where_the_file_says_and_not_where_unicode_does(tokenizer, lin
 
 
 def test_unknown_names_and_names_given_twice_are_refused(tokenizer, lines):
-    with pytest.raises(InvalidRequestError, match="no task and no file is named sotries; use a"):
+    with pytest.raises(InvalidRequestError, match="there is no task and no file named sotries; use a"):
         read_tasks(["sotries"], tokenizer, 1)
     with pytest.raises(InvalidRequestError, match="two tasks are named stories"):
         read_tasks(["stories", lines({"prompt": "a"}, name="stories.jsonl")], tokenizer, 1)
@@ -125,7 +125,7 @@ def rows_service(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Rows)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr(hub_rows, "ROWS", f"http://127.0.0.1:{server.server_port}/rows")
+    monkeypatch.setattr(tasks, "ROWS", f"http://127.0.0.1:{server.server_port}/rows")
     yield
     server.shutdown()
     server.server_close()
@@ -148,7 +148,7 @@ def test_no_more_pages_are_asked_for_than_needed(tokenizer, rows_service, monkey
 def test_other_columns_than_expected_are_one_line(tokenizer, rows_service, monkeypatch):
     source, _, sampling = HUB_TASKS["dolly"]
     monkeypatch.setitem(HUB_TASKS, "dolly", (source, lambda row: row["article"], sampling))
-    with pytest.raises(InvalidRequestError, match="has columns instruction, category now"):
+    with pytest.raises(InvalidRequestError, match="now has the columns instruction, category"):
         read_tasks(["dolly"], tokenizer, 1)
 
 
@@ -158,6 +158,6 @@ def test_what_the_service_should_not_say_is_one_line(tokenizer, rows_service):
 
 
 def test_without_a_network_a_public_set_is_refused_in_one_line(tokenizer, monkeypatch):
-    monkeypatch.setattr(hub_rows, "ROWS", "http://127.0.0.1:9/rows")
+    monkeypatch.setattr(tasks, "ROWS", "http://127.0.0.1:9/rows")
     with pytest.raises(InvalidRequestError, match=r"cnn_dailymail cannot be read from the hub now .*give prompts in"):
         read_tasks(["cnn-dm"], tokenizer, 1)
