@@ -21,7 +21,7 @@ from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.files import write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.training import stages
-from mlxspec.training.batches import Batches as Mixture
+from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
@@ -57,7 +57,7 @@ class Ablation:
     def __init__(self, target: Target, shards: TokenShards, prompts: list[list[int]], work: Path, settings: dict):
         self.target, self.shards, self.work, self.settings = target, shards, work, settings
         self.measure = served_block_efficiency(target.model, target.tokenizer, prompts, (0.0, 1.0), 3, 120)
-        self.batches = Mixture([shards], [1.0], settings["length"], 16, seed=12345)
+        self.batches = Batches([shards], [1.0], settings["length"], 16, seed=12345)
         self.results = work / "results.json"
         self.found = json.loads(self.results.read_text()) if self.results.exists() else {}
 

@@ -28,7 +28,7 @@ from mlx_lm.tuner.trainer import train as mlx_lm_train
 from mlxspec import Drafter, DrafterConfig, ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio, seconds, spread
 from mlxspec.models.loading import DEMO
-from mlxspec.training.batches import Batches as Mixture
+from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import Positions, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Loss
 from mlxspec.training.objectives import objective
@@ -192,7 +192,7 @@ def our_trainer(drafter: Drafter, rows: np.ndarray, batch: int, steps: int, loss
             length = rows.shape[1] - 1
             settings = TrainingSettings(steps=steps + StepTimes.LEFT_OUT, batch=batch, length=length,
                                         checkpoint_every=10**9, log_every=1)  # fmt: skip
-            batches = Mixture([TokenShards(Path(folder) / "tokens")], [1], length, batch, 0)
+            batches = Batches([TokenShards(Path(folder) / "tokens")], [1], length, batch, 0)
             times = StepTimes()
             Trainer(drafter, objective(loss, teacher), batches, settings, Path(folder), None, teacher, times).run()
             return times.seconds

@@ -59,7 +59,8 @@ class KVCache:
     @property
     def buffers(self) -> tuple[mx.array, mx.array]:
         """The keys and values after the pass."""
-        assert self.keys is not None and self.values is not None, "every layer of a model uses its cache"
+        assert self.keys is not None, "every layer of a model uses its cache"
+        assert self.values is not None
         return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +29,7 @@ from mlxspec.models.tokens import encode_prompt
 
 BLOCKS_IN_FLIGHT = 2
 LONGEST_DRAFT = 64  # a block is unrolled when it is compiled
-SHORTEST_WAIT = 1e-4  # seconds: a read that took less found its result ready
+LARGEST_SHARE_AWAY = 0.1  # of the time of a block; where the caller took more, it says nothing about the block
 
 Progress = Callable[[int, int], None]  # done, in all
 
@@ -168,7 +169,8 @@ class SpeculativeDecoder:
             self.stats.add(len(tokens), block.choice, accepted)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
-            yield Block(tokens, block.choice.length, accepted)
+            with clock.stopped():
+                yield Block(tokens, block.choice.length, accepted)
             if end is not None:
                 return
             self._check_owner(stream)
@@ -254,7 +256,7 @@ class SpeculativeDecoder:
         # be copied instead of written in place.
         result, self._state = self.compiled[choice](self._take_state(length))
         mx.async_eval(result, self._state)
-        return InFlight(choice, result, time.perf_counter())
+        return InFlight(choice, result, follows=len(in_flight) > 0)
 
     def _take_state(self, length: int) -> State:
         """Take the state out of the decoder, with room for ``length`` tokens."""
@@ -339,27 +341,34 @@ class InFlight(NamedTuple):
 
     choice: Choice
     result: mx.array  # [γ+2]
-    queued: float  # when, by ``time.perf_counter``
+    follows: bool  # whether it was queued behind another one
 
 
 class BlockClock:
-    """Reads results, and tells what the device took for a block where the reads show it.
+    """Reads results, and tells what a block took where the reads show it.
 
-    The device is busy with one block between two reads that both had to wait, if the second block was queued before
-    the first read returned. A slow consumer, a trace or a change of proposer leave no such figure.
+    The device works on one block between two reads, if that block was queued behind the one before it and the caller
+    did not keep the host from queuing the next.
     """
 
     def __init__(self) -> None:
-        self.ready: float | None = None  # when the last result became ready, if the host was waiting for it
+        self.last: float | None = None  # when the last result was there
+        self.away = 0.0  # seconds since then that the caller took
 
     def read(self, block: InFlight) -> tuple[list[int], float | None]:
-        """Wait for a block. Return its result, and the seconds that it took the device, None if unknown."""
-        asked = time.perf_counter()
+        """Wait for a block. Return its result, and the seconds that it took, None if unknown."""
         result = cast(list[int], block.result.tolist())
         now = time.perf_counter()
-        waited, before = now - asked > SHORTEST_WAIT, self.ready
-        self.ready = now if waited else None
-        return result, now - before if waited and before is not None and block.queued <= before else None
+        seconds = now - self.last if self.last is not None and block.follows else None
+        self.last = now
+        return result, seconds if seconds is not None and self.away < LARGEST_SHARE_AWAY * seconds else None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Note how long the caller keeps the host."""
+        start = time.perf_counter()
+        yield
+        self.away = time.perf_counter() - start
 
 
 def check_options(draft_length: int | str, verification: str) -> None:

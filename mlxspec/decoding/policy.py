@@ -115,9 +115,13 @@ class Automatic:
     def choose(self, missing: float) -> Choice:
         if self.choice.length < missing:
             return self.choice
-        # The answer ends before a whole block. A shorter draft may yield as much for less.
+        # The answer ends before a whole block. A shorter draft may do; each token that it leaves costs a plain block.
         shorter = [Choice(self.choice.proposer, n) for n in MENU[1:] if n <= self.choice.length]
-        return max([PLAIN, *shorter], key=lambda one: min(self.expected_tokens(one), missing) / self.costs.block(one))
+        plain = self.costs.block(PLAIN)
+        return min(
+            [PLAIN, *shorter],
+            key=lambda one: self.costs.block(one) + max(0.0, missing - self.expected_tokens(one)) * plain,
+        )
 
     def expected_tokens(self, choice: Choice) -> float:
         return self.yields[choice.proposer].expected()[choice.length] if choice.length else 1.0

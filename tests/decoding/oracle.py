@@ -108,11 +108,8 @@ def outcomes(rule, p, q, drafted, length_probabilities=length_probabilities):
     return result
 
 
-def emitted_joint(rule, target, drafter, draft_length, verified=len, **variant):
-    """The joint distribution of the first γ+1 tokens: a block, completed by the target where it was shorter.
-
-    ``verified``: of the drafted tokens -> how many of them are verified; all.
-    """
+def emitted_joint(rule, target, drafter, draft_length, **variant):
+    """The joint distribution of the first γ+1 tokens: a block, completed by the target where it was shorter."""
     vocab, joint, accepted = range(target.vocab_size), {}, ZERO
     for drafted in itertools.product(vocab, repeat=draft_length):
         chance = ONE
@@ -120,10 +117,9 @@ def emitted_joint(rule, target, drafter, draft_length, verified=len, **variant):
             chance *= drafter(drafted[:i])[x]
         if not chance:
             continue
-        draft = drafted[: verified(drafted)]
-        for (n, y), outcome in outcomes(rule, *rows(target, drafter, draft), draft, **variant).items():
+        for (n, y), outcome in outcomes(rule, *rows(target, drafter, drafted), drafted, **variant).items():
             accepted += chance * outcome * n
-            complete(joint, target, (*draft[:n], y), chance * outcome, draft_length + 1)
+            complete(joint, target, (*drafted[:n], y), chance * outcome, draft_length + 1)
     return joint, accepted
 
 

@@ -59,7 +59,7 @@ def test_prefill_in_chunks_gives_the_keys_of_one_pass():
     tokens = [n % 50 for n in range(1200)]
     whole, _ = model(mx.array(tokens), model.empty(1200), mx.array(0))
     told = []
-    buffers = model.prefill(mx.array(tokens[:-1]), model.empty(0), 0, told.append)
+    buffers = model.prefill(mx.array(tokens[:-1]), [model.empty(0)], 0, told.append)
     last, _ = model(mx.array(tokens[-1:]), buffers, mx.array(1199))
     assert told == [512, 512, 175]
     assert mx.allclose(last[0], whole[-1], atol=1e-4)

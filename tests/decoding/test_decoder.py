@@ -7,12 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models import mamba
-from mlxspec.decoding.choice import MODEL, BlockCosts
-from mlxspec.decoding.draft_length import Automatic
 
 import mlxspec
 from mlxspec import ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.cache import CAPACITY_STEP
+from mlxspec.decoding.costs import BlockCosts
+from mlxspec.decoding.drafting import MODEL
+from mlxspec.decoding.policy import Automatic
 from mlxspec.decoding.verification import RULES
 from mlxspec.models.drafter import Drafter, DrafterConfig, PromptLookup
 from tests.conftest import WindowedLlama, decoded, plain_greedy, random_llama
@@ -96,11 +97,10 @@ def markov_target() -> WindowedLlama:
     return target
 
 
-def assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, count, chooser=None):
+def assert_emits_the_targets_distribution(rule, sampling, drafter, draft_length, count):
     """Chi-square over the transitions of one long run, against the target run plainly in float64 filters."""
     target = markov_target()
     decoder = SpeculativeDecoder(ModelPair(target, drafter), sampling, draft_length, rule)
-    decoder._chooser = chooser
     tokens = decoded(decoder, [0, 1], count)
     transitions = Counter(zip(tokens, tokens[1:], tokens[2:], strict=False))
     statistic = freedom = 0
@@ -190,11 +190,17 @@ def count_host_reads(monkeypatch) -> Counter:
     return reads
 
 
-@pytest.mark.parametrize("draft_length", [0, 3])
+def always_drafting(longest: int = 16) -> Automatic:
+    """The default policy, on a machine where up to ``longest`` drafted tokens and their rows are nearly free."""
+    return Automatic(BlockCosts({1: 1.0, longest + 1: 1.001, 18: 9.0}, draft_step=1e-6), [MODEL])
+
+
+@pytest.mark.parametrize("draft_length", [0, 3, "auto"])
 def test_one_host_read_per_block(monkeypatch, draft_length):
     target, drafter = random_llama(vocab_size=50), random_llama(1, vocab_size=50)
-    decoder = SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=0), draft_length)
-    blocks = decoder.blocks([1, 2, 3], 400)
+    policy = always_drafting() if draft_length == "auto" else None
+    decoder = SpeculativeDecoder(ModelPair(target, drafter), Sampling(1.0, seed=0), draft_length, policy=policy)
+    blocks = decoder.blocks([1, 2, 3], 1500 if policy else 400)
     next(blocks)  # the prompt's prefill has reads of its own
     reads = count_host_reads(monkeypatch)
     count = sum(1 for _ in blocks)
@@ -202,21 +208,34 @@ def test_one_host_read_per_block(monkeypatch, draft_length):
     assert reads == {"tolist": count}
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_a_block_copies_no_cache_buffer(stepwise):
+@pytest.mark.parametrize("draft_length", [0, 3, "auto"])
+def test_the_next_block_is_queued_before_a_result_is_read(monkeypatch, draft_length):
+    target = random_llama(vocab_size=50)
+    policy = always_drafting() if draft_length == "auto" else None
+    decoder = SpeculativeDecoder(ModelPair(target, target), Sampling(1.0, seed=0), draft_length, policy=policy)
+    blocks = decoder.blocks([1, 2, 3], 240)
+    next(blocks)
+    events, read, queue = [], mx.array.tolist, mx.async_eval
+    monkeypatch.setattr(mx.array, "tolist", lambda self: (events.append("read"), read(self))[1])
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (events.append("queue"), queue(*arrays))[1])
+    assert sum(1 for _ in blocks) > 10
+    assert events[:20] == ["queue", "read"] * 10  # one more was in flight from the beginning
+
+
+@pytest.mark.parametrize("draft_length", [3, "auto"])
+def test_a_block_copies_no_cache_buffer(draft_length):
     """Memory that a block takes on top of what is resident must not grow by a buffer when the capacity does."""
 
     def on_top(context: int) -> tuple[int, int]:
         # Wide heads and few of them, so that a buffer dwarfs the attention scores over it.
         model = random_llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
-        decoder = SpeculativeDecoder(ModelPair(model, model), None, 3)
-        if stepwise:
-            decoder._chooser = Automatic(BlockCosts((1.0,) * 17, draft={MODEL: 0.0}), [MODEL])
+        policy = always_drafting(4) if draft_length == "auto" else None
+        decoder = SpeculativeDecoder(ModelPair(model, model), None, draft_length, policy=policy)
         blocks = decoder.blocks([1] * context, 250)
         for _ in range(4):
             next(blocks)
         taken = []
-        for _ in range(4):  # on a busy machine a buffer may still be read when it is written, and is copied then
+        for _ in range(12):  # on a busy machine a buffer may still be read when it is written, and is copied then
             mx.synchronize()
             mx.reset_peak_memory()
             before = mx.get_active_memory()
@@ -224,7 +243,7 @@ def test_a_block_copies_no_cache_buffer(stepwise):
                 next(blocks)
             mx.synchronize()
             taken.append(mx.get_peak_memory() - before)
-        return min(taken), decoder._state["target"][0][0].nbytes
+        return min(taken), decoder._state.target[0][0].nbytes
 
     (small, small_buffer), (large, large_buffer) = on_top(CAPACITY_STEP - 250), on_top(8 * CAPACITY_STEP - 250)
     assert large_buffer == 8 * small_buffer
@@ -246,7 +265,7 @@ def assert_memory_is_bounded(count):
     mx.clear_cache()
     beyond = []
     for _ in decoder.blocks([1, 2], count):
-        caches = [decoder._state["target"], decoder._state["drafter"]]
+        caches = [decoder._state.target, decoder._state.drafter]
         resident = sum(buffer.nbytes for cache in caches for layer in cache for buffer in layer)
         beyond.append(mx.get_active_memory() - resident)
     half = len(beyond) // 2

@@ -43,13 +43,15 @@ def simulated(policy: Automatic, rate: float, blocks: int, seed: int = 0) -> tup
 
 
 @pytest.mark.parametrize(("rate", "step"), [(0.9, 0.02), (0.7, 0.1), (0.5, 0.05), (0.3, 0.3), (0.0, 0.1), (0.6, 1.0)])
-@pytest.mark.parametrize("rows", [CHEAP_ROWS, LINEAR_ROWS, JUMP], ids=["cheap rows", "linear rows", "a jump"])
-def test_it_settles_within_a_few_percent_of_the_best_length(rate, step, rows):
+@pytest.mark.parametrize(
+    ("rows", "share"), [(CHEAP_ROWS, 0.95), (LINEAR_ROWS, 0.95), (JUMP, 0.93)], ids=["cheap", "linear", "a jump"]
+)
+def test_it_settles_within_a_few_percent_of_the_best_length(rate, step, rows, share):
     policy = Automatic(costs(step, rows), [MODEL])
     simulated(policy, rate, 100)
     expected = expected_tokens([rate] * 16)
     best = max(expected[n] / policy.costs.block(Choice(MODEL, n) if n else PLAIN) for n in MENU)
-    assert simulated(policy, rate, 2000)[1] > 0.95 * best
+    assert simulated(policy, rate, 2000)[1] > share * best
 
 
 def test_a_hopeless_drafter_costs_next_to_nothing_and_is_still_tried_now_and_then():
@@ -79,7 +81,7 @@ def test_probes_take_no_more_than_their_share_of_the_time():
 
 
 def test_a_long_prompt_is_not_read_by_the_drafter_for_a_short_answer():
-    policy = Automatic(replace(costs(0.02), draft_read=0.01), [MODEL])
+    policy = Automatic(replace(costs(0.02), draft_read=0.002), [MODEL])
     policy.start([1] * 4000, 8, 4000)
     for missing in range(8, 0, -1):
         assert policy.choose(missing) == PLAIN
