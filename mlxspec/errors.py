@@ -1,34 +1,34 @@
-"""The errors that mean "the request was wrong", as opposed to a bug in mlxspec.
+"""Errors that the user can correct, as opposed to bugs in mlxspec.
 
-Every message is one line that names the thing, says what was expected and what to do.
-The command line catches ``MlxspecError`` in one place, prints the line and exits with 2.
+Every message is one line: what was wrong, what was expected, what to do. The command line catches ``MlxspecError`` in
+one place, prints the line and exits with status 2.
 """
 
 
 class MlxspecError(ValueError):
-    """Something the caller can put right: a wrong path, option, model or prompt."""
+    """Base class: a path, option, model or prompt is wrong."""
 
 
 class ModelLoadError(MlxspecError):
-    """A model folder or hub repository that cannot be read as a model."""
+    """A folder or hub repository cannot be read as a model."""
 
 
 class UnsupportedModelError(MlxspecError):
-    """A model that loads but cannot be decoded speculatively, with the reason."""
+    """A model can be loaded but not decoded speculatively."""
 
 
 class TokenizerMismatchError(MlxspecError):
-    """Target and drafter do not mean the same text by the same token ids."""
+    """The tokenizers of target and drafter map the same ids to different text."""
 
 
 class InvalidRequestError(MlxspecError):
-    """A prompt, sampling or decoding option outside its range."""
+    """A prompt, a sampling option or a setting is outside its range."""
 
 
 class TrainingError(MlxspecError):
-    """A corpus, recipe or training run that cannot go on; what was saved before is kept."""
+    """A corpus, recipe or training run cannot continue. What was saved before remains."""
 
 
 def in_one_line(error: Exception) -> str:
-    """At most 200 characters of what an error of a library says; its type where it has no words."""
+    """Return at most 200 characters of an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split())[:200].rstrip(".: ") or type(error).__name__

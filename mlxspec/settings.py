@@ -1,9 +1,15 @@
-"""Settings are dataclass fields that carry their default and the words the command line explains them with."""
+"""Settings as dataclass fields that carry their default and the help text of the command line."""
 
 from dataclasses import field
 from typing import Any
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with help; further metadata is for who makes options of it, such as ``choices``."""
+    """Return a dataclass field with a help text.
+
+    Args:
+        default: The default value.
+        help: The help text.
+        metadata: More for the command line, such as ``choices`` or ``key``, the name of the option.
+    """
     return field(default=default, metadata={"help": help, **metadata})

@@ -18,18 +18,18 @@ import click
 import mlx.core as mx
 
 from mlxspec.evaluation.metrics import served_block_efficiency
+from mlxspec.files import write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.training import stages
+from mlxspec.training.batches import Batches as Mixture
 from mlxspec.training.corpus import read_prompts
-from mlxspec.training.files import write_json
 from mlxspec.training.losses import Loss
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.responses import AnswerSettings
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.trainer import TrainingSettings
 
 LOSSES = {
     "ce": Loss("ce"),

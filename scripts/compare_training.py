@@ -28,16 +28,15 @@ from mlx_lm.tuner.trainer import train as mlx_lm_train
 from mlxspec import Drafter, DrafterConfig, ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio, seconds, spread
 from mlxspec.models.loading import DEMO
-from mlxspec.training.chunked import Positions, log_softmax, weighted_loss
+from mlxspec.training.batches import Batches as Mixture
+from mlxspec.training.chunked_loss import Positions, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Loss
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.responses import AnswerSettings, Group, answer_group
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.trainer import Trainer, TrainingSettings
 
 EPSILON = Loss.epsilon
 

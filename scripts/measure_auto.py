@@ -32,12 +32,11 @@ from mlxspec.decoding.acceptance import MENU
 from mlxspec.evaluation.profile import PARTS, calibrated, profile
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio, spread, tokens_per_second
 from mlxspec.models.loading import DEMO
+from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.trainer import Trainer, TrainingSettings
 
 PROMPTS = [[1], [1, 403, 407, 261]]  # the stories model's: nothing, and "Once upon a"
 
@@ -202,7 +201,7 @@ def copier(work: Path, steps: int) -> nn.Module:
     mx.random.seed(0)
     model = Drafter(DrafterConfig(vocab_size, 64, 128, 2, 4))
     settings = TrainingSettings(steps=steps, batch=48, length=length, learning_rate=3e-3, warmup=50)
-    batches = Mixture([TokenShards(work / "tokens")], [1], length, 48, seed=0)
+    batches = Batches([TokenShards(work / "tokens")], [1], length, 48, seed=0)
     Trainer(model, objective(Loss("ce"), None, False), batches, settings, work / "out").run()
     return model
 

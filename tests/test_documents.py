@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mlxspec.models.catalog import KNOWN_MODELS
 from mlxspec.models.loading import DEMO
-from mlxspec.models.names import KNOWN_MODELS
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING, CI = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run"))

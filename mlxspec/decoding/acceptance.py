@@ -24,13 +24,12 @@ class Yield(Protocol):
 class Acceptance:
     """A running estimate of how often each draft position is accepted, given that those before it were.
 
-    Old blocks fade, and so does the prior, which counts as tokens that were tried in the beginning. A position that was
-    hardly tried borrows from the average over all positions.
+    Old blocks fade. A position that was hardly tried borrows from the average over all positions, and that average
+    borrows from a prior.
     """
 
     def __init__(self, rate: float = PRIOR_RATE, weight: float = PRIOR_WEIGHT, memory: float = BLOCK_MEMORY):
-        self.memory = memory
-        self.prior = (weight, rate * weight)  # tried, accepted
+        self.rate, self.weight, self.memory = rate, weight, memory
         self.tried = [0.0] * LONGEST
         self.accepted = [0.0] * LONGEST
 
@@ -43,13 +42,12 @@ class Acceptance:
 
     def fade(self, factor: float) -> None:
         """Count everything that was seen so far ``factor`` times."""
-        self.prior = (factor * self.prior[0], factor * self.prior[1])
         self.tried = [factor * n for n in self.tried]
         self.accepted = [factor * n for n in self.accepted]
 
     def rates(self) -> list[float]:
         """Return the acceptance rate of each draft position."""
-        average = (sum(self.accepted) + self.prior[1]) / (sum(self.tried) + self.prior[0])
+        average = (sum(self.accepted) + self.rate * self.weight) / (sum(self.tried) + self.weight)
         return [
             (accepted + average * POSITION_WEIGHT) / (tried + POSITION_WEIGHT)
             for accepted, tried in zip(self.accepted, self.tried, strict=True)

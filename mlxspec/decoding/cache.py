@@ -5,7 +5,7 @@ with arrays over a buffer of fixed capacity; what lies behind the length is mask
 A sliding window is a mask too: the buffer keeps every position, hence rewinding is always possible.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +35,8 @@ class KVCache:
         window: int | None,
         end: int | None = None,
     ):
+        self.keys: mx.array | None
+        self.values: mx.array | None
         self.keys, self.values = buffers or (None, None)
         self.offset = length
         self.capacity = CAPACITY_STEP if buffers is None else buffers[0].shape[2]
@@ -43,7 +45,7 @@ class KVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write [1, H, L, D] behind the valid positions; returns the buffers, up to the end if that is known."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             self.keys = mx.zeros((*keys.shape[:2], self.capacity, keys.shape[-1]), keys.dtype)
             self.values = mx.zeros((*values.shape[:2], self.capacity, values.shape[-1]), values.dtype)
         start = self.offset.reshape(1)
@@ -53,6 +55,12 @@ class KVCache:
         if self.end is None:
             return self.keys, self.values
         return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+
+    @property
+    def buffers(self) -> tuple[mx.array, mx.array]:
+        """The keys and values after the pass."""
+        assert self.keys is not None and self.values is not None, "every layer of a model uses its cache"
+        return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:
         """Row i sees the valid positions and the new ones up to its own, within the window: bool [N, positions].
@@ -126,10 +134,10 @@ class CachedModel:
 
         ``end`` is length + L, where the host knows it.
         """
-        layers = buffers or [None] * len(self.windows)
+        layers: Sequence[tuple[mx.array, mx.array] | None] = buffers or [None] * len(self.windows)
         caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=True)]
         logits = self.model(tokens[None], cache=caches)[0]
-        return logits, [(cache.keys, cache.values) for cache in caches]
+        return logits, [cache.buffers for cache in caches]
 
     def prefill(self, tokens: mx.array, kept: list[Buffers], length: int, advanced: Callable[[int], None]) -> Buffers:
         """Run a model over a text, in chunks.

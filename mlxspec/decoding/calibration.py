@@ -8,7 +8,6 @@ fit into the cap is measured by the next process, or never needed: ``BlockCosts`
 learns from the blocks that are decoded.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,8 +15,9 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,20 +27,22 @@ from mlxspec.decoding.block import State
 from mlxspec.decoding.cache import CAPACITY_STEP
 from mlxspec.decoding.compiled import CompiledBlocks, CompiledGraph
 from mlxspec.decoding.costs import BlockCosts
-from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer, Proposer
+from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer, ModelProposer, Proposer
+from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder
 
 FORMAT = 5  # of the files; those of another format are measured anew
 CAP_SECONDS, CAP_PASSES = 3.5, 10  # measuring takes no longer than the longer of these
-ROUNDS = 4  # of everything, if the cap allows; the least figure counts, since nothing else disturbed that one
+ROUNDS = 6  # of everything, if the cap allows; the least figure counts, since nothing else disturbed that one
 QUEUED, SHORT = 3, 0.03  # blocks queued behind each other, as in decoding, where one takes less than so many seconds
 LONG = 4 * CAPACITY_STEP  # a capacity at which the cost of a longer text shows
 ROOM = CAPACITY_STEP // 2  # positions left free behind the text that blocks are timed on
 READ = 128  # tokens that the drafter reads at once
 FEW, MORE = 1, 4  # draft lengths that the cost of a drafted token is taken from
-FIGURES = ("rows 1", "rows 2", "draft 4", "rows 5", "draft 1", "read", "rows 3", "rows 9", "rows 4", "rows 17", "rows 7",
-           "long rows 1", "long rows 5", "long draft 4", "rows 13")  # fmt: skip  # those that decide most come first
+# The figures that decide most come first. Each group gets half of the time.
+COARSE = ("rows 1", "draft 4", "rows 2", "rows 5", "rows 9", "rows 17", "draft 1", "read")
+FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "rows 13")
 
 Figures = dict[str, float]  # name -> seconds
 Progress = Callable[[int, int], None]  # figures measured, figures in all
@@ -92,7 +94,7 @@ def costs_of(figures: Figures) -> BlockCosts:
 def names(compiled: CompiledBlocks) -> list[str]:
     """Return the names of the figures that a pair needs, those that decide most first."""
     model = MODEL in compiled.drafters
-    return [name for name in FIGURES if model or not ("draft" in name or name == "read")]
+    return [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
 
 
 # ----------------------------------------------------------------------- on disk
@@ -101,10 +103,10 @@ def names(compiled: CompiledBlocks) -> list[str]:
 def stored_figures(compiled: CompiledBlocks) -> Figures:
     """Return the figures on disk; none if there is no file, or one that cannot be used."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        figures = json.loads(costs_file(compiled).read_text())["seconds"]
-        if {"rows 1", "trace"} <= figures.keys() <= {*FIGURES, "trace"}:
-            if all(math.isfinite(seconds) and seconds > 0 for seconds in figures.values()):
-                return figures
+        figures = read_json(costs_file(compiled))["seconds"]
+        usable = {"rows 1", "trace"} <= figures.keys() <= {*COARSE, *FINE, "trace"}
+        if usable and all(math.isfinite(seconds) and seconds > 0 for seconds in figures.values()):
+            return figures
     return {}
 
 
@@ -113,25 +115,22 @@ def keep(compiled: CompiledBlocks, figures: Figures) -> None:
     file = costs_file(compiled)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps({"of": described(compiled), "seconds": figures}, indent=1))
-        os.replace(aside, file)
+        write_json(file, {"of": described(compiled), "seconds": figures})
 
 
 def costs_file(compiled: CompiledBlocks) -> Path:
-    key = hashlib.sha256(json.dumps(described(compiled), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "costs" / f"{key}.json"
+    return cache_folder() / "costs" / f"{fingerprint(json.dumps(described(compiled), sort_keys=True))}.json"
 
 
 def described(compiled: CompiledBlocks) -> dict[str, Any]:
     """Return all that the costs depend on."""
     sampling, info = compiled.sampling, mx.device_info()
-    described = {
+    described: dict[str, Any] = {
         "format": FORMAT,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "device": [str(mx.default_device()), info.get("device_name"), info.get("architecture"), platform.machine()],
         "target": shapes_of(compiled.pair.target),
-        "drafter": shapes_of(compiled.pair.drafter) if MODEL in compiled.drafters else None,
+        "drafter": shapes_of(model_proposer(compiled).run.model) if MODEL in compiled.drafters else None,
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
         "verification": compiled.verification,
     }
@@ -144,16 +143,16 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
 
 def shapes_of(model: nn.Module) -> str:
     """Return the class of a model and a digest of the shapes of its weights."""
-    shapes = [(name, weight.shape, str(weight.dtype)) for name, weight in tree_flatten(model.parameters())]
-    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-    return f"{type(model).__module__}.{type(model).__name__} {digest}"
+    parameters: Any = tree_flatten(model.parameters())
+    shapes = [(name, weight.shape, str(weight.dtype)) for name, weight in parameters]
+    return f"{type(model).__module__}.{type(model).__name__} {fingerprint(json.dumps(shapes))}"
 
 
 # ----------------------------------------------------------------------- measuring
 
 
 def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str], progress: Progress) -> Figures:
-    """Time the missing figures, in their order, and what tracing a block takes, until the cap.
+    """Time the missing figures, and what tracing a block takes, until the cap.
 
     Args:
         compiled: the blocks of a pair.
@@ -168,22 +167,20 @@ def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str
     with compiled.weights.protected():
         progress(0, len(missing))
         if not figures:
-            figures["rows 1"] = timers["rows 1"].first()  # compiles kernels that decoding needs as well
+            figures["rows 1"] = timers["rows 1"]()  # compiles kernels that decoding needs as well
         start, cap = time.perf_counter(), max(CAP_SECONDS, CAP_PASSES * figures["rows 1"])
-        for done, (name, timer) in enumerate(timers.items(), start=1):
-            left = cap - (time.perf_counter() - start)
-            if 2 * expected_seconds(figures, name) < left:
-                timer.first()
-                figures[name] = timer()
-                figures["trace"] = max(figures.get("trace", 0.0), timer.trace)
-            progress(done, len(missing))
-        measured = {name: timer for name, timer in timers.items() if name in figures}
-        for _ in range(ROUNDS - 1):
-            begun = time.perf_counter()
-            if begun - start > cap / 2:  # another round would take about as long as the first
-                break
-            for name, timer in measured.items():
-                figures[name] = min(figures[name], timer())
+        for group, end in ((COARSE, start + cap / 2), (FINE, start + cap)):
+            present = [name for name in group if name in timers]
+            for number in range(ROUNDS):
+                for name in present:
+                    timer = timers[name]
+                    if time.perf_counter() + expected_seconds(figures, name) * timer.count > end:
+                        continue
+                    figures[name] = min(timer(), figures.get(name, math.inf))
+                    if name.startswith("rows "):
+                        figures["trace"] = min(timer.trace, figures.get("trace", math.inf))
+                    if not number:
+                        progress(missing.index(name) + 1, len(missing))
     return figures
 
 
@@ -201,35 +198,29 @@ class Timer:
     Args:
         step: the function to time.
         state: makes a state to begin with.
+        traced: whether the first call has to trace the step.
     """
 
-    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any]):
-        self.step, self.state = step, state
+    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any], traced: bool = True):
+        self.step, self.state, self.untraced = step, state, traced
         self.count = 1  # steps that are timed together
         self.trace = 0.0  # seconds that tracing took
 
-    def first(self) -> float:
-        """Trace the step and warm up. Return the seconds of one step, its tracing excepted."""
-        state = self.state()
-        mx.eval(state)
-        start = time.perf_counter()
-        result, state = self.step(state)
-        self.trace = time.perf_counter() - start
-        mx.eval(result, state)
-        seconds = time.perf_counter() - start - self.trace
-        self.count = QUEUED if seconds < SHORT else 1
-        return seconds
-
     def __call__(self) -> float:
-        """Return the seconds of one step."""
+        """Return the seconds of one step. The first call traces it, which is not counted."""
         state = self.state()
         mx.eval(state)
+        first, self.untraced = self.untraced, False
         start = time.perf_counter()
         for _ in range(self.count):
             result, state = self.step(state)
+            if first and not self.trace:
+                self.trace = time.perf_counter() - start
             mx.async_eval(result, state)
         mx.eval(result)
-        return (time.perf_counter() - start) / self.count
+        seconds = (time.perf_counter() - start - first * self.trace) / self.count
+        self.count = QUEUED if seconds < SHORT else 1
+        return seconds
 
 
 def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
@@ -237,7 +228,7 @@ def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     capacity = LONG if name.startswith("long ") else CAPACITY_STEP
     number = int(name.split()[-1]) if name != "read" else 0
     if name == "read":
-        return Timer(reading(compiled), lambda: None)
+        return Timer(reading(compiled), lambda: None, traced=False)
     if "draft" in name:
         return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity))
     choice = Choice(LOOKUP, number - 1) if number > 1 else PLAIN
@@ -258,7 +249,7 @@ def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int) -> 
 
 def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any, Any]]:
     """Return a step that drafts ``length`` tokens with the model."""
-    proposer, greedy = compiled.proposers[MODEL], compiled.sampling.temperature == 0
+    proposer, greedy = model_proposer(compiled), compiled.sampling.temperature == 0
 
     def draft(recent: mx.array, committed: mx.array, buffers: Any, key: mx.array) -> tuple[Any, Any]:
         key, subkey = mx.random.split(key)
@@ -267,17 +258,22 @@ def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any
         following = mx.concatenate([recent, tokens])[-2:]
         return tokens if greedy else (tokens, q), (following, committed + length, buffers, key)
 
-    graph = CompiledGraph(draft, [compiled.pair.drafter], compiled.weights)
+    graph = CompiledGraph(draft, [proposer.run.model], compiled.weights)
     return lambda state: graph(*state)
+
+
+def model_proposer(compiled: CompiledBlocks) -> ModelProposer:
+    """Return the proposer of a pair that has a model for a drafter."""
+    return cast(ModelProposer, compiled.proposers[MODEL])
 
 
 def draft_state(compiled: CompiledBlocks, capacity: int) -> tuple[Any, ...]:
     """Return the state before a draft of the model."""
-    buffers = compiled.proposers[MODEL].run.empty(capacity)
+    buffers = model_proposer(compiled).run.empty(capacity)
     return mx.zeros(2, mx.int32), mx.array(capacity - ROOM, mx.int32), buffers, mx.random.key(0)
 
 
 def reading(compiled: CompiledBlocks) -> Callable[[Any], tuple[Any, Any]]:
     """Return a step in which the model drafter reads READ tokens."""
-    run, tokens = compiled.proposers[MODEL].run, mx.zeros(READ, mx.int32)
+    run, tokens = model_proposer(compiled).run, mx.zeros(READ, mx.int32)
     return lambda state: (run.prefill(tokens, [], 0, lambda count: None), None)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlxspec.decoding.block import BlockParts, State, decode_block
 from mlxspec.decoding.cache import CachedModel
-from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, Choice, NoProposer, Proposer, proposer_for
+from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, Choice, ModelProposer, NoProposer, Proposer, proposer_for
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import verifier
 from mlxspec.models.pair import ModelPair
@@ -71,7 +71,7 @@ class CompiledGraph:
         self._compile()
 
     def _compile(self) -> None:
-        function, traces = self._function, []
+        function, traces = self._function, list[bool]()
 
         # Not a bound method: that would make a cycle, which keeps models and caches in memory.
         def graph(*inputs: Any) -> Any:
@@ -118,9 +118,10 @@ class CompiledBlocks:
         self.proposers: dict[str, Proposer] = {NONE: NoProposer(self.target.vocab_size)}
         for drafter in (pair.drafter, pair.lookup) if drafting else ():
             if drafter is not None:
-                name = MODEL if isinstance(drafter, nn.Module) else LOOKUP
-                self.proposers[name] = proposer_for(drafter, sampling, self.target.vocab_size)
-        self.weights = Weights([pair.target, *([pair.drafter] if MODEL in self.proposers else [])])
+                proposer = proposer_for(drafter, sampling, self.target.vocab_size)
+                self.proposers[MODEL if proposer.reads else LOOKUP] = proposer
+        drafters = [p.run.model for p in self.proposers.values() if isinstance(p, ModelProposer)]
+        self.weights = Weights([pair.target, *drafters])
         self._blocks: dict[Choice, DecodeBlock] = {}
 
     @property

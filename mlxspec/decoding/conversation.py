@@ -28,7 +28,7 @@ class Conversation:
         if tokenizer is None or not tokenizer.has_chat_template:
             raise InvalidRequestError("this model has no chat template, so it cannot chat; use `mlxspec generate`")
 
-    def say(self, text: str, max_tokens: int = -1, progress: Progress | None = None) -> Iterator[Segment]:
+    def say(self, text: str, max_tokens: int = -1, progress: Progress = lambda done, total: None) -> Iterator[Segment]:
         """Answer ``text``. If the caller stops listening, what was said until then is the answer.
 
         Raises InvalidRequestError, and leaves the conversation as it was, if the context has no room for it.

@@ -6,9 +6,9 @@ The block itself is in ``block.py``; who drafts how many tokens is decided in ``
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -16,7 +16,7 @@ from mlxspec.decoding import calibration
 from mlxspec.decoding.block import State
 from mlxspec.decoding.cache import with_room
 from mlxspec.decoding.compiled import CompiledBlocks
-from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, IdleStates
+from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, IdleStates, LookupProposer
 from mlxspec.decoding.policy import Automatic, DraftPolicy, Fixed
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
@@ -77,7 +77,7 @@ class SpeculativeDecoder:
         self.draft_length = draft_length
         drafting = draft_length != 0 or policy is not None
         self.compiled = CompiledBlocks(pair, sampling or Sampling(), verification, drafting)
-        self.policy = policy or self._fixed_policy()
+        self._policy = policy or self._fixed_policy()
         self._idle = IdleStates(self.compiled.proposers)
         self._state: State | None = None
         self._proposer = NONE  # the one whose state is in there
@@ -90,9 +90,16 @@ class SpeculativeDecoder:
         return self.compiled.sampling
 
     @property
+    def policy(self) -> DraftPolicy:
+        """What decides about each draft. Raises InvalidRequestError before ``calibrate`` where that is needed."""
+        if self._policy is None:
+            raise InvalidRequestError("the costs of this pair are not known yet; call calibrate() first")
+        return self._policy
+
+    @property
     def calibrated(self) -> bool:
         """Whether everything that the policy has to know of this device is known."""
-        return self.policy is not None or calibration.known_costs(self.compiled) is not None
+        return self._policy is not None or calibration.known_costs(self.compiled) is not None
 
     def calibrate(self, progress: Progress = lambda done, total: None, anew: bool = False) -> None:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
@@ -104,9 +111,9 @@ class SpeculativeDecoder:
             progress: is called with the number of figures measured and of all figures.
             anew: measure again what is known.
         """
-        if self.policy is None or (anew and isinstance(self.policy, Automatic)):
+        if self._policy is None or (anew and isinstance(self._policy, Automatic)):
             costs = calibration.calibrate(self.compiled, progress, anew)
-            self.policy = Automatic(costs, self.compiled.drafters, ngram=self._ngram())
+            self._policy = Automatic(costs, self.compiled.drafters, ngram=self._ngram())
 
     def forget(self) -> None:
         """Free the caches, as if nothing had been decoded. What the policy has learned is kept."""
@@ -120,7 +127,7 @@ class SpeculativeDecoder:
         max_tokens: int = 256,
         progress: Progress = lambda done, total: None,
         seed: int | None = None,
-    ) -> Iterator[Block]:
+    ) -> Generator[Block, None, None]:
         """Decode token ids. The concatenated ``Block.tokens`` are the answer, an EOS included.
 
         Args:
@@ -142,7 +149,7 @@ class SpeculativeDecoder:
 
     def _run(
         self, prompt: list[int], budget: float, progress: Progress, seed: int | None, stream: int
-    ) -> Iterator[Block]:
+    ) -> Generator[Block, None, None]:
         self._check_owner(stream)
         self.calibrate()
         self._prefill(prompt, progress, seed, budget)
@@ -153,7 +160,7 @@ class SpeculativeDecoder:
                 in_flight.append(self._launch(in_flight, budget))
             block = in_flight.popleft()
             (*tokens, accepted), seconds = clock.read(block)  # the one host read of a block
-            tokens = tokens[: min(accepted + 1, int(min(budget - self.stats.tokens, len(tokens))))]
+            tokens = tokens[: int(min(accepted + 1, budget - self.stats.tokens))]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
             self._tokens += tokens
@@ -198,7 +205,7 @@ class SpeculativeDecoder:
         blocks = self.blocks(prompt, max_tokens, progress, seed)
         return self._segments(blocks, text, self._stream)
 
-    def _segments(self, blocks: Iterator[Block], text: AnswerText, stream: int) -> Iterator[Segment]:
+    def _segments(self, blocks: Generator[Block, None, None], text: AnswerText, stream: int) -> Iterator[Segment]:
         consumed: list[int] = []
         drafted = False
         for block in blocks:
@@ -250,19 +257,22 @@ class SpeculativeDecoder:
         return InFlight(choice, result, time.perf_counter())
 
     def _take_state(self, length: int) -> State:
-        """Take the state out of the decoder, with room for ``length`` tokens.
-
-        If the block fails, the next prompt starts from nothing.
-        """
-        state, self._state = self._state, None
+        """Take the state out of the decoder, with room for ``length`` tokens."""
+        state = self._detach()
         return state._replace(
             target=with_room(state.target, length),
             drafter=self.compiled.proposers[self._proposer].with_room(state.drafter, length),
         )
 
+    def _detach(self) -> State:
+        """Take the state out of the decoder. If what follows is interrupted, the next prompt starts from nothing."""
+        state, self._state = self._state, None
+        assert state is not None, "a state is there from the prefill on"
+        return state
+
     def _change_proposer(self, name: str) -> None:
         """Set the present proposer's state aside and get that of another, which reads what it missed."""
-        state, self._state = self._state, None  # if this is interrupted, the next prompt starts from nothing
+        state = self._detach()
         self._idle.put_back(self._proposer, state.drafter, max(0, len(self._tokens) - 2))
         self._state, self._proposer = state._replace(drafter=self._idle.take(name, self._tokens)), name
 
@@ -278,10 +288,10 @@ class SpeculativeDecoder:
         reused = self._reusable(prompt) if self.compiled.weights.note() and self._state else 0
         kept: list[Any] = []
         if self._state is not None:
-            state, self._state = self._state, None
-            self._idle.put_back(self._proposer, state.drafter, max(0, len(self._tokens) - 2))
-            kept = [state.target] if reused else []
-            del state
+            old = self._detach()
+            self._idle.put_back(self._proposer, old.drafter, max(0, len(self._tokens) - 2))
+            kept = [old.target] if reused else []
+            del old
         self._idle.truncate(reused)
         self.policy.start(prompt, budget, self._idle.unread(MODEL, len(prompt)))
         proposer = self.policy.choose(budget).proposer
@@ -317,11 +327,11 @@ class SpeculativeDecoder:
         drafters = self.compiled.drafters
         if not drafters:
             return Fixed(PLAIN)
-        return None if self.draft_length == "auto" else Fixed(Choice(drafters[0], self.draft_length))
+        return Fixed(Choice(drafters[0], self.draft_length)) if isinstance(self.draft_length, int) else None
 
     def _ngram(self) -> int:
         lookup = self.compiled.proposers.get(LOOKUP)
-        return lookup.lookup.ngram if lookup else 0
+        return lookup.lookup.ngram if isinstance(lookup, LookupProposer) else 0
 
 
 class InFlight(NamedTuple):
@@ -345,12 +355,11 @@ class BlockClock:
     def read(self, block: InFlight) -> tuple[list[int], float | None]:
         """Wait for a block. Return its result, and the seconds that it took the device, None if unknown."""
         asked = time.perf_counter()
-        result = block.result.tolist()
+        result = cast(list[int], block.result.tolist())
         now = time.perf_counter()
         waited, before = now - asked > SHORTEST_WAIT, self.ready
         self.ready = now if waited else None
-        known = waited and before is not None and block.queued <= before
-        return result, now - before if known else None
+        return result, now - before if waited and before is not None and block.queued <= before else None
 
 
 def check_options(draft_length: int | str, verification: str) -> None:
@@ -374,8 +383,8 @@ def answer_budget(prompt: Sequence[int], max_tokens: int, context: int | None, v
         raise InvalidRequestError(
             f"token id {outside} in the prompt is outside the target's vocabulary of {vocab_size}"
         )
-    room = (context or float("inf")) - len(prompt)
-    if room <= 0:
+    room = float("inf") if context is None else context - len(prompt)
+    if context is not None and room <= 0:
         raise InvalidRequestError(
             f"the prompt has {len(prompt)} tokens and the target's context holds {context}; shorten it to at "
             f"most {context - 1}"
@@ -419,5 +428,5 @@ def generate(
         text="".join(segment.text for segment in segments),
         tokens=[token for segment in segments for token in segment.tokens],
         stats=decoder.stats,
-        finish_reason=segments[-1].finish_reason,
+        finish_reason=segments[-1].finish_reason or "length",
     )

@@ -12,7 +12,7 @@ from mlxspec.decoding.costs import BlockCosts, RunningCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
 
 MARGIN = 0.97  # drafting has to win by 3 %: costs are not known better, and drafting in vain is the worse mistake
-PROBE_SHARE = 0.01  # of the time, spent on finding out whether a drafter that did not pay pays by now
+PROBE_SHARE = 0.008  # of the time, spent on finding out whether a drafter that did not pay pays by now
 READ_SHARE = 0.008  # of the time, spent on what the drafter has to read before a probe
 PROBE_DOUBT = 0.5  # what earlier evidence weighs from then on: it is old, and a probe is short
 TYPICAL_ANSWER = 128.0  # tokens, before any answer was seen
@@ -115,8 +115,9 @@ class Automatic:
     def choose(self, missing: float) -> Choice:
         if self.choice.length < missing:
             return self.choice
-        length = max((n for n in MENU if n < missing), default=0)  # one token is the target's own
-        return Choice(self.choice.proposer, length) if length else PLAIN
+        # The answer ends before a whole block. A shorter draft may yield as much for less.
+        shorter = [Choice(self.choice.proposer, n) for n in MENU[1:] if n <= self.choice.length]
+        return max([PLAIN, *shorter], key=lambda one: min(self.expected_tokens(one), missing) / self.costs.block(one))
 
     def expected_tokens(self, choice: Choice) -> float:
         return self.yields[choice.proposer].expected()[choice.length] if choice.length else 1.0
@@ -164,7 +165,7 @@ class Automatic:
         """Return the seconds that a change costs once. To leave the model costs the probe that would bring it back."""
         leaving = self.choice.proposer == MODEL != choice.proposer
         once = self.probe_seconds(probe_of(rates)) if leaving else self.reading(choice, unread)
-        return self.costs.present.trace + once
+        return once + (self.costs.present.trace if choice.length else 0.0)
 
     def reading(self, choice: Choice, unread: int) -> float:
         """Return the seconds that the model takes to read what it missed, if it is to draft."""

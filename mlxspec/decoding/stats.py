@@ -48,6 +48,7 @@ class DecodingStats:
         total = DecodingStats()
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            value: Any
             if isinstance(mine, list):
                 value = [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
             elif isinstance(mine, dict):

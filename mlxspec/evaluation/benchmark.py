@@ -37,8 +37,8 @@ from mlxspec.evaluation.engines import (
 from mlxspec.evaluation.metrics import memory_bound_speedup, parameter_count, step_bytes
 from mlxspec.evaluation.rounds import interleaved, ratio
 from mlxspec.evaluation.tasks import Task
+from mlxspec.files import write_json
 from mlxspec.models.pair import ModelPair
-from mlxspec.training.files import write_json
 
 Record = dict[str, Any]  # what is written as JSON
 FORMAT = 2

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.training.files import read_metrics
+from mlxspec.training.run_folder import read_metrics
 
 WINDOW = 20  # lines of metrics that the thick line averages
 EFFICIENCY = "block_efficiency"

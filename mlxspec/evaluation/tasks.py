@@ -17,7 +17,10 @@ import huggingface_hub
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, in_one_line
 from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
-from mlxspec.training.corpus import BadLines, Record, asked, corpus_files, records
+from mlxspec.training.corpus import BadLines, corpus_files
+from mlxspec.training.corpus import Document as Record
+from mlxspec.training.corpus import prompt_messages as asked
+from mlxspec.training.corpus import read_documents as records
 
 OWN = Path(__file__).parent / "prompts"
 MOST_SKIPPED = 1000  # prompts that do not fit, before a task is given up

@@ -1,4 +1,4 @@
-"""What kind of attention a model has, seen from the caches that mlx-lm would give it."""
+"""The kind of attention a model has, as shown by the caches that mlx-lm creates for it."""
 
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
@@ -7,12 +7,13 @@ from mlxspec.errors import UnsupportedModelError
 
 
 def attention_windows(model: nn.Module) -> list[int | None]:
-    """A cache a layer: None for attention over all positions, else the size of the sliding window in tokens.
+    """Return for each layer the size of its sliding window in tokens, or None if it attends to all positions.
 
-    Raises UnsupportedModelError for a model whose state cannot be rewound to an earlier token, which is what a
-    rejected draft needs: state-space, linear-attention, chunked and compressed caches.
+    Raises:
+        UnsupportedModelError: The model's state cannot be rewound to an earlier token, which a rejected draft requires.
+            This holds for state-space, linear-attention, chunked and compressed caches.
     """
-    windows = []
+    windows: list[int | None] = []
     for cache in make_prompt_cache(model):
         if type(cache) is KVCache:
             windows.append(None)
@@ -21,15 +22,16 @@ def attention_windows(model: nn.Module) -> list[int | None]:
         else:
             raise UnsupportedModelError(
                 f"{model_type(model)} keeps its past in a {type(cache).__name__}, which cannot be rewound to an "
-                "earlier token; speculative decoding needs plain, grouped-query or sliding-window attention"
+                "earlier token; choose a model with plain, grouped-query or sliding-window attention"
             )
     return windows
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The positions that the model was made for, by its config; None where the config does not say."""
+    """Return the maximum number of positions in the model's config, or None if the config does not state it."""
     return getattr(getattr(model, "args", None), "max_position_embeddings", None)
 
 
 def model_type(model: nn.Module) -> str:
+    """Return mlx-lm's name for the architecture, or else the name of the class."""
     return getattr(model, "model_type", None) or type(model).__name__

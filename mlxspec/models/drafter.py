@@ -1,11 +1,9 @@
 """The drafter: a small Llama-architecture language model as MLX modules.
 
-Attribute names are those of Hugging Face's ``LlamaForCausalLM``, so the flattened parameters *are* the
-checkpoint layout and nothing is renamed on the way to disk or back.
+Attribute names are those of Hugging Face's ``LlamaForCausalLM``, so the flattened parameters have the names of its
+checkpoint layout.
 """
 
-import json
-import os
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,34 +15,37 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
-from mlxspec.errors import InvalidRequestError, ModelLoadError
+from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
+from mlxspec.files import load_arrays, read_json, write_atomically, write_json
 
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """A drafter without weights: propose what followed the last n-gram the previous time it occurred.
+    """A drafter without weights: it proposes the tokens that followed an earlier occurrence of the last n-gram.
 
-    ``ngram`` is the longest suffix that is looked for, in tokens; shorter ones, down to a single token, are
-    the fallback. Source: Saxena, "Prompt Lookup Decoding" (2023).
+    Attributes:
+        ngram: Longest suffix to search for, in tokens. Shorter ones, down to one token, are the fallback.
+
+    Source: Saxena, "Prompt Lookup Decoding" (2023).
     """
 
     ngram: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.ngram < 1:
             raise InvalidRequestError(f"prompt lookup: ngram is {self.ngram}; use 1 or more")
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Shape of a Llama-architecture drafter; the names are those of a Hugging Face ``config.json``."""
+    """Shape of a Llama-architecture drafter. The names are those of a Hugging Face ``config.json``."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = None  # None is replaced by num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -52,27 +53,30 @@ class DrafterConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in (f.name for f in fields(self) if f.type in (int, int | None)):
             value = getattr(self, name)
             if value is not None and value < (0 if name.endswith("token_id") else 1):
-                raise InvalidRequestError(f"drafter config: {name} is {value}; it must be positive")
+                raise InvalidRequestError(f"drafter config: {name} is {value}; use a positive number")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InvalidRequestError(
-                f"drafter config: hidden_size {self.hidden_size} must be an even multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"drafter config: hidden_size is {self.hidden_size}; use an even multiple of "
+                f"num_attention_heads, {self.num_attention_heads}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.key_value_heads:
             raise InvalidRequestError(
-                f"drafter config: num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"drafter config: num_attention_heads is {self.num_attention_heads}; use a multiple of "
+                f"num_key_value_heads, {self.key_value_heads}"
             )
 
     @classmethod
     def llama2_chat_115m(cls) -> "DrafterConfig":
-        """The "Llama 2 Chat Drafter 115M" of Goel et al., arXiv 2403.00858: 116.9 M parameters, untied."""
+        """Return the shape of the "Llama 2 Chat Drafter 115M": 116.9 M parameters, untied.
+
+        Source: Goel et al., arXiv 2403.00858.
+        """
         return cls(
             vocab_size=32000,
             hidden_size=1024,
@@ -82,13 +86,19 @@ class DrafterConfig:
         )
 
     @property
+    def key_value_heads(self) -> int:
+        """``num_key_value_heads`` as a number."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_parameters(self) -> int:
-        """How many weights a ``Drafter`` of this shape has."""
-        attention = 2 * self.hidden_size * (self.hidden_size + self.head_dim * self.num_key_value_heads)
+        """Number of weights of a ``Drafter`` of this shape."""
+        attention = 2 * self.hidden_size * (self.hidden_size + self.head_dim * self.key_value_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
         layer = attention + mlp + 2 * self.hidden_size
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -96,9 +106,12 @@ class DrafterConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "DrafterConfig":
-        """Read a Hugging Face ``config.json``; a key that is absent takes Hugging Face's default, not mlx-lm's.
+        """Read the content of a Hugging Face ``config.json``.
 
-        (mlx-lm ties the embeddings of a Llama config that does not say, Hugging Face does not.)
+        Missing keys take Hugging Face's defaults. They differ from mlx-lm's, which ties the embeddings by default.
+
+        Raises:
+            ModelLoadError: The config is not that of a Llama, or has a feature that ``Drafter`` lacks.
         """
         known = {f.name for f in fields(cls)}
         settings = {key: value for key, value in config.items() if key in known}
@@ -110,7 +123,7 @@ class DrafterConfig:
         try:
             drafter_config = cls(**settings)
         except TypeError as error:
-            raise ModelLoadError(f"not a Llama config: {error}") from None
+            raise ModelLoadError(f"not a Llama config: {error}; use the config.json of a Llama model") from None
         expected = {
             "head_dim": drafter_config.head_dim,
             "attention_bias": False,
@@ -120,16 +133,16 @@ class DrafterConfig:
         for name, value in expected.items():
             if config.get(name, value) not in (value, None):
                 raise ModelLoadError(
-                    f"a drafter cannot have {name} {config[name]!r}; load it with mlxspec.load instead"
+                    f"Drafter does not support {name} {config[name]!r}; load the model with mlxspec.load instead"
                 )
         if rope.get("rope_type", "default") != "default":
             raise ModelLoadError(
-                f"a drafter cannot have rope_type {rope['rope_type']!r}; load it with mlxspec.load instead"
+                f"Drafter does not support rope_type {rope['rope_type']!r}; load the model with mlxspec.load instead"
             )
         return drafter_config
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``config.json`` that transformers, mlx-lm and llama.cpp's converter read."""
+        """Return the content of a ``config.json`` for transformers, mlx-lm and llama.cpp's converter."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -142,10 +155,12 @@ class DrafterConfig:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding: [B, L, hidden_size] -> [B, L, hidden_size]."""
+
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.config = config
-        key_value_size = config.num_key_value_heads * config.head_dim
+        key_value_size = config.key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
@@ -170,6 +185,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The gated feed-forward network (SwiGLU): [B, L, hidden_size] -> [B, L, hidden_size]."""
+
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -181,6 +198,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """One layer with pre-normalization: [B, L, hidden_size] -> [B, L, hidden_size]."""
+
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.self_attn = Attention(config)
@@ -194,7 +213,7 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaBody(nn.Module):
-    """Everything but the head: token ids [B, L] -> hidden states [B, L, hidden_size]."""
+    """The model without its head: token ids [B, L] -> hidden states [B, L, hidden_size]."""
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -203,7 +222,15 @@ class LlamaBody(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: list | None = None, recompute: bool = False) -> mx.array:
-        """``recompute`` keeps only the layers' inputs for a backward pass (Chen et al. 2016, arXiv 1604.06174)."""
+        """Return the hidden states after the last normalization.
+
+        Args:
+            tokens: Token ids [B, L].
+            cache: One KV cache for each layer, or None.
+            recompute: Keep only the layers' inputs for a backward pass, and compute the rest again in it.
+
+        Source: Chen et al. 2016, arXiv 1604.06174 (``recompute``).
+        """
         x = self.embed_tokens(tokens)
         cache = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, cache[0])
@@ -214,7 +241,7 @@ class LlamaBody(nn.Module):
 
 
 class Drafter(nn.Module):
-    """token ids [B, L] -> logits [B, L, V]; called like any mlx-lm model, with the same caches."""
+    """A Llama model: token ids [B, L] -> logits [B, L, V]. It takes the same caches as mlx-lm's models."""
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -230,60 +257,68 @@ class Drafter(nn.Module):
         return self.lm_head(hidden)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[DecoderLayer]:
+        """The layers, under the name that mlx-lm uses."""
         return self.model.layers
 
     @property
     def args(self) -> DrafterConfig:
-        """mlx-lm's name for the config, so that a Drafter can be asked what any mlx-lm model can."""
+        """The config, under the name that mlx-lm uses."""
         return self.config
 
     @property
     def num_parameters(self) -> int:
+        """Number of weights."""
         return self.config.num_parameters
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of weights read to decode one token: all of them, but only one row of an untied embedding."""
-        total = sum(weight.nbytes for _, weight in tree_flatten(self.parameters()))
+        """Bytes of weights that are read to decode one token: all, but only one row of an untied embedding."""
+        total = sum(weight.nbytes for weight in dict(tree_flatten(self.parameters())).values())
         if self.config.tie_word_embeddings:
             return total
-        table = sum(part.nbytes for _, part in tree_flatten(self.model.embed_tokens.parameters()))
+        parts = dict(tree_flatten(self.model.embed_tokens.parameters())).values()
+        table = sum(part.nbytes for part in parts)
         return total - table + table // self.config.vocab_size
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the Hugging Face Llama layout.
 
-        Each file is written aside and renamed, so a reader never sees half of one. Tokenizer files are the
-        caller's business.
+        Each file is replaced in one step. The caller copies the tokenizer files.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # mx.save_safetensors insists on the suffix, so the name aside keeps it.
-        aside = folder / ".writing.safetensors"
-        mx.save_safetensors(str(aside), dict(tree_flatten(self.parameters())), metadata={"format": "pt"})
-        os.replace(aside, folder / "model.safetensors")
-        aside = folder / ".writing.json"
-        aside.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        os.replace(aside, folder / "config.json")
+        weights = dict(tree_flatten(self.parameters()))
+        write_atomically(
+            Path(folder) / "model.safetensors",
+            lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}),
+        )
+        write_json(Path(folder) / "config.json", self.config.to_dict())
 
     @classmethod
     def load(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> "Drafter":
-        """Read an unquantised drafter back for training; ``mlxspec.load`` is the way to decode with one.
+        """Read an unquantized drafter for training. Use ``mlxspec.load`` to decode with it.
 
-        Raises ModelLoadError when a file is missing or the weights are not those of the config.
+        Args:
+            folder: A folder that ``save`` or ``mlxspec export`` wrote.
+            dtype: Precision of the weights. None for as stored.
+
+        Raises:
+            ModelLoadError: A file is missing, or the weights do not fit the config.
         """
         folder = Path(folder)
         try:
-            config = DrafterConfig.from_dict(json.loads((folder / "config.json").read_text()))
-            weights = mx.load(str(folder / "model.safetensors"))
-        except (OSError, RuntimeError, json.JSONDecodeError) as error:
-            raise ModelLoadError(f"cannot read a drafter from {folder}: {error}") from None
-        drafter = cls(config)
+            content = read_json(folder / "config.json")
+            weights = load_arrays(folder / "model.safetensors")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelLoadError(
+                f"cannot read a drafter from {folder}: {in_one_line(error)}; copy or export it again"
+            ) from None
+        drafter = cls(DrafterConfig.from_dict(content))
         try:
             drafter.load_weights(list(weights.items()))
         except ValueError as error:
-            raise ModelLoadError(f"{folder}: the weights do not fit config.json: {error}") from None
+            raise ModelLoadError(
+                f"{folder}: the weights do not fit config.json: {in_one_line(error)}; copy or export the drafter again"
+            ) from None
         if dtype is not None:
             drafter.set_dtype(dtype)
         mx.eval(drafter.parameters())

@@ -1,7 +1,4 @@
-"""From names to models in memory: a hub id or a folder in, a ``ModelPair`` out.
-
-Only this module touches huggingface_hub and mlx-lm's loader. Nothing found in a model folder is executed.
-"""
+"""Load a ``ModelPair`` from hub ids or folders. Code found in a model folder is never executed."""
 
 import re
 from pathlib import Path
@@ -18,13 +15,13 @@ from tokenizers import AddedToken
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, ModelLoadError, in_one_line
 from mlxspec.models.attention import attention_windows
+from mlxspec.models.catalog import KNOWN_MODELS
+from mlxspec.models.checks import check_folder, check_numbers, check_safetensors, read_object
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.memory import check_memory, declared_context
-from mlxspec.models.names import KNOWN_MODELS
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.quantizing import quantized_copy
-from mlxspec.models.safety import check_folder, check_numbers, check_safetensors, read_json
 from mlxspec.models.sentencepiece_bpe import fast_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 
@@ -32,7 +29,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "weights*.npz"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-NO_CODE = {"trust_remote_code": False}  # said outright, or transformers may ask on the terminal
+NO_CODE = {"trust_remote_code": False}  # explicit, or else transformers may ask on the terminal
 LLAMA2_CHAT = re.compile(r"llama-?2-\d+b-chat", re.IGNORECASE)
 
 
@@ -43,27 +40,36 @@ def load(
     quantize: str | None = None,
     context: int | None = None,
 ) -> ModelPair:
-    """Load a target and what drafts for it.
+    """Load a target and its drafter.
 
-    ``target`` is a folder, a hub id or a short name (``mlxspec models`` lists them); None is the embedded demo target.
-    ``drafter`` is the same, or "lookup" (prompt lookup), "none", or None: the demo's own drafter for the demo target,
-    nobody for any other. With "+lookup" behind a name both may draft, whichever is faster for the text at hand, as long
-    as the draft length is "auto"; "auto" is that with the drafter that belongs to the target, if one is known.
-    ``dtype`` is the precision of weights and quantisation scales; by default float32 on the CPU back end, where 16 bits
-    are ten times slower, and 16 bits on a GPU.
-    ``quantize`` the target to "4" or "8" bits, "mxfp4" or "nvfp4"; the copy is kept. None leaves it as it is stored,
-    but for short names that say otherwise; "none" for those too.
-    ``context`` is the number of tokens whose cache must fit into memory beside the weights, by default the models' own
-    context but no more than 4096; decoding is not limited by it.
+    Args:
+        target: Folder, hub id or short name (``mlxspec models`` lists them). None for the built-in demo target.
+        drafter: Folder, hub id or short name of a draft model; "lookup" for prompt lookup; "none"; or "auto" for the
+            recommended drafter of this target together with prompt lookup. Append "+lookup" to a name to try prompt
+            lookup as well; that needs the draft length "auto". None for the demo's own drafter with the demo target,
+            and for no drafter with any other.
+        dtype: Precision of weights and quantization scales. None for float32 on the CPU back end, where 16 bits are
+            ten times slower, and for 16 bits on a GPU.
+        quantize: "4", "8", "mxfp4" or "nvfp4" to quantize the target; the copy is kept on disk. "none" for as stored.
+            None for the short name's default, or else for as stored.
+        context: Number of tokens whose caches must fit into memory next to the weights. None for the models' own
+            context, but at most 4096. It does not limit decoding.
 
-    Raises ModelLoadError, UnsupportedModelError, InvalidRequestError or TokenizerMismatchError, a line each.
+    Returns:
+        The models, evaluated, with the target's tokenizer.
+
+    Raises:
+        ModelLoadError: A model or tokenizer cannot be read or does not fit into memory.
+        UnsupportedModelError: A model cannot be decoded speculatively.
+        InvalidRequestError: An argument is invalid.
+        TokenizerMismatchError: Target and drafter have different tokenizers.
     """
-    drafter, lookup = drafters_named(target, drafter)
+    proposer, lookup = parse_drafter(target, drafter)
     known = KNOWN_MODELS.get(str(target))
-    target_folder = resolved(DEMO / "target" if target is None else target)
+    target_folder = model_folder(DEMO / "target" if target is None else target)
     if (kind := quantize or (known.quantize if known else "none")) != "none":
         target_folder = quantized_copy(target_folder, kind, read_lazily)
-    drafter_folder = None if names_no_model(drafter) else resolved(drafter)
+    drafter_folder = None if is_model_free(proposer) else model_folder(proposer)
     folders = [folder for folder in (target_folder, drafter_folder) if folder]
     check_memory([(folder, read_config(folder)) for folder in folders], context, dtype)
     maybe_set_recommended_wired_limit()
@@ -73,12 +79,19 @@ def load(
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     target_model = read_model(target_folder, dtype)
-    drafting = read_model(drafter_folder, dtype) if drafter_folder else model_free_drafter(drafter)
-    return ModelPair(target_model, drafting, tokenizer, context_length, lookup)
+    draft_model = read_model(drafter_folder, dtype) if drafter_folder else prompt_lookup(proposer)
+    return ModelPair(target_model, draft_model, tokenizer, context_length, lookup)
 
 
-def drafters_named(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
-    """What "auto", "+lookup" and None mean for a target: its drafter, and whether to look up as well."""
+def parse_drafter(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
+    """Interpret "auto", "+lookup" and None as ``load`` documents them.
+
+    Returns:
+        The drafter, and prompt lookup if it is a second drafter.
+
+    Raises:
+        InvalidRequestError: No model is named before "+lookup".
+    """
     known = next((model for model in KNOWN_MODELS.values() if str(target) in (model.name, model.hub_id)), None)
     own = DEMO / "drafter" if target is None else known and known.drafter
     if drafter is None and target is None:
@@ -93,18 +106,24 @@ def drafters_named(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]
     return drafter, None
 
 
-def names_no_model(drafter: Any) -> bool:
+def is_model_free(drafter: Any) -> bool:
+    """Return whether a drafter is something other than a model."""
     return drafter in (None, "none", "lookup") or isinstance(drafter, PromptLookup)
 
 
-def model_free_drafter(drafter: str | PromptLookup | None) -> PromptLookup | None:
+def prompt_lookup(drafter: Any) -> PromptLookup | None:
+    """Return the drafter that a name or object other than a model stands for."""
     if isinstance(drafter, PromptLookup):
         return drafter
     return PromptLookup() if drafter == "lookup" else None
 
 
-def resolved(name: str | Path) -> Path:
-    """The local folder of a model: ``name`` itself, or the hub's snapshot of it, downloaded if need be."""
+def model_folder(name: str | Path) -> Path:
+    """Return the local folder of a model: ``name`` itself, or a snapshot of the hub, which is downloaded if missing.
+
+    Raises:
+        ModelLoadError: There is no such folder or repository, or it cannot be downloaded.
+    """
     if known := KNOWN_MODELS.get(str(name)):
         name = known.hub_id
     try:
@@ -112,15 +131,15 @@ def resolved(name: str | Path) -> Path:
         if folder.is_dir():
             return folder
         if folder.exists():
-            raise ModelLoadError(f"{name} is a file; give the folder that holds config.json and the weights")
+            raise ModelLoadError(f"{name} is a file; use the folder that holds config.json and the weights")
     except (OSError, RuntimeError) as error:  # a name too long for a file, or an unknown ~user
-        raise ModelLoadError(f"no such folder: {str(name)[:80]} ({in_one_line(error)}); give a model folder") from None
+        raise ModelLoadError(f"no such folder: {str(name)[:80]} ({in_one_line(error)}); use a model folder") from None
     if not HUB_ID.fullmatch(str(name)):
-        raise ModelLoadError(f"no such folder: {name}; give a model folder, or a hub id like owner/name")
+        raise ModelLoadError(f"no such folder: {name}; use a model folder, or a hub id like owner/name")
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
     except GatedRepoError:
-        raise ModelLoadError(f"{name} is gated: accept its licence on the hub, then run `hf auth login`") from None
+        raise ModelLoadError(f"{name} is gated: accept its license on the hub, then run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise ModelLoadError(f"no folder and no hub repository is named {name}; check the spelling") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
@@ -131,23 +150,34 @@ def resolved(name: str | Path) -> Path:
 
 
 def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
-    """The model of a folder, in the precision that suits the device, refused if its cache cannot be rewound."""
+    """Read the model of a folder into memory.
+
+    Args:
+        folder: The model's folder.
+        dtype: Precision of the weights. None for ``preferred_dtype``.
+
+    Raises:
+        ModelLoadError: The model cannot be read or has NaN weights.
+        UnsupportedModelError: Its cache cannot be rewound.
+    """
     model, _ = read_lazily(folder)
     attention_windows(model)
     model.set_dtype(dtype or preferred_dtype(model))
-    for name, weight in tree_flatten(model.parameters()):
+    for name, weight in dict(tree_flatten(model.parameters())).items():
         try:
-            spoilt = mx.issubdtype(weight.dtype, mx.floating) and mx.isnan(weight).any().item()
+            has_nan = mx.issubdtype(weight.dtype, mx.floating) and mx.isnan(weight).any().item()
         except RuntimeError as error:
-            raise ModelLoadError(f"the weights of {folder} cannot be read: {in_one_line(error)}") from error
-        if spoilt:
-            raise ModelLoadError(f"{name} in {folder} is not a number (NaN) in places; copy or download it again")
+            raise ModelLoadError(
+                f"the weights of {folder} cannot be read: {in_one_line(error)}; copy or download the model again"
+            ) from error
+        if has_nan:
+            raise ModelLoadError(f"{name} in {folder} contains NaN; copy or download the model again")
     mx.eval(model.parameters())
     return model
 
 
 def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model whose weights are read when they are first used, and its config."""
+    """Return a model whose weights are read when they are first used, and its config. Raises ModelLoadError."""
     check_folder(folder)
     config = read_config(folder)
     files = weight_files(folder, config)
@@ -158,52 +188,64 @@ def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         return load_model(folder, lazy=True)
     except MlxspecError:
         raise
-    except Exception as error:  # whatever a malformed folder makes the model code raise
+    except Exception as error:  # a malformed folder makes the model's code raise anything
         kind = config.get("model_type", "Llama in the old MLX layout")
         raise ModelLoadError(f"{folder} cannot be read as a {kind}: {in_one_line(error)}") from error
 
 
 def preferred_dtype(model: nn.Module) -> mx.Dtype:
-    """float32 on the CPU back end; on a GPU the 16-bit type of the weights, bfloat16 where they are float32."""
+    """Return float32 on the CPU back end; on a GPU the weights' 16-bit type, or bfloat16 if they are float32."""
     if mx.default_device().type == mx.cpu:
         return mx.float32
-    present = {parameter.dtype for _, parameter in tree_flatten(model.parameters())}
+    present = {weight.dtype for weight in dict(tree_flatten(model.parameters())).values()}
     return mx.float16 if mx.float16 in present and mx.bfloat16 not in present else mx.bfloat16
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json. Raises ModelLoadError if it is missing or not the config of a model."""
     if not (folder / "config.json").exists():
-        raise ModelLoadError(f"{folder} has no config.json; give the folder of a model in the HF layout")
-    config = read_json(folder / "config.json")
+        raise ModelLoadError(f"{folder} has no config.json; use the folder of a model in the Hugging Face layout")
+    config = read_object(folder / "config.json")
     if not (isinstance(config.get("model_type"), str) or is_old_config(config)):
-        raise ModelLoadError(f"{folder / 'config.json'} names no model_type; give a model's folder in the HF layout")
+        raise ModelLoadError(
+            f"{folder / 'config.json'} names no model_type; use the folder of a model in the Hugging Face layout"
+        )
     return config
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """Return the files that hold the weights. Raises ModelLoadError if there are none."""
     pattern = "weights*.npz" if is_old_config(config) else "model*.safetensors"
     files = sorted(folder.glob(pattern))
     if not files:
         others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
-        found = f"; it has {others}, which mlx-lm would not read either: rename them" if others else ""
-        raise ModelLoadError(f"{folder} has no weights: no file is named {pattern}{found}")
+        advice = f"; rename {others}, which mlx-lm would not read either" if others else "; copy the weights into it"
+        raise ModelLoadError(f"{folder} has no weights: no file is named {pattern}{advice}")
     return files
 
 
 def read_tokenizer(folder: Path, name: str = "") -> Any:
-    """mlx-lm's wrapper around the folder's tokenizer. ``name`` is what the user calls the model."""
+    """Read a folder's tokenizer, in mlx-lm's wrapper.
+
+    Args:
+        folder: The model's folder.
+        name: The name by which the user asked for the model. It may identify a Llama 2 Chat model.
+
+    Raises:
+        ModelLoadError: The tokenizer is missing or cannot be read.
+    """
     check_folder(folder)
     config = read_config(folder)
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
-        raise ModelLoadError(f"{folder} has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} in it")
+        raise ModelLoadError(f"{folder} has no tokenizer; copy {' or '.join(TOKENIZER_FILES)} into it")
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = load_tokenizer(folder, NO_CODE, eos_token_ids=eos_token_ids(folder, config))
         else:
-            tokenizer = TokenizerWrapper(bare_tokenizer(folder), eos_token_ids=eos_token_ids(folder, config))
+            tokenizer = TokenizerWrapper(sentencepiece_tokenizer(folder), eos_token_ids=eos_token_ids(folder, config))
     except MlxspecError:
         raise
-    except Exception as error:  # whatever a malformed tokenizer file makes transformers raise
+    except Exception as error:  # a malformed tokenizer file makes transformers raise anything
         raise ModelLoadError(f"the tokenizer of {folder} cannot be read: {in_one_line(error)}") from error
     if not tokenizer.has_chat_template and LLAMA2_CHAT.search(f"{name} {folder}"):
         tokenizer.chat_template = LLAMA2_TEMPLATE
@@ -211,25 +253,25 @@ def read_tokenizer(folder: Path, name: str = "") -> Any:
     return tokenizer
 
 
-def bare_tokenizer(folder: Path) -> Any:
-    """From ``tokenizer.model``, with the chat template and the further tokens that lie beside it."""
+def sentencepiece_tokenizer(folder: Path) -> Any:
+    """Build the tokenizer of a folder that has only ``tokenizer.model``, with its added tokens and chat template."""
     tokenizer = fast_tokenizer(folder / "tokenizer.model")
     if (folder / "added_tokens.json").exists():
-        added = sorted(read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+        added = sorted(read_object(folder / "added_tokens.json").items(), key=lambda item: item[1])
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token, _ in added])
         if any(tokenizer.convert_tokens_to_ids(token) != token_id for token, token_id in added):
             raise ModelLoadError(f"{folder / 'added_tokens.json'} does not fit tokenizer.model; check both files")
     if (folder / "chat_template.jinja").exists():
         tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif (folder / "tokenizer_config.json").exists():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+        template = read_object(folder / "tokenizer_config.json").get("chat_template")
         tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
 
 
 def eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int] | None:
-    """The ids that end an answer: generation_config.json's word counts before config.json's."""
+    """Return the ids that end an answer. generation_config.json takes precedence over config.json."""
     file = folder / "generation_config.json"
-    named = (read_json(file) if file.exists() else {}).get("eos_token_id", config.get("eos_token_id"))
+    named = (read_object(file) if file.exists() else {}).get("eos_token_id", config.get("eos_token_id"))
     ids = named if isinstance(named, list) else [named]
     return [token for token in ids if type(token) is int] or None

@@ -1,4 +1,7 @@
-"""Will it fit? Asked before anything is loaded, since the answer of an operating system is to swap."""
+"""Estimates of the memory that models need, made before anything is loaded.
+
+A model that does not fit makes the operating system swap, so it is refused instead.
+"""
 
 import os
 from pathlib import Path
@@ -9,11 +12,20 @@ import mlx.core as mx
 from mlxspec.errors import ModelLoadError
 
 WEIGHTS = ("model*.safetensors", "weights*.npz")
-DEFAULT_CONTEXT = 4096  # tokens whose keys and values are counted if nobody says how many
+DEFAULT_CONTEXT = 4096  # tokens whose keys and values are counted if the caller does not say how many
 
 
 def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None) -> None:
-    """Raise ModelLoadError if the weights and the caches of ``models`` (folder, config) do not fit into the device."""
+    """Refuse models whose weights and caches do not fit into the device's memory.
+
+    Args:
+        models: The folder and the config of each model.
+        context: Number of tokens to count caches for, at most what each config states. None for 4096.
+        dtype: Precision of the weights in memory. None for the device's default.
+
+    Raises:
+        ModelLoadError: The models do not fit.
+    """
     weights = sum(weight_bytes(folder, config, dtype) for folder, config in models)
     declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
     tokens = min(context or DEFAULT_CONTEXT, *declared)
@@ -23,12 +35,13 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
         names = " and ".join(folder.name for folder, _ in models)
         raise ModelLoadError(
             f"{names} need {gigabytes(weights)} for weights and {gigabytes(caches)} for {tokens} tokens, and this "
-            f"device has {gigabytes(limit)}; quantise (--quantize 4), use a smaller model, or fewer --max-tokens"
+            f"device has {gigabytes(limit)}; quantize the target (--quantize 4), use a smaller model, or fewer "
+            "--max-tokens"
         )
 
 
 def declared_context(config: dict[str, Any]) -> int | None:
-    """The positions that a model was made for, under the names that configs have for it; None if it does not say."""
+    """Return the maximum number of positions that a config states under any of the usual names, or None."""
     text_config = config.get("text_config")
     for part in (config, text_config if isinstance(text_config, dict) else {}):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -38,7 +51,7 @@ def declared_context(config: dict[str, Any]) -> int | None:
 
 
 def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> int:
-    """What the files hold; twice that for 16-bit weights that become float32. Quantised ones keep their size."""
+    """Return the bytes of the weights in memory: those of the files, doubled if 16-bit weights become float32."""
     stored = sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
     stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
     widened = stored_in_16_bits and "quantization" not in config and bytes_per_number(dtype) == 4
@@ -46,7 +59,7 @@ def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -
 
 
 def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int:
-    """Keys and values of one position in all layers; 0 for a config that does not say enough."""
+    """Return the bytes of keys and values at one position of all layers, or 0 if the config lacks a size."""
     try:
         layers = config.get("num_hidden_layers") or config["n_layers"]
         heads = config.get("num_attention_heads") or config["n_heads"]
@@ -58,17 +71,19 @@ def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int
 
 
 def bytes_per_number(dtype: mx.Dtype | None) -> int:
+    """Return the bytes of a number, by default in the precision that ``load`` uses on this device."""
     if dtype is not None:
         return dtype.size
     return 4 if mx.default_device().type == mx.cpu else 2
 
 
 def device_limit() -> int:
-    """Bytes that arrays may take: what Metal recommends, or the machine's memory."""
+    """Return the bytes that arrays may take: the working set that Metal recommends, or the machine's memory."""
     info = mx.device_info()
     known = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
     return int(known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def gigabytes(count: int) -> str:
+    """Format a number of bytes, such as "1.5 GB"."""
     return f"{count / 1e9:.1f} GB"

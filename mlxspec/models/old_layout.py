@@ -1,8 +1,8 @@
 """The MLX layout of 2023: ``weights.npz``, a small config and a bare ``tokenizer.model``.
 
-mlx-lm does not read it any more, and the best known 4-bit Llama 2 Chat repository is stored in it. The names are those
-of Meta's release, and so is the order of the rows of q and k: rotary embedding pairs neighbours instead of halves,
-which mlx-lm's Llama calls ``rope_traditional``; hence no weight has to be moved.
+mlx-lm no longer reads this layout, but the best known 4-bit Llama 2 Chat repository still uses it. Names and the order
+of the rows of q and k are those of Meta's release: rotary embedding rotates neighboring pairs instead of two halves.
+mlx-lm's Llama supports that as ``rope_traditional``, so the weights are used as they are.
 """
 
 import re
@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from mlxspec.errors import ModelLoadError
-from mlxspec.models.safety import check_numbers
+from mlxspec.files import load_arrays
+from mlxspec.models.checks import check_numbers
 
 LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -31,19 +32,28 @@ OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "ou
 LAYER_KEY = re.compile(r"layers\.(\d+)\.(.+)\.(weight|scales|biases)")
 OUTER_KEY = re.compile(r"(tok_embeddings|norm|output)\.(weight|scales|biases)")
 
-LLAMA2_CONTEXT = 4096  # the configs of the time do not say
+LLAMA2_CONTEXT = 4096  # for configs that do not state it
 
 
 def is_old_config(config: dict[str, Any]) -> bool:
+    """Return whether a config.json belongs to the layout of 2023."""
     return "dim" in config and "n_layers" in config and "model_type" not in config
 
 
 def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module, dict[str, Any]]:
-    """The Llama of ``weights.npz`` and its config in Hugging Face's terms; nothing is read before it is evaluated.
+    """Build a Llama model from files in the old layout. The weights are lazy.
 
-    Raises ModelLoadError for a name that the layout does not have.
+    Args:
+        config: The content of config.json.
+        files: The npz files.
+
+    Returns:
+        The model, and its config with Hugging Face's names.
+
+    Raises:
+        ModelLoadError: The layout does not have a weight of some name.
     """
-    weights = {new_name(name): array for file in files for name, array in mx.load(str(file)).items()}
+    weights = {new_name(name): array for file in files for name, array in load_arrays(file).items()}
     check_numbers(config, files[0].parent / "config.json", tensors=len(weights))
     translated = new_config(config, weights)
     model = llama.Model(llama.ModelArgs.from_dict(translated))
@@ -60,17 +70,18 @@ def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module
 
 
 def new_name(name: str) -> str:
+    """Translate the name of a weight. Raises ModelLoadError for an unknown name."""
     if match := LAYER_KEY.fullmatch(name):
         layer, part, kind = match.groups()
         if part in LAYER_NAMES:
             return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
     if match := OUTER_KEY.fullmatch(name):
         return f"{OUTER_NAMES[match[1]]}.{match[2]}"
-    raise ModelLoadError(f"the old MLX layout has no weight named {name!r}; is this a Llama?")
+    raise ModelLoadError(f"the old MLX layout has no weight named {name!r}; use a Llama model in this layout")
 
 
 def new_config(config: dict[str, Any], weights: dict[str, mx.array]) -> dict[str, Any]:
-    """What mlx-lm's Llama wants to know; sizes that the old config leaves out are those of the tensors."""
+    """Translate a config for mlx-lm's Llama. Sizes that the old config lacks are read off the tensors."""
     vocab_size, _ = weights["model.embed_tokens.weight"].shape
     return {
         "model_type": "llama",

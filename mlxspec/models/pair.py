@@ -1,4 +1,4 @@
-"""A target and what drafts for it."""
+"""A target and its drafters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,14 @@ from mlxspec.models.drafter import PromptLookup
 
 @dataclass
 class ModelPair:
-    """Models that are in memory already; ``mlxspec.load`` makes one from names.
+    """A target and its drafters, in memory. ``mlxspec.load`` creates one from names.
 
-    ``lookup`` is a second drafter that ``draft_length="auto"`` may choose for a text that repeats itself.
-    ``tokenizer`` is mlx-lm's or transformers', or None for work on token ids. ``context_length`` is what the target's
-    config says, None if nothing; set it to decode further or less far.
+    Attributes:
+        target: The target model.
+        drafter: A draft model, prompt lookup, or None to decode without drafts.
+        tokenizer: A tokenizer of mlx-lm or transformers, or None to work on token ids.
+        context_length: Maximum number of positions. By default that of the target's config, None for no limit.
+        lookup: A second drafter, which ``draft_length="auto"`` may choose for text that repeats itself.
     """
 
     target: nn.Module
@@ -25,7 +28,7 @@ class ModelPair:
     context_length: int | None = None
     lookup: PromptLookup | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):
             self.lookup = None
         if self.context_length is None:
@@ -35,5 +38,5 @@ class ModelPair:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """The tokens that end an answer; none without a tokenizer."""
+        """The tokens that end an answer. Empty without a tokenizer."""
         return set(getattr(self.tokenizer, "eos_token_ids", ()))

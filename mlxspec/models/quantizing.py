@@ -1,12 +1,9 @@
-"""Quantised copies of models: made once, kept beside the hub's cache, found again by what they were made of."""
+"""Quantized copies of models, made once and kept next to the hub's cache."""
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,10 @@ import mlx.nn as nn
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from mlxspec.errors import InvalidRequestError
+from mlxspec.files import fingerprint, replacing
 
-# --quantize's values -> bits, group size and mode, as mlx-lm has them.
-QUANTIZATIONS = {
+# The values of --quantize, with the arguments of mlx-lm's quantize_model.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "4": {"bits": 4, "group_size": 64, "mode": "affine"},
     "8": {"bits": 8, "group_size": 64, "mode": "affine"},
     "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
@@ -29,47 +27,51 @@ COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special
 
 
 def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Module, dict[str, Any]]]) -> Path:
-    """The folder of ``folder``'s model quantised as ``kind``; made by ``read`` (lazily) and written if it is not there.
+    """Return the folder of a quantized copy of a model, which is created if it does not exist.
 
-    It is written aside and renamed, so that an interrupted run leaves nothing behind that looks whole.
-    Raises InvalidRequestError for an unknown kind or a model that is quantised already.
+    Args:
+        folder: The folder of the original.
+        kind: A key of QUANTIZATIONS.
+        read: Reads a model, lazily, and its config.
+
+    Raises:
+        InvalidRequestError: The kind is unknown or the model is quantized already.
     """
     if kind not in QUANTIZATIONS:
         raise InvalidRequestError(f"quantize is {kind!r}; use one of {', '.join(QUANTIZATIONS)}, none")
-    copy = cache_folder() / f"{folder.resolve().name[:40]}-{fingerprint(folder)}-{kind}"
+    copy = cache_folder() / f"{folder.resolve().name[:40]}-{folder_fingerprint(folder)}-{kind}"
     if copy.is_dir():
         return copy
     model, config = read(folder)
     if "quantization" in config:
-        raise InvalidRequestError(f"{folder} is quantised already; leave --quantize out")
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".writing-") as scratch:
-        aside = Path(scratch) / "model"
+        raise InvalidRequestError(f"{folder} is quantized already; leave --quantize out")
+    with replacing(copy) as aside:
         model, config = quantized(model, config, kind)
-        save_model(aside, model, donate_model=True)  # the copy is read back from the disk, not kept twice
+        save_model(aside, model, donate_model=True)  # frees each weight once it is written
         save_config(config, aside / "config.json")
         for name in COPIED:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, aside / name)
-        os.replace(aside, copy)
     return copy
 
 
 def quantized(model: nn.Module, config: dict[str, Any], kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model and its config quantized as ``kind``, a key of QUANTIZATIONS."""
     with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints the bits per weight
         return quantize_model(model, config, **QUANTIZATIONS[kind])
 
 
 def cache_folder() -> Path:
+    """Return the folder for what mlxspec keeps between runs."""
     return Path(huggingface_hub.constants.HF_HOME) / "mlxspec"
 
 
-def fingerprint(folder: Path) -> str:
-    """Changes when the folder is another one or a file of weights in it has been replaced."""
+def folder_fingerprint(folder: Path) -> str:
+    """Return a fingerprint of the folder's path and of the size and time of its files."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.*"))]
-    return hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()[:12]
+    return fingerprint(json.dumps([str(folder.resolve()), files]), digits=12)
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """The same distribution from float weights: on the CPU back end many times faster over a batch of rows."""
+    """Return the model with float weights. On the CPU back end it is then many times faster over a batch of rows."""
     return dequantize_model(model)

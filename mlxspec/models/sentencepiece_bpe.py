@@ -1,7 +1,7 @@
-"""A fast tokenizer from a bare SentencePiece ``tokenizer.model``, which encodes as SentencePiece itself does.
+"""A fast tokenizer built from a bare SentencePiece ``tokenizer.model``. It encodes text as SentencePiece does.
 
-transformers 5 reads such a file without the leading-space rule and without BOS, so the tokenizer is put together here
-from what the file says: pieces, their scores and kinds, and how text is normalised.
+transformers 5 reads such a file without the leading-space rule and without BOS. So the tokenizer is built here, from
+the pieces, their scores and types, and the normalization rules that the file contains.
 """
 
 from pathlib import Path
@@ -14,15 +14,15 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from mlxspec.errors import ModelLoadError
 
-SPACE = "▁"  # how SentencePiece writes a space
-LONGEST_RUN = 2**20  # of spaces; the decoder wants a number
+SPACE = "▁"  # SentencePiece's symbol for a space
+LONGEST_RUN = 2**20  # of spaces; the decoder requires a number
 BPE = 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
 
 
 def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Raises ModelLoadError for a file that is no BPE model of SentencePiece's."""
-    # transformers' own choice of schema: protobuf allows a process only one.
+    """Build the tokenizer of a SentencePiece file. Raises ModelLoadError if the file holds no BPE model."""
+    # The schema that transformers uses: protobuf allows only one in a process.
     model = import_protobuf().ModelProto()
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(file))  # checks the whole file
@@ -30,7 +30,7 @@ def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     except Exception as error:
         raise ModelLoadError(f"{file} is not a SentencePiece model; copy or download it again") from error
     if model.trainer_spec.model_type != BPE:
-        raise ModelLoadError(f"{file} is not a BPE model; give a folder with a tokenizer.json")
+        raise ModelLoadError(f"{file} is not a BPE model; use a folder with a tokenizer.json")
 
     tokenizer = Tokenizer(
         models.BPE(
@@ -66,9 +66,9 @@ def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 
 def merges(model: Any) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best score first: SentencePiece merges the pair whose piece scores best.
+    """Return all pairs of pieces that form a third, best score first: SentencePiece merges the best-scoring pair.
 
-    Only normal pieces are merged into: text that happens to read "<0x0A>" or "</s>" stays text.
+    Only normal pieces are formed, so text that spells "<0x0A>" or "</s>" stays text.
     """
     score = {piece.piece: piece.score for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)}
     pairs = [
@@ -81,7 +81,10 @@ def merges(model: Any) -> list[tuple[str, str]]:
 
 
 def normalizer(spec: Any) -> normalizers.Normalizer:
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    """Return SentencePiece's normalization rules as a normalizer of the tokenizers library."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), "")]
         steps += [normalizers.Replace(Regex(" +"), " ")]
@@ -93,13 +96,14 @@ def normalizer(spec: Any) -> normalizers.Normalizer:
 
 
 def without_dummy_prefix(spec: Any) -> list[decoders.Decoder]:
-    """One space at the start is the dummy; where extra white space is removed, any number is."""
+    """Return the decoder that removes the leading space, or all leading spaces if extra white space is removed."""
     if not spec.add_dummy_prefix:
         return []
     return [decoders.Strip(" ", LONGEST_RUN if spec.remove_extra_whitespaces else 1, 0)]
 
 
 def add_special(tokenizer: Tokenizer, model: Any) -> None:
+    """Add the control tokens and the user-defined tokens."""
     special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
@@ -107,4 +111,5 @@ def add_special(tokenizer: Tokenizer, model: Any) -> None:
 
 
 def piece_or_none(model: Any, index: int) -> str | None:
+    """Return a piece by id, or None for an id that the model lacks, such as −1 for no BOS."""
     return model.pieces[index].piece if 0 <= index < len(model.pieces) else None

@@ -1,7 +1,7 @@
-"""Text to token ids, and whether two tokenizers mean the same by them.
+"""Encode prompts and conversations, and compare tokenizers.
 
-What a user writes is text: a prompt that contains "</s>" or "<|im_start|>" gets the tokens of those letters, never the
-control token. Only ``raw`` prompts, which are a whole template of the caller's own, may spell control tokens.
+A user's text never becomes a control token: "</s>" or "<|im_start|>" in a prompt is encoded letter by letter. Only a
+``raw`` prompt, where the caller supplies the complete template, may spell control tokens.
 """
 
 import re
@@ -11,9 +11,9 @@ from mlxspec.errors import InvalidRequestError, TokenizerMismatchError, in_one_l
 
 Message = dict[str, str]  # role and content
 Span = tuple[int, int]  # start and end in a string
-MARK = "\ue000"  # a private-use character, which no template and no change of case alters
+MARK = "\ue000"  # a private-use character, which templates leave unchanged
 
-# Meta's template, for Llama 2 Chat repositories that come without one.
+# Meta's template, for Llama 2 Chat repositories that have none.
 LLAMA2_TEMPLATE = (
     "{% for message in messages if message['role'] != 'system' %}"
     "{% if message['role'] == 'user' %}"
@@ -28,9 +28,9 @@ LLAMA2_TEMPLATE = (
 
 
 def check_same_tokens(target: Any, drafter: Any) -> None:
-    """Raise TokenizerMismatchError, naming the first difference, unless both map ids to the same tokens.
+    """Raise TokenizerMismatchError, with the first difference, unless both tokenizers map ids to the same tokens.
 
-    Ids that only one of them has are padding of its vocabulary and do no harm.
+    Ids that only one tokenizer has are padding of its vocabulary and are ignored.
     """
     target_tokens, drafter_tokens = (
         {token_id: token for token, token_id in tokenizer.get_vocab().items()} for tokenizer in (target, drafter)
@@ -44,10 +44,19 @@ def check_same_tokens(target: Any, drafter: Any) -> None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-    """Token ids of one prompt: a conversation of one message if the tokenizer has a chat template, else text with BOS.
+    """Encode one prompt, through the chat template if the tokenizer has one, else as plain text after BOS.
 
-    ``raw`` goes without the template, and control tokens that the text spells are control tokens.
-    Raises InvalidRequestError for an empty prompt, text that is not Unicode, or a system prompt with no place to go.
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        prompt: The text.
+        system: System prompt, for the chat template.
+        raw: Skip the template, and encode control tokens that the prompt spells as control tokens.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        InvalidRequestError: The prompt is empty or not Unicode, or there is no template for the system prompt.
     """
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give some text")
@@ -57,7 +66,7 @@ def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: b
     if system is not None:
         raise InvalidRequestError(
             "a system prompt needs a chat template, and "
-            + ("--raw turns it off" if raw else "this tokenizer has none; put the text into the prompt")
+            + ("--raw turns it off; leave one out" if raw else "this tokenizer has none; put the text into the prompt")
         )
     check_unicode(prompt)
     starts_with_bos = raw and tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
@@ -67,47 +76,58 @@ def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: b
 
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the answer begins, through the tokenizer's chat template.
+    """Encode a conversation up to the start of the next answer, through the tokenizer's chat template.
 
-    Raises InvalidRequestError for text that is not Unicode or a conversation that the template refuses.
+    Raises:
+        InvalidRequestError: A message is not Unicode, or the template rejects the conversation.
     """
     rendered, spans = rendered_with_spans(tokenizer, messages)
     if spans is not None:
         return encode_rendered(tokenizer, rendered, spans)
     if any(name in message["content"] for name in control_tokens(tokenizer) for message in messages):
         raise InvalidRequestError(
-            "the conversation spells a control token of this model, and its chat template rewrites messages, so that "
-            "the two cannot be told apart; take the control token out"
+            "a message spells a control token of this model, and its chat template rewrites messages, so the text "
+            "cannot be distinguished from a control token; remove it from the message"
         )
     return encode_rendered(tokenizer, rendered, [])
 
 
 def render(tokenizer: Any, messages: list[Message]) -> str:
-    """The conversation as the chat template writes it, up to where the answer begins."""
+    """Return the conversation as the chat template formats it, up to the start of the next answer."""
     for message in messages:
         check_unicode(message["content"])
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates are code of the model's, and refuse by raising what they like
+    except Exception as error:  # a template may raise anything to reject a conversation
         raise InvalidRequestError(
-            f"the model's chat template refuses this conversation: {in_one_line(error)}"
+            f"the model's chat template rejects this conversation: {in_one_line(error)}; change the messages"
         ) from None
 
 
-def encode_rendered(tokenizer: Any, rendered: str, theirs: list[Span]) -> list[int]:
-    """Token ids of what a template made; control tokens count except in the spans of it that users wrote."""
+def encode_rendered(tokenizer: Any, rendered: str, user_spans: list[Span]) -> list[int]:
+    """Encode the output of a chat template.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        rendered: The output.
+        user_spans: The parts of it that users wrote, in which nothing becomes a control token.
+
+    Returns:
+        The token ids.
+    """
     control = control_tokens(tokenizer)
-    if not any(name in rendered[low:high] for name in control for low, high in theirs):
+    if not any(name in rendered[low:high] for name in control for low, high in user_spans):
         return list(tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
     names = re.compile("|".join(re.escape(name) for name in sorted(control, key=len, reverse=True)))
-    tokens, start = [], 0
+    tokens: list[int] = []
+    start = 0
 
     def add_text(end: int) -> None:
         if text := rendered[start:end]:
             tokens.extend(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
     for match in names.finditer(rendered):
-        if not any(low < match.end() and match.start() < high for low, high in theirs):
+        if not any(low < match.end() and match.start() < high for low, high in user_spans):
             add_text(match.start())
             tokens.append(control[match[0]])
             start = match.end()
@@ -116,13 +136,15 @@ def encode_rendered(tokenizer: Any, rendered: str, theirs: list[Span]) -> list[i
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of the special tokens by their text."""
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def rendered_with_spans(tokenizer: Any, messages: list[Message]) -> tuple[str, list[Span] | None]:
-    """The conversation as the chat template writes it, up to where the answer begins, and where the messages are in it.
+    """Return the conversation as the chat template formats it, and the span of each message in it.
 
-    The messages are found by rendering marks in their place; None where the template does more to them than strip.
+    The spans are found by rendering the template once more with a mark in place of each message. They are None if the
+    template changes messages by more than stripping white space.
     """
     rendered = render(tokenizer, messages)
     frame = render(tokenizer, [{**message, "content": MARK} for message in messages]).split(MARK)
@@ -138,6 +160,7 @@ def rendered_with_spans(tokenizer: Any, messages: list[Message]) -> tuple[str, l
 
 
 def check_unicode(text: str) -> None:
+    """Raise InvalidRequestError if the text contains surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -145,6 +168,6 @@ def check_unicode(text: str) -> None:
 
 
 def end_token(tokenizer: Any) -> int | None:
-    """The token that ends an answer: of several, the one that the tokenizer names."""
+    """Return the token that ends an answer: the tokenizer's EOS, or the smallest id if it names several others."""
     named = getattr(tokenizer, "eos_token_id", None)
     return named if named in tokenizer.eos_token_ids else min(tokenizer.eos_token_ids, default=None)

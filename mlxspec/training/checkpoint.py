@@ -1,12 +1,10 @@
-"""Checkpoints: whole or not there.
+"""Checkpoints of a training run.
 
 A checkpoint is a folder ``step-00001000`` with the weights, the optimizer's state and ``state.json``. It is written
-under another name and renamed, so a run that is killed at any moment finds its last whole one. Random keys and the
-position in the data are functions of (seed, step), so the step is all there is to know of them.
+aside and renamed, so a run that is killed at any moment finds its last complete checkpoint. Random keys and the
+position in the data are functions of (seed, step), so a checkpoint stores only the step for them.
 """
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,78 +15,76 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
-from mlxspec.training.files import write_json, writing
+from mlxspec.files import explain_write_errors, load_arrays, read_json, remove_leftovers, replacing, write_json
 
-KEPT = 2
-ASIDE = ".writing-"
+KEPT = 2  # checkpoints
 
 
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write the checkpoint of ``step`` under ``folder`` and delete all but the last two.
+    """Write a checkpoint, and delete all but the last two.
 
-    Raises TrainingError if the disk is full or not writable; the checkpoints before it stay.
+    Args:
+        folder: The run's folder.
+        step: Number of steps taken.
+        model: The model.
+        optimizer: Its optimizer.
+        state: What else to store, as JSON.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        TrainingError: The disk is full or not writable. The checkpoints before it remain.
     """
-    whole, aside = folder / checkpoint_name(step), folder / f"{ASIDE}{step:08d}"
-    with writing(f"{folder}: the checkpoint of step {step}"):
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_arrays(aside / "model.safetensors", model.parameters())
-            save_arrays(aside / "optimizer.safetensors", optimizer.state)
-            write_json(aside / "state.json", {"step": step, **state})
-            shutil.rmtree(whole, ignore_errors=True)
-            os.replace(aside, whole)
-            sync_folder(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)  # nothing, once it has its name
+    checkpoint = folder / checkpoint_name(step)
+    with explain_write_errors(f"the checkpoint of step {step} in {folder}"), replacing(checkpoint) as aside:
+        aside.mkdir()
+        mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())))
+        mx.save_safetensors(str(aside / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
+        write_json(aside / "state.json", {"step": step, **state})
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
-    return whole
+    return checkpoint
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any] | None:
-    """Put the last checkpoint under ``folder`` into model and optimizer; its state, None if there is none.
+    """Load the last checkpoint into a model and its optimizer.
 
-    Raises TrainingError if it cannot be read or is of another model.
+    Args:
+        folder: The run's folder.
+        model: The model.
+        optimizer: Its optimizer.
+
+    Returns:
+        The stored state with the key "step", or None if there is no checkpoint.
+
+    Raises:
+        TrainingError: The checkpoint cannot be read, or is that of another model.
     """
-    for stale in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_leftovers(folder)
     found = checkpoints(folder)
     if not found:
         return None
+    last = found[-1]
     try:
-        model.load_weights(str(found[-1] / "model.safetensors"))
-        optimizer.state = tree_unflatten(list(mx.load(str(found[-1] / "optimizer.safetensors")).items()))
-        state = json.loads((found[-1] / "state.json").read_text())
+        model.load_weights(str(last / "model.safetensors"))
+        optimizer.state = tree_unflatten(list(load_arrays(last / "optimizer.safetensors").items()))
+        state = read_json(last / "state.json")
         mx.eval(model.parameters(), optimizer.state)
     except (OSError, RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"{found[-1]} cannot be read ({in_one_line(error)}); delete it to go on from the checkpoint before it"
+            f"{last} cannot be read ({in_one_line(error)}); delete it to continue from the checkpoint before it"
         ) from error
     return state
 
 
 def checkpoint_name(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
     return f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All whole ones, the latest last."""
+    """Return the folders of all checkpoints, the last one at the end."""
     return sorted(folder.glob("step-*"))
-
-
-def save_arrays(path: Path, tree: Any) -> None:
-    mx.save_safetensors(str(path), dict(tree_flatten(tree)))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
-"""Text and chat files, plain or gzipped, in folders and globs: documents for pretraining, prompts for the target.
+"""Text and chat files: documents for pretraining, and prompts for the target.
 
-A ``.txt`` file is one document, or several of a megabyte if it is larger. A line of a ``.jsonl`` file is an object with
-"text", "prompt" or "messages". Files are read a line at a time, so they may be larger than memory.
+Sources are files, folders or glob patterns; files may be gzipped. A ``.txt`` file is one document, or several of one
+megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt" or "messages". Files are
+read line by line, so they may be larger than memory.
 """
 
 import glob
@@ -18,50 +19,71 @@ from mlxspec.models.tokens import Message, encode_conversation, encode_prompt, e
 from mlxspec.training.shards import Index, ShardWriter
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-MOST_BAD = 0.01  # of the lines
-NAMED = 5  # bad lines that are told one by one
-ENCODED_AT_ONCE = 256  # documents; the tokenizer spreads them over the cores
-LONGEST_TEXT = 2**20  # bytes of a .txt in one document, and roughly of documents that are encoded at once
+MAX_BAD_SHARE = 0.01  # of the lines
+MAX_EXAMPLES = 5  # bad lines that are reported one by one
+ENCODE_BATCH = 256  # documents; the tokenizer distributes them over the cores
+LONGEST_TEXT = 2**20  # bytes of a document from a .txt file, and roughly of a batch of documents to encode
 
-Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, tokens so far
+Progress = Callable[[int, int, int], None]  # bytes read, total bytes, tokens so far
 
 
 @dataclass
 class BadLines:
-    """Lines that were skipped, and why; more than 1 % of all are an error."""
+    """Counts the lines that were skipped and keeps the first reasons.
+
+    Attributes:
+        read: Number of lines, with the skipped ones.
+        skipped: Number of skipped lines.
+        examples: File, line and reason of the first skipped lines.
+    """
 
     read: int = 0
     skipped: int = 0
-    told: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def told(self) -> list[str]:
+        """The old name of ``examples``, which evaluation/tasks.py still uses."""
+        return self.examples
 
     def skip(self, where: str, reason: str) -> None:
+        """Count a skipped line."""
         self.skipped += 1
-        if len(self.told) < NAMED:
-            self.told.append(f"{where}: {reason}")
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(f"{where}: {reason}")
 
     def check(self) -> None:
-        """Raise TrainingError if too many lines were bad."""
-        if self.skipped > MOST_BAD * self.read:
+        """Raise TrainingError if more than 1 % of the lines were skipped."""
+        if self.skipped > MAX_BAD_SHARE * self.read:
             raise TrainingError(
-                f"{self.skipped} of {self.read} lines are bad, more than 1 %; the first is {self.told[0]}; mend or "
-                "remove them"
+                f"{self.skipped} of {self.read} lines are bad, more than 1 %; the first is {self.examples[0]}; fix or "
+                "remove these lines"
             )
 
 
 @dataclass(frozen=True)
-class Record:
-    """One document, and where it was."""
+class Document:
+    """One document of a corpus.
+
+    Attributes:
+        content: A text or a conversation.
+        where: The file and line where it starts, "file:line".
+        bytes: Bytes of all files up to its end.
+    """
 
     content: str | list[Message]
-    is_prompt: bool
-    where: str  # file:line
-    bytes: int  # of the file, up to and with it
+    where: str
+    bytes: int
 
 
 def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
-    """The files that ``sources`` name: files, folders (searched through) and globs, each once, in order.
+    """Return the files that ``sources`` name, each once, in order.
 
-    Raises TrainingError for a source that names nothing.
+    Args:
+        sources: Files, folders, which are searched recursively, and glob patterns.
+
+    Raises:
+        TrainingError: A source matches no file, or a file has the wrong suffix.
     """
     found: dict[Path, None] = {}
     for source in sources:
@@ -73,49 +95,54 @@ def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
         else:
             files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not files:
-            raise TrainingError(f"{source}: no such file, folder or pattern with {', '.join(SUFFIXES)} in it")
+            raise TrainingError(
+                f"{source}: no such file, folder or pattern with {', '.join(SUFFIXES)} files; check the name"
+            )
         wrong = next((file for file in files if not file.name.endswith(SUFFIXES)), None)
         if wrong:
-            raise TrainingError(f"{wrong} is none of {', '.join(SUFFIXES)}; convert it, or rename it if it is")
+            raise TrainingError(f"{wrong} is not a {', '.join(SUFFIXES)} file; convert or rename it")
         found.update(dict.fromkeys(files))
     return list(found)
 
 
-def records(files: Iterable[Path], bad: BadLines) -> Iterator[Record]:
-    """All documents of the files; lines that are none go into ``bad``. Raises TrainingError for an unreadable file."""
+def read_documents(files: Iterable[Path], bad: BadLines) -> Iterator[Document]:
+    """Yield all documents of the files, and count malformed lines in ``bad``.
+
+    Raises:
+        TrainingError: A file cannot be read.
+    """
     done = 0
     for file in files:
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
                 if file.name.endswith((".txt", ".txt.gz")):
-                    yield from text_records(file, lines, done, bad)
+                    yield from text_documents(file, lines, done, bad)
                 else:
-                    yield from line_records(file, lines, done, bad)
+                    yield from line_documents(file, lines, done, bad)
             done += file.stat().st_size
-        except (OSError, EOFError, zlib.error) as error:  # gzip raises all three for a damaged file
-            raise TrainingError(
-                f"{file} cannot be read ({in_one_line(error)}); make it readable or leave it out"
-            ) from None
+        except (OSError, EOFError, zlib.error) as error:  # gzip raises any of these for a damaged file
+            raise TrainingError(f"{file} cannot be read ({in_one_line(error)}); replace it or leave it out") from None
 
 
-def text_records(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Record]:
-    """The text of a file, cut after the line with which it has grown too long."""
+def text_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Document]:
+    """Yield the text of a file, split after the line that makes a document too long."""
     position = 0
-    for number, content in pieces(lines):
+    for number, content in split_lines(lines):
         position += len(content)
         bad.read += 1
         try:
             if text := content.decode("utf-8").strip():
-                yield Record(text, False, f"{file}:{number}", done + min(position, file.stat().st_size))
+                yield Document(text, f"{file}:{number}", done + min(position, file.stat().st_size))
             else:
                 bad.skip(f"{file}:{number}", "empty")
         except UnicodeDecodeError as error:
             bad.skip(f"{file}:{number}", f"not UTF-8 (byte {error.start})")
 
 
-def pieces(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, content) of each piece; an empty file has one, which is empty."""
-    first, some, size, number = 1, [], 0, 0
+def split_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield each piece of a text with the number of its first line. An empty file has one empty piece."""
+    first, size, number = 1, 0, 0
+    some: list[bytes] = []
     for number, line in enumerate(lines, 1):
         some.append(line)
         size += len(line)
@@ -126,7 +153,8 @@ def pieces(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield first, b"".join(some)
 
 
-def line_records(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Record]:
+def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Document]:
+    """Yield the documents of a file that has one on each line."""
     position = 0
     for number, line in enumerate(lines, 1):
         position += len(line)
@@ -134,30 +162,29 @@ def line_records(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -
             continue
         bad.read += 1
         try:
-            content, is_prompt = parsed(line)
-            yield Record(content, is_prompt, f"{file}:{number}", done + min(position, file.stat().st_size))
+            yield Document(parse_line(line), f"{file}:{number}", done + min(position, file.stat().st_size))
         except ValueError as error:
             bad.skip(f"{file}:{number}", in_one_line(error))
 
 
-def parsed(line: bytes) -> tuple[str | list[Message], bool]:
-    """(content, whether it is a prompt) of a line; ValueError, with the reason, if it is none."""
+def parse_line(line: bytes) -> str | list[Message]:
+    """Return the content of a line. Raises ValueError, with the reason, for a malformed line."""
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     for name in ("text", "prompt"):
         if name in entry:
             if not isinstance(entry[name], str) or not entry[name].strip():
-                raise ValueError(f'"{name}" is not a text, or empty')
-            entry[name].encode()  # half a surrogate pair is no text
-            return entry[name], name == "prompt"
+                raise ValueError(f'"{name}" is empty or not a string')
+            entry[name].encode()  # raises for half a surrogate pair
+            return entry[name]
     messages = entry.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError('has neither "text" nor "prompt" nor "messages"')
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError('a message lacks "role" or "content"')
-    return [{"role": message["role"], "content": message["content"]} for message in messages], True
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def tokenize_corpus(
@@ -168,86 +195,110 @@ def tokenize_corpus(
     folder: Path,
     progress: Progress = lambda done, total, tokens: None,
 ) -> tuple[Index, BadLines]:
-    """Text files -> shards in ``folder``: each document with BOS before and EOS behind it, everything to be learnt.
+    """Tokenize text files into shards.
 
-    A conversation goes through the chat template. Raises TrainingError for an empty corpus, an unreadable file or too
-    many bad lines.
+    Each document gets a BOS and an EOS token. All of its tokens but the BOS are learned. Conversations go through the
+    chat template.
+
+    Args:
+        sources: Files, folders or patterns.
+        tokenizer: mlx-lm's tokenizer.
+        vocab_size: Size of the vocabulary.
+        fingerprint: The tokenizer's fingerprint.
+        folder: Folder for the shards.
+        progress: Called after each batch of documents.
+
+    Returns:
+        The index of the shards, and the lines that were skipped.
+
+    Raises:
+        TrainingError: The corpus is empty, a file cannot be read, or too many lines are malformed.
     """
     files, bad = corpus_files(sources), BadLines()
     total = sum(file.stat().st_size for file in files)
-    stream = records(files, bad)
+    stream = read_documents(files, bad)
     with ShardWriter(folder, vocab_size, fingerprint) as writer:
-        for some in grouped(stream):
-            for ids in encoded(some, tokenizer, bad):
+        for some in group_documents(stream):
+            for ids in encode_documents(some, tokenizer, bad):
                 writer.add(ids, [0] + [1] * (len(ids) - 1))
             progress(some[-1].bytes, total, writer.index.tokens)
         if not bad.read:
-            raise TrainingError(f"{files[0]} and {len(files) - 1} more files hold no text; give some")
+            raise TrainingError(f"{files[0]} and {len(files) - 1} more files contain no text; use files with text")
         bad.check()
         writer.finish(skipped=bad.skipped, files=[str(file) for file in files])
         return writer.index, bad
 
 
-def grouped(stream: Iterable[Record]) -> Iterator[list[Record]]:
-    """So many records that the tokenizer has something to do, and no more than fit into memory easily."""
-    some, size = [], 0
-    for record in stream:
-        some.append(record)
-        texts = [record.content] if isinstance(record.content, str) else [part["content"] for part in record.content]
+def group_documents(stream: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield groups that are large enough to keep the tokenizer busy and small enough for memory."""
+    some: list[Document] = []
+    size = 0
+    for document in stream:
+        some.append(document)
+        content = document.content
+        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
         size += sum(map(len, texts))
-        if len(some) == ENCODED_AT_ONCE or size >= LONGEST_TEXT:
+        if len(some) == ENCODE_BATCH or size >= LONGEST_TEXT:
             yield some
             some, size = [], 0
     if some:
         yield some
 
 
-def encoded(some: list[Record], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
-    """Token ids of each record; plain texts in one call, as the tokenizer then works on them in parallel."""
-    texts = [record.content for record in some if isinstance(record.content, str)]
+def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
+    """Yield the token ids of each document. Texts are encoded in one call, so that the tokenizer runs in parallel."""
+    texts = [document.content for document in some if isinstance(document.content, str)]
     encode = tokenizer._tokenizer  # mlx-lm's wrapper takes one text at a time
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     batch = iter(encode(texts, **options)["input_ids"] if texts else [])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = end_token(tokenizer)
     eos = [] if end is None else [end]
-    for record in some:
-        if isinstance(record.content, str):
+    for document in some:
+        if isinstance(document.content, str):
             yield [*bos, *next(batch), *eos]
             continue
-        *before, last = record.content
+        *before, last = document.content
         try:
             if last["role"] != "assistant":
-                yield encode_conversation(tokenizer, record.content)
+                yield encode_conversation(tokenizer, document.content)
             else:
                 answer = tokenizer.encode(last["content"], add_special_tokens=False, split_special_tokens=True)
                 yield [*encode_conversation(tokenizer, before), *answer, *eos]
         except InvalidRequestError as error:
-            bad.skip(record.where, str(error))
+            bad.skip(document.where, str(error))
 
 
 def read_prompts(
     sources: Iterable[str | Path], tokenizer: Any, system: str | None, words: int = 0
 ) -> tuple[list[list[int]], BadLines]:
-    """The token ids of each prompt in the files; of a conversation, everything before its last answer.
+    """Read prompts from files. The prompt of a conversation is everything before its last answer.
 
-    With ``words``, only that many at the beginning of each text.
+    Args:
+        sources: Files, folders or patterns.
+        tokenizer: mlx-lm's tokenizer.
+        system: System prompt for prompts that have none.
+        words: Use only so many words from the start of each text; 0 for all.
 
-    Raises TrainingError if there are none.
+    Returns:
+        The token ids of each prompt, and the lines that were skipped.
+
+    Raises:
+        TrainingError: There are no prompts, or too many lines are malformed.
     """
     bad, prompts = BadLines(), []
-    for record in records(corpus_files(sources), bad):
+    for document in read_documents(corpus_files(sources), bad):
         try:
-            if isinstance(record.content, str):
-                text = " ".join(record.content.split()[:words]) if words else record.content
+            if isinstance(document.content, str):
+                text = " ".join(document.content.split()[:words]) if words else document.content
                 prompts.append(encode_prompt(tokenizer, text, system))
             else:
-                prompts.append(encode_conversation(tokenizer, asked(record.content, system)))
+                prompts.append(encode_conversation(tokenizer, prompt_messages(document.content, system)))
         except InvalidRequestError as error:
-            bad.skip(record.where, str(error))
+            bad.skip(document.where, str(error))
     if not bad.read:
         raise TrainingError(
-            f"{', '.join(map(str, sources))}: no prompts in there; give some, or none to sample from BOS"
+            f"{', '.join(map(str, sources))} contain no prompts; use files with prompts, or no files to sample from BOS"
         )
     bad.check()
     return prompts, bad
@@ -256,33 +307,49 @@ def read_prompts(
 def split_prompts(
     prompts: list[list[int]], held_out: int, max_tokens: int, context: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(to learn from, held out): the last ``held_out`` are kept apart, and what equals one of them is not learnt.
+    """Split prompts into a training part and a held-out part.
 
-    Left out of both are prompts that leave no room for ``max_tokens`` in the target's ``context``. Raises TrainingError
-    if there are none to learn from.
+    Prompts that leave no room for an answer are in neither part. A prompt that equals a held-out one is not trained on.
+
+    Args:
+        prompts: Token ids of each prompt.
+        held_out: Number of prompts to hold out, from the end of the list.
+        max_tokens: Longest answer.
+        context: The target's context in tokens, or None for no limit.
+
+    Returns:
+        The prompts to train on, and the held-out prompts.
+
+    Raises:
+        TrainingError: There are no prompts to train on.
     """
     fitting = [prompt for prompt in prompts if context is None or len(prompt) + max_tokens <= context]
     if not fitting:
         raise TrainingError(
-            f"the target's context of {context} tokens has no room for a prompt and {max_tokens} tokens; use fewer "
-            "max_tokens"
+            f"the target's context of {context} tokens has no room for a prompt and {max_tokens} tokens; use a "
+            "smaller max_tokens"
         )
-    kept = fitting[len(fitting) - min(held_out, len(fitting)) :]
-    unseen = {tuple(prompt) for prompt in kept}
-    learnt = [prompt for prompt in fitting if tuple(prompt) not in unseen]
-    if not learnt:
+    unseen = fitting[len(fitting) - min(held_out, len(fitting)) :]
+    excluded = {tuple(prompt) for prompt in unseen}
+    training = [prompt for prompt in fitting if tuple(prompt) not in excluded]
+    if not training:
         raise TrainingError(
-            f"there are {len(fitting)} prompts and {held_out} are held out for evaluation; give more, or a lower count"
+            f"there are {len(fitting)} prompts and {held_out} are held out for evaluation; add prompts or use a "
+            "smaller count"
         )
-    return learnt, kept
+    return training, unseen
 
 
-def asked(messages: list[Message], system: str | None) -> list[Message]:
-    """The conversation up to its last question."""
+def prompt_messages(messages: list[Message], system: str | None) -> list[Message]:
+    """Return a conversation up to its last user message, after a system prompt if it has none.
+
+    Raises:
+        InvalidRequestError: Nothing is left.
+    """
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if system is not None and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not messages:
-        raise InvalidRequestError("nobody asks anything")
+        raise InvalidRequestError("the conversation contains no user message")
     return messages

@@ -1,28 +1,24 @@
-"""What a step minimises: next-token prediction, or distance from a target's distribution."""
+"""What a training step minimizes: the loss on the next token, or the distance from the target's distribution."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxspec.models.drafter import Drafter
-from mlxspec.training.cached_teacher import CachedTeacher
-from mlxspec.training.chunked import Positions, weighted_loss
+from mlxspec.training.chunked_loss import Positions, weighted_loss
 from mlxspec.training.losses import Loss
-from mlxspec.training.teachers import OnlineTeacher
-
-Teacher = OnlineTeacher | CachedTeacher
+from mlxspec.training.teachers import Teacher
 
 
 class Batch(NamedTuple):
-    """Rows of a step, on the device."""
+    """The rows of a step, on the device."""
 
     ids: mx.array  # [B, L + 1]
-    weights: mx.array  # [B, L] of the loss on ids[:, 1:]; over the whole step they sum to 1
-    teacher: tuple[mx.array, ...]  # [B, L, ...] what a cached teacher has stored for these rows; else ()
+    weights: mx.array  # [B, L] weights of the loss on ids[:, 1:]; they sum to 1 over the whole step
+    teacher: tuple[mx.array, ...]  # [B, L, ...] what a cached teacher has stored for these rows, else ()
     temperature: mx.array  # []
-    key: mx.array
+    key: mx.array  # random key
 
 
 # (drafter, batch) -> Σ weights · loss, Σ weights · acceptance rate
@@ -30,9 +26,12 @@ Objective = Callable[[Drafter, Batch], tuple[mx.array, mx.array]]
 
 
 def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = False) -> Objective:
-    """The drafter's ``loss`` against the teacher; without one, against the next token of the text.
+    """Return the function that a step minimizes.
 
-    With ``recompute`` the backward pass computes each layer's activations again instead of keeping them.
+    Args:
+        loss: The loss at each position.
+        teacher: Source of the target's probabilities. None for the next token of the text.
+        recompute: Compute each layer's activations again in the backward pass instead of keeping them.
     """
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -58,6 +57,5 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
 
 
 def head_weights(drafter: Drafter) -> mx.array:
-    """[V, H]: what makes logits of the drafter's last hidden states."""
-    head: nn.Module = drafter.model.embed_tokens if drafter.config.tie_word_embeddings else drafter.lm_head
-    return head.weight
+    """Return the weights of the drafter's head [V, H]."""
+    return drafter.model.embed_tokens.weight if drafter.config.tie_word_embeddings else drafter.lm_head.weight

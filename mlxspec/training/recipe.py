@@ -1,18 +1,18 @@
-"""The three stages from one TOML file.
+"""Recipes: the three stages in one TOML file.
 
     target = "llama2-7b-chat"         # folder, hub id or short name
-    drafter = { hidden_size = 1024 }  # a shape, or "folder" to go on from
+    drafter = { hidden_size = 1024 }  # a shape, or the folder of a drafter to continue from
 
-    [pretrain]                        # may be left out
+    [pretrain]                        # optional
     data = ["text/*.jsonl.gz"]
 
     [distill]
-    prompts = ["prompts.jsonl"]       # without: the target writes from nothing
+    prompts = ["prompts.jsonl"]       # without prompts, the target writes text from BOS
 
-    [[finetune]]                      # one or several after each other
+    [[finetune]]                      # one or several, run in sequence
     loss = "tvd++"
 
-Every key is a field of the settings named below. Paths are relative to the file.
+Every key is a field of one of the settings classes below. Paths are relative to the file.
 """
 
 import difflib
@@ -25,34 +25,36 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training import stages
-from mlxspec.training.evaluation import EvaluationSettings, Evaluator, evaluation_of
-from mlxspec.training.files import Metrics
 from mlxspec.training.losses import Loss
 from mlxspec.training.responses import AnswerSettings, DistillData
+from mlxspec.training.run_folder import Metrics
+from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.trainer import TrainingSettings
 
-MIXED_IN = 0.1  # share of pretraining rows in finetuning, Goel et al.'s 9:1
+TEXT_SHARE = 0.1  # share of pretraining text in finetuning, the 9:1 of Goel et al.
 
 
 @dataclass(frozen=True)
 class PretrainData:
-    data: tuple[str, ...] = option((), "Text files, folders or patterns.")
+    """The pretraining text."""
+
+    data: tuple[str, ...] = option((), "Text files, folders or glob patterns.")
 
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Raises InvalidRequestError for a value outside its range."""
+    """The finetuning data. Raises InvalidRequestError for a value outside its range."""
 
-    mix: float = option(MIXED_IN, "Share of the rows that are taken from the pretraining text, where there is some.")
+    mix: float = option(TEXT_SHARE, "Share of the rows that come from the pretraining text, if there is any.")
     teacher_top_k: int = option(
         0,
-        "Keep this many of the target's most likely tokens on disk instead of running it at every step; 0: run it. "
-        "acceptance_rate is then an upper bound.",
+        "Store so many of the target's most likely tokens on disk instead of running the target in every step. "
+        "acceptance_rate is then an upper bound. 0 to run the target.",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.mix < 1:
             raise InvalidRequestError(f"mix is {self.mix}; use a number in [0, 1)")
         if self.teacher_top_k < 0:
@@ -61,6 +63,8 @@ class FinetuneData:
 
 @dataclass(frozen=True)
 class Finetune:
+    """A finetuning stage."""
+
     data: FinetuneData
     loss: Loss
     training: TrainingSettings
@@ -68,7 +72,7 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed file."""
+    """The content of a recipe file."""
 
     target: str
     drafter: DrafterShape | str
@@ -84,112 +88,147 @@ class Recipe:
 
     @property
     def trainings(self) -> list[TrainingSettings]:
+        """The settings of all training stages."""
         return [*([self.pretrain[1]] if self.pretrain else []), *(stage.training for stage in self.finetune)]
+
+    @property
+    def held_out_prompts(self) -> int:
+        """Number of the distillation's prompts that are held out for evaluation."""
+        if self.distill is None or not self.evaluates or self.evaluation.prompts:
+            return 0
+        return self.evaluation.count if self.distill[0].prompts else 0
+
+    def first_drafter(self, target: Target) -> Drafter:
+        """Return the drafter that the first training stage starts from."""
+        if isinstance(self.drafter, str):
+            return stages.load_drafter(self.drafter, target)
+        return target.new_drafter(self.drafter, self.trainings[0].seed if self.trainings else 0)
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """Raises TrainingError or InvalidRequestError, with the nearest known key for one that is not known."""
+        """Read a recipe file.
+
+        Raises:
+            TrainingError: The file cannot be read, or has an unknown key or a value of the wrong type.
+            InvalidRequestError: A value is outside its range.
+        """
         path = Path(path)
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise TrainingError(f"{path} cannot be read ({error.strerror}); give a recipe, a TOML file") from None
+            raise TrainingError(
+                f"{path} cannot be read ({error.strerror}); use the path of a recipe, a TOML file"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise TrainingError(f"{path} is not TOML: {error}; mend that line") from None
-        return cls._parsed(content, path)
+            raise TrainingError(f"{path} is not valid TOML: {error}; fix this line") from None
+        return cls._parse(content, path)
 
     @classmethod
-    def _parsed(cls, content: dict[str, Any], path: Path) -> "Recipe":
+    def _parse(cls, content: dict[str, Any], path: Path) -> "Recipe":
         known = [field.name for field in fields(cls)]
         check_keys(content, known, str(path))
         if not isinstance(content.get("target"), str):
-            raise TrainingError(f'{path} names no target; add target = "a folder, hub id or short name"')
+            raise TrainingError(f'{path} has no target; add target = "a folder, hub id or short name"')
         home = path.parent
         drafter = content.get("drafter", {})
         if not isinstance(drafter, str):
-            (drafter,) = settings(drafter, f"{path}: drafter", DrafterShape)
+            (drafter,) = parse_settings(drafter, f"{path}: drafter", DrafterShape)
         finetunes = content.get("finetune", [])
         finetunes = finetunes if isinstance(finetunes, list) else [finetunes]
         pretrain = distill = None
         if "pretrain" in content:
-            data, training = settings(content["pretrain"], f"{path}: pretrain", PretrainData, TrainingSettings)
+            data, training = parse_settings(content["pretrain"], f"{path}: pretrain", PretrainData, TrainingSettings)
             if not data.data:
-                raise TrainingError(f"{path}: pretrain has no data; name text files, or leave the stage out")
-            pretrain = replace(data, data=beside(home, data.data)), training
+                raise TrainingError(f"{path}: pretrain has no data; add text files or remove the stage")
+            pretrain = replace(data, data=relative_paths(home, data.data)), training
         if "distill" in content:
-            asked, answers = settings(content["distill"], f"{path}: distill", DistillData, AnswerSettings)
-            distill = replace(asked, prompts=beside(home, asked.prompts)), answers
+            prompts, answers = parse_settings(content["distill"], f"{path}: distill", DistillData, AnswerSettings)
+            distill = replace(prompts, prompts=relative_paths(home, prompts.prompts)), answers
         if finetunes and not distill:
             raise TrainingError(f"{path}: finetune needs the target's answers; add a [distill] table")
-        (evaluation,) = settings(content.get("evaluation", {}), f"{path}: evaluation", EvaluationSettings)
+        (evaluation,) = parse_settings(content.get("evaluation", {}), f"{path}: evaluation", EvaluationSettings)
         return cls(
-            local(home, content["target"]),
-            local(home, drafter) if isinstance(drafter, str) else drafter,
+            path_or_name(home, content["target"]),
+            path_or_name(home, drafter) if isinstance(drafter, str) else drafter,
             pretrain,
             distill,
             [
-                Finetune(*settings(table, f"{path}: finetune", FinetuneData, Loss, TrainingSettings))
+                Finetune(*parse_settings(table, f"{path}: finetune", FinetuneData, Loss, TrainingSettings))
                 for table in finetunes
             ],
-            replace(evaluation, prompts=beside(home, evaluation.prompts)),
+            replace(evaluation, prompts=relative_paths(home, evaluation.prompts)),
         )
 
 
-def run(recipe: Recipe, folder: Path, target: Target, evaluator: Evaluator) -> tuple[Path, Metrics]:
-    """Run what is still to be run of the stages, each in a folder of its own under ``folder``.
+def run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> tuple[Path, Metrics]:
+    """Run the stages of a recipe that are not complete, each in its own folder.
 
-    Returns the folder of the last stage's drafter and what it is worth.
+    Args:
+        recipe: The recipe.
+        folder: The folder that holds the stages' folders.
+        target: The recipe's target.
+        scorer_factory: Makes the function that scores drafters.
+
+    Returns:
+        The folder of the last stage's drafter, and its scores.
+
+    Raises:
+        MlxspecError: A stage cannot be run.
     """
-    drafter, result, last = first_drafter(recipe, target), {}, None
+    drafter, last = recipe.first_drafter(target), None
+    result: Metrics = {}
     evaluation = None
     if recipe.evaluates:
-        evaluation = evaluation_of(recipe.evaluation, target, evaluator, recipe.distill)
+        evaluation = new_evaluation(recipe.evaluation, target, scorer_factory, recipe.distill)
     text: TokenShards | None = None
     if recipe.pretrain:
         data, training = recipe.pretrain
         text = stages.pretraining_shards(target, data.data, folder / "text")
         last = folder / "pretrain"
-        measured = evaluation if training.evaluate_every else None
-        drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, last, measured)
+        scored = evaluation if training.evaluate_every else None
+        drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, last, scored)
     if recipe.distill:
-        asked, answers = recipe.distill
-        held_out = held_out_prompts(recipe)
-        shards = stages.distill(target, asked.prompts, asked.system, answers, folder / "answers", held_out)
+        prompts, settings = recipe.distill
+        answers = stages.distill(
+            target, prompts.prompts, prompts.system, settings, folder / "answers", recipe.held_out_prompts
+        )
     for number, stage in enumerate(recipe.finetune, 1):
-        sources = [(shards, 1 - stage.data.mix), (text, stage.data.mix)] if text and stage.data.mix else [(shards, 1.0)]
+        sources = [(answers, 1.0)]
+        if text and stage.data.mix:
+            sources = [(answers, 1 - stage.data.mix), (text, stage.data.mix)]
         last = folder / f"finetune-{number}"
-        measured = evaluation if stage.training.evaluate_every else None
+        scored = evaluation if stage.training.evaluate_every else None
         drafter, result = stages.train(
-            target, drafter, sources, stage.loss, stage.training, last, measured, stage.data.teacher_top_k
+            target, drafter, sources, stage.loss, stage.training, last, scored, stage.data.teacher_top_k
         )
     if last is None:
-        raise TrainingError("the recipe has neither pretrain nor finetune; add what is to be done")
+        raise TrainingError("the recipe has no training stage; add a [pretrain] or [[finetune]] table")
     return last / "drafter", result
 
 
-def held_out_prompts(recipe: Recipe) -> int:
-    """How many of the distillation's prompts are kept for evaluation."""
-    asked, _ = recipe.distill
-    return recipe.evaluation.count if recipe.evaluates and asked.prompts and not recipe.evaluation.prompts else 0
+def parse_settings(table: Any, where: str, *classes: type) -> list[Any]:
+    """Read several dataclasses from one flat table.
 
+    Args:
+        table: The table.
+        where: The name of the file and the table, for messages.
+        classes: The dataclasses. A key belongs to the class that has a field of this name.
 
-def first_drafter(recipe: Recipe, target: Target) -> Drafter:
-    if isinstance(recipe.drafter, str):
-        return stages.start_from(recipe.drafter, target)
-    seed = recipe.pretrain[1].seed if recipe.pretrain else recipe.finetune[0].training.seed if recipe.finetune else 0
-    return target.new_drafter(recipe.drafter, seed)
+    Returns:
+        One instance of each class.
 
-
-def settings(table: Any, where: str, *classes: type) -> list[Any]:
-    """One flat table as several dataclasses; a key belongs to the one that has a field of this name."""
+    Raises:
+        TrainingError: A key is unknown, or a value has the wrong type.
+        InvalidRequestError: A value is outside its range.
+    """
     if not isinstance(table, dict):
-        raise TrainingError(f"{where} is {table!r}; it must be a table")
+        raise TrainingError(f"{where} is {table!r}; use a table")
     keys = {key_of(field): (cls, field) for cls in classes for field in fields(cls)}
     check_keys(table, list(keys), where)
     given: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
     for key, value in table.items():
         cls, field = keys[key]
-        given[cls][field.name] = converted(value, get_type_hints(cls)[field.name], f"{where}: {key}")
+        given[cls][field.name] = convert(value, get_type_hints(cls)[field.name], f"{where}: {key}")
     try:
         return [cls(**given[cls]) for cls in classes]
     except InvalidRequestError as error:
@@ -197,36 +236,38 @@ def settings(table: Any, where: str, *classes: type) -> list[Any]:
 
 
 def key_of(field: Any) -> str:
-    """The name that users know a setting by."""
+    """Return the name of a setting in recipes and on the command line."""
     return field.metadata.get("key", field.name)
 
 
-def converted(value: Any, kind: Any, where: str) -> Any:
-    """A TOML value as what the field wants. Raises TrainingError if it is something else."""
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """Convert a TOML value to a field's type. Raises TrainingError if the value has another type."""
     if get_origin(kind) is tuple:
         value = value if isinstance(value, list) else [value]
-        return tuple(converted(entry, get_args(kind)[0], where) for entry in value)
+        return tuple(convert(entry, get_args(kind)[0], where) for entry in value)
     kinds = get_args(kind) or (kind,)
     if float in kinds and type(value) is int:
         return float(value)
     if str in kinds and type(value) is int:
         return str(value)
     if type(value) not in kinds:
-        raise TrainingError(f"{where} is {value!r}; it must be of type {' or '.join(k.__name__ for k in kinds)}")
+        raise TrainingError(f"{where} is {value!r}; use a value of type {' or '.join(k.__name__ for k in kinds)}")
     return value
 
 
 def check_keys(table: dict[str, Any], known: list[str], where: str) -> None:
+    """Raise TrainingError for an unknown key, with the nearest known one."""
     for key in table:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1, cutoff=0)
-            raise TrainingError(f'{where}: there is no "{key}"; the nearest is "{nearest[0]}"')
+            raise TrainingError(f'{where}: there is no key "{key}"; the nearest is "{nearest[0]}"')
 
 
-def beside(home: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+def relative_paths(home: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return paths relative to the recipe's folder as paths."""
     return tuple(str(home / Path(name).expanduser()) for name in names)
 
 
-def local(home: Path, name: str) -> str:
-    """A folder beside the recipe, if there is one of that name; else the name."""
+def path_or_name(home: Path, name: str) -> str:
+    """Return the path of a folder next to the recipe if one has this name, else the name."""
     return str(home / name) if (home / name).exists() else name

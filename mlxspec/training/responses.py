@@ -1,7 +1,9 @@
-"""The distillation data: the target itself answers the prompts (Goel et al., arXiv 2403.00858, section on data).
+"""The distillation data: the target's own answers to prompts.
 
-Prompts are answered in groups. A group's answers depend on the seed and its number alone, so that a run that was
-killed goes on with the group it was at and ends with the same shards, on however many processes.
+Prompts are answered in groups. The answers of a group depend only on the seed and the group's number. So an interrupted
+run continues with the next group and ends with the same shards, with any number of processes.
+
+Source: Goel et al., arXiv 2403.00858, section on data.
 """
 
 import hashlib
@@ -20,24 +22,28 @@ from mlx_lm.sample_utils import make_sampler
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
-from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
+from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 
-Progress = Callable[[int, int, int], None]  # answers done, answers in all, tokens so far
+Progress = Callable[[int, int, int], None]  # answers done, total answers, tokens so far
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How the target answers. Raises InvalidRequestError for a value outside its range."""
+    """How the target samples its answers. Raises InvalidRequestError for a value outside its range."""
 
-    temperatures: tuple[float, ...] = option((0.0, 0.3, 0.7, 1.0), "Every prompt is answered at each of them.")
-    top_p: float = option(0.95, "Draw from the most likely tokens that together have this probability.")
-    samples: int = option(1, "Answers to a prompt at each temperature above 0; without prompts, texts in all.")
-    max_tokens: int = option(256, "Longest answer, in tokens.")
-    group: int = option(64, "Prompts that are answered at once.")
-    seed: int = option(0, "Runs with the same seed repeat exactly.")
+    temperatures: tuple[float, ...] = option(
+        (0.0, 0.3, 0.7, 1.0), "Sampling temperatures. Every prompt is answered at each of them."
+    )
+    top_p: float = option(0.95, "Sample from the most likely tokens that together have this probability.")
+    samples: int = option(
+        1, "Answers to each prompt at each temperature above 0. Without prompts: total number of texts."
+    )
+    max_tokens: int = option(256, "Maximum length of an answer, in tokens.")
+    group: int = option(64, "Prompts that are answered in one batch.")
+    seed: int = option(0, "Random seed. Runs with the same seed give the same result.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise InvalidRequestError(f"temperatures are {self.temperatures}; use numbers of 0 or more")
         if not 0 < self.top_p <= 1:
@@ -51,87 +57,103 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class DistillData:
-    prompts: tuple[str, ...] = option((), "Files of prompts; without, the target writes from nothing.")
-    system: str | None = option(None, "System prompt.")
+    """The prompts that the target answers."""
+
+    prompts: tuple[str, ...] = option((), "Files with prompts. Without any, the target writes text from BOS.")
+    system: str | None = option(None, "System prompt for prompts that have none.")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that are answered at once, at one temperature."""
+    """Prompts that are answered in one batch, at one temperature. ``number`` counts the groups from 0."""
 
     number: int
     prompts: list[list[int]]
     temperature: float
 
 
-def groups(prompts: list[list[int]], settings: AnswerSettings) -> list[Group]:
-    """All the work, in a fixed order: some prompts at every temperature, then the next ones."""
-    found: list[Group] = []
+def prompt_groups(prompts: list[list[int]], settings: AnswerSettings) -> list[Group]:
+    """Return all groups in a fixed order: some prompts at every temperature, then the next prompts."""
+    groups: list[Group] = []
     for start in range(0, len(prompts), settings.group):
         for temperature in settings.temperatures:
-            for _ in range(settings.samples if temperature else 1):  # a second one would be the same
-                found.append(Group(len(found), prompts[start : start + settings.group], temperature))
-    return found
+            for _ in range(settings.samples if temperature else 1):  # at temperature 0 all answers are equal
+                groups.append(Group(len(groups), prompts[start : start + settings.group], temperature))
+    return groups
 
 
-def groups_from_nothing(bos: int | None, settings: AnswerSettings) -> list[Group]:
-    """``samples`` texts from BOS, the temperatures above 0 in turn.
+def bos_groups(bos: int | None, settings: AnswerSettings) -> list[Group]:
+    """Return groups for ``samples`` texts that start from BOS. The groups use the temperatures above 0 in turn.
 
-    Raises InvalidRequestError where that makes no sense.
+    Raises:
+        InvalidRequestError: There is no BOS token, no temperature above 0, or only one sample.
     """
     if bos is None:
-        raise InvalidRequestError("the target's tokenizer has no token to begin a text with; give prompts")
+        raise InvalidRequestError("the target's tokenizer has no BOS token to start a text with; use prompts")
     temperatures = [temperature for temperature in settings.temperatures if temperature]
     if settings.samples < 2 or not temperatures:
-        raise InvalidRequestError("without prompts, say how many texts with samples, at a temperature above 0")
+        raise InvalidRequestError("without prompts, set samples to the number of texts, and use a temperature above 0")
     count = math.ceil(settings.samples / settings.group)
     sizes = [min(settings.group, settings.samples - number * settings.group) for number in range(count)]
     return [Group(n, [[bos]] * size, temperatures[n % len(temperatures)]) for n, size in enumerate(sizes)]
 
 
-def answer_all(
+def write_answers(
     target: nn.Module,
     tokenizer: Any,
     vocab_size: int,
     fingerprint: str,
-    work: list[Group],
+    groups: list[Group],
     settings: AnswerSettings,
     folder: Path,
     progress: Progress = lambda done, total, tokens: None,
 ) -> Index:
-    """Let the target answer all groups into shards; each answer is a document of which the answer is to be learnt.
+    """Let the target answer all groups, and write prompts with answers into shards.
 
-    Goes on where an earlier call was interrupted. Under ``mlx.launch`` the groups are dealt out to the processes, and
-    the first one writes.
+    Each document is a prompt and its answer, and only the answer is learned. An interrupted call is resumed. Under
+    ``mlx.launch`` the groups are distributed over the processes, and the first process writes.
+
+    Args:
+        target: The target model.
+        tokenizer: Its tokenizer.
+        vocab_size: Size of the vocabulary.
+        fingerprint: The tokenizer's fingerprint.
+        groups: All groups of the stage, also those that an earlier call has answered.
+        settings: How to sample.
+        folder: Folder for the shards.
+        progress: Called after each group.
+
+    Returns:
+        The index of the shards.
     """
-    if is_first():
+    if is_first_process():
         with ShardWriter(folder, vocab_size, fingerprint) as writer:
-            answer_groups(target, tokenizer, work, settings, writer, progress)
+            answer_missing_groups(target, tokenizer, groups, settings, writer, progress)
     else:
-        answer_groups(target, tokenizer, work, settings, None, progress)
+        answer_missing_groups(target, tokenizer, groups, settings, None, progress)
     return Index.read(folder)
 
 
-def answer_groups(
+def answer_missing_groups(
     target: nn.Module,
     tokenizer: Any,
-    work: list[Group],
+    groups: list[Group],
     settings: AnswerSettings,
     writer: ShardWriter | None,
     progress: Progress,
 ) -> None:
-    """Answer what ``writer`` does not have yet; None in all processes but the first."""
+    """Answer the groups that ``writer`` does not have yet. It is None in all processes but the first."""
     distributed = mx.distributed.init()
-    done = as_the_first_says(writer.index.notes.get("groups", 0) if writer else 0)
-    total, answered = sum(len(group.prompts) for group in work), sum(len(group.prompts) for group in work[:done])
-    while done < len(work):
-        turn = work[done : done + distributed.size()]
+    done = broadcast(writer.index.notes.get("groups", 0) if writer else 0)
+    total, answered = sum(len(group.prompts) for group in groups), sum(len(group.prompts) for group in groups[:done])
+    while done < len(groups):
+        turn = groups[done : done + distributed.size()]
         mine = turn[distributed.rank()] if distributed.rank() < len(turn) else None
         answers = answer_group(target, tokenizer, mine, settings) if mine else []
-        for group, theirs in zip(turn, gathered(answers, turn, settings, distributed), strict=True):
-            answered += len(theirs)
+        for group, group_answers in zip(turn, gather_answers(answers, turn, settings, distributed), strict=True):
+            answered += len(group_answers)
             if writer:
-                for prompt, answer in zip(group.prompts, theirs, strict=True):
+                for prompt, answer in zip(group.prompts, group_answers, strict=True):
                     writer.add(prompt + answer, [0] * len(prompt) + [1] * len(answer))
         done += len(turn)
         if writer:
@@ -139,13 +161,13 @@ def answer_groups(
             progress(answered, total, writer.index.tokens)
     if writer:
         writer.finish(groups=done, max_tokens=settings.max_tokens, end=end_token(tokenizer))
-    wait_for_all()  # nobody reads the shards before they are finished
+    barrier()  # no process reads the shards before they are finished
 
 
 def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings) -> list[list[int]]:
-    """An answer to each prompt, in tokens, with the EOS that ended it; without one if max_tokens did."""
+    """Sample an answer to each prompt. It ends with EOS, unless max_tokens ended it."""
     mx.random.seed(settings.seed * 1_000_003 + group.number)
-    answers = batch_generate(
+    response = batch_generate(
         target,
         tokenizer,
         group.prompts,
@@ -154,15 +176,18 @@ def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: Answ
         return_token_ids=True,
         completion_batch_size=settings.group,
         prefill_batch_size=settings.group,
-    ).token_ids
-    end = end_token(tokenizer)  # mlx-lm leaves it out
-    return [answer if len(answer) == settings.max_tokens else [*answer, end] for answer in answers]
+    )
+    end = end_token(tokenizer)  # mlx-lm does not return it
+    return [
+        answer if end is None or len(answer) == settings.max_tokens else [*answer, end]
+        for answer in response.token_ids or []
+    ]
 
 
-def gathered(
+def gather_answers(
     answers: list[list[int]], turn: list[Group], settings: AnswerSettings, distributed: mx.distributed.Group
 ) -> Iterator[list[list[int]]]:
-    """What each process answered to its group of ``turn``, on all of them."""
+    """Send each process's answers to all processes. ``turn`` has one group for each process."""
     if distributed.size() == 1:
         return iter([answers][: len(turn)])
     table = np.full((settings.group, settings.max_tokens), -1, np.int32)
@@ -175,16 +200,17 @@ def gathered(
     )
 
 
-def validated(shards: TokenShards) -> dict[str, int]:
-    """Counts of answers that are of little use: given twice, empty, or cut off by max_tokens."""
-    seen, counts = set(), {"answers": 0, "tokens": len(shards), "duplicates": 0, "empty": 0, "truncated": 0}
+def answer_counts(shards: TokenShards) -> dict[str, int]:
+    """Count answers, tokens, and answers of little use: duplicates, empty ones and those that max_tokens cut off."""
+    seen: set[bytes] = set()
+    counts = {"answers": 0, "tokens": len(shards), "duplicates": 0, "empty": 0, "truncated": 0}
     limit, end = (shards.index.notes.get(name) for name in ("max_tokens", "end"))
     for ids, mask in shards.documents():
-        learnt = int(mask.sum())
+        answer_length = int(mask.sum())
         digest = hashlib.sha256(ids.tobytes()).digest()
         counts["answers"] += 1
         counts["duplicates"] += digest in seen
-        counts["empty"] += learnt <= 1  # nothing but the EOS
-        counts["truncated"] += learnt == limit and ids[-1] != end
+        counts["empty"] += answer_length <= 1  # only EOS
+        counts["truncated"] += answer_length == limit and ids[-1] != end
         seen.add(digest)
     return counts

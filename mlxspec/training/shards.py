@@ -1,9 +1,9 @@
 """Token ids on disk.
 
-A folder of shards holds ``index.json`` and for each shard three flat little-endian files: ``00000.ids`` (uint16 or
-uint32, a token each), ``00000.mask`` (uint8, 1 where a token is to be learnt) and ``00000.docs`` (uint32, a document's
-length each). They are memory-mapped, so a corpus may be larger than memory. Documents follow each other without gaps;
-for training they are packed into rows of a fixed length.
+A folder of shards holds ``index.json`` and three flat little-endian files for each shard: ``00000.ids`` (the tokens,
+uint16 or uint32), ``00000.mask`` (uint8, 1 for a token to learn) and ``00000.docs`` (the length of each document,
+uint32). The files are memory-mapped, so a corpus may be larger than memory. They hold one document after the other.
+For training, documents are packed into rows of a fixed length.
 """
 
 import contextlib
@@ -14,103 +14,135 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from mlxspec.errors import TrainingError
-from mlxspec.training.files import write_json, writing
+from mlxspec.files import explain_write_errors, fingerprint, read_json, remove_leftovers, write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**26
 PARTS = ("ids", "mask", "docs")
-EMPTY = hashlib.sha256().hexdigest()
+EMPTY_CHECKSUM = hashlib.sha256().hexdigest()
 
 
 @dataclass
 class Shard:
+    """What the index knows of a shard."""
+
     tokens: int = 0
     documents: int = 0
-    checksums: dict[str, str] = field(default_factory=dict)  # part -> sha256
+    checksums: dict[str, str] = field(default_factory=dict)  # SHA-256 of each part
 
 
 @dataclass
 class Index:
-    """``index.json``: everything that is known without opening the shards."""
+    """The content of ``index.json``, whose keys are the names of the fields.
+
+    Attributes:
+        vocab_size: Size of the vocabulary.
+        tokenizer: Fingerprint of the tokenizer.
+        shards: The shards.
+        learnt: Number of tokens to learn, those with mask 1.
+        complete: Whether the writer has finished.
+        notes: What the writer wants to remember, such as its progress.
+    """
 
     vocab_size: int
-    tokenizer: str  # fingerprint
+    tokenizer: str
     shards: list[Shard] = field(default_factory=list)
-    learnt: int = 0  # tokens whose mask is 1
+    learnt: int = 0
     complete: bool = False
-    notes: dict[str, Any] = field(default_factory=dict)  # the writer's: where it got to, what it skipped
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype:
+        """Type of the stored ids."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     @property
     def tokens(self) -> int:
+        """Number of tokens."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def documents(self) -> int:
+        """Number of documents."""
         return sum(shard.documents for shard in self.shards)
 
     def write(self, folder: Path) -> None:
+        """Replace the index of a folder."""
         write_json(folder / "index.json", {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
-        """Raises TrainingError for a folder that holds no shards of this format."""
+        """Read the index of a folder. Raises TrainingError if the folder holds no shards of this format."""
         try:
-            content = json.loads((folder / "index.json").read_text())
+            content = read_json(folder / "index.json")
             if content.pop("format") != FORMAT:
-                raise TrainingError(f"{folder} holds shards of another format; make them again")
+                raise TrainingError(f"{folder} holds shards of another format; delete it and create them again")
             shards = [Shard(**shard) for shard in content.pop("shards")]
             return cls(shards=shards, **content)
         except OSError as error:
-            raise TrainingError(f"{folder} holds no token shards ({error.strerror}); make some first") from None
+            raise TrainingError(f"{folder} holds no token shards ({error.strerror}); create them first") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, TrainingError):
                 raise
             raise TrainingError(
-                f"{folder / 'index.json'} is damaged ({error}); delete {folder} and make it again"
+                f"{folder / 'index.json'} is damaged ({error}); delete {folder} and create it again"
             ) from None
 
 
 class ShardWriter:
-    """Appends documents to a folder of shards; ``commit`` makes durable what was added, with the writer's own notes.
+    """Appends documents to a folder of shards. A writer of an existing folder continues after its last commit.
 
-    Reopened, it goes on from the last commit: what was written after it is cut off.
+    Args:
+        folder: The folder. It is created if it does not exist.
+        vocab_size: Size of the vocabulary.
+        tokenizer: Fingerprint of the tokenizer.
+        shard_tokens: A new shard starts when the last one has this many tokens.
+
+    Raises:
+        TrainingError: The folder has shards of another tokenizer, or they are damaged.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int, tokenizer: str, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.shard_tokens = Path(folder), shard_tokens
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         if (self.folder / "index.json").exists():
             self.index = Index.read(self.folder)
             if self.index.tokenizer != tokenizer or self.index.vocab_size != vocab_size:
-                raise TrainingError(f"{self.folder} was made with another tokenizer; choose another folder")
+                raise TrainingError(f"{self.folder} was made with another tokenizer; use another folder")
         else:
             self.index = Index(vocab_size, tokenizer)
         self._open_last()
 
     def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
-        """Append one document; ``mask`` is 1 for each token that is to be learnt."""
+        """Append one document.
+
+        Args:
+            ids: The token ids.
+            mask: 1 for each token to learn, else 0.
+
+        Raises:
+            TrainingError: The document is empty, an id is outside the vocabulary, the mask has another length, or the
+                disk is full.
+        """
         tokens = np.asarray(ids, dtype=np.int64)
         if not 0 < tokens.size == len(mask) or tokens.min() < 0 or tokens.max() >= self.index.vocab_size:
             raise TrainingError(
-                f"a document has {tokens.size} tokens, {len(mask)} of a mask, and ids up to {tokens.max(initial=-1)}; "
-                f"expected as many of both, below {self.index.vocab_size}"
+                f"a document has {tokens.size} tokens, a mask of {len(mask)}, and ids up to {tokens.max(initial=-1)}; "
+                f"use as many tokens as mask entries, and ids below {self.index.vocab_size}"
             )
         if self.index.shards[-1].tokens >= self.shard_tokens:
-            self._flush()  # not yet committed: the index on disk still ends before it
+            self._flush()  # not a commit: the index on disk still ends before it
             self.close()
             self.index.shards.append(Shard())
             self._open_last()
         content = (tokens.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([tokens.size], "<u4"))
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             for part, data in zip(PARTS, content, strict=True):
                 self._files[part].write(data.tobytes())
                 self._hashes[part].update(data.tobytes())
@@ -119,21 +151,21 @@ class ShardWriter:
         self.index.learnt += int(content[1].sum())
 
     def commit(self, **notes: Any) -> None:
-        """Everything added so far, and ``notes``, survive whatever happens next."""
+        """Make everything added so far, and ``notes``, durable."""
         self._flush()
         self.index.notes.update(notes)
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             self.index.write(self.folder)
 
     def finish(self, **notes: Any) -> None:
-        """Commit for the last time."""
+        """Commit, mark the shards as complete, and close the files."""
         self.index.complete = True
         self.commit(**notes)
         self.close()
 
     def _flush(self) -> None:
         for part, file in self._files.items():
-            with writing(self.folder):
+            with explain_write_errors(self.folder):
                 file.flush()
                 os.fsync(file.fileno())
             self.index.shards[-1].checksums[part] = self._hashes[part].hexdigest()
@@ -145,9 +177,9 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Leave it at the last commit."""
+        """Close the files. What was not committed may be lost."""
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # what is not committed may be lost
+            with contextlib.suppress(OSError):
                 file.close()
 
     def _open_last(self) -> None:
@@ -155,39 +187,47 @@ class ShardWriter:
             self.index.shards.append(Shard())
         shard, number = self.index.shards[-1], len(self.index.shards) - 1
         sizes = part_sizes(shard, self.index.dtype)
-        self._files, self._hashes = {}, {}
+        self._files: dict[str, BinaryIO] = {}
+        self._hashes: dict[str, Any] = {}
         for part in PARTS:
             path = shard_file(self.folder, number, part)
-            file = self._files[part] = path.open("r+b" if path.exists() else "w+b")
+            file: BinaryIO = path.open("r+b") if path.exists() else path.open("w+b")
+            self._files[part] = file
             file.truncate(min(sizes[part], path.stat().st_size))
             self._hashes[part] = hashlib.sha256(file.read())
-            if self._hashes[part].hexdigest() != shard.checksums.get(part, EMPTY):
+            if self._hashes[part].hexdigest() != shard.checksums.get(part, EMPTY_CHECKSUM):
                 self.close()
-                raise TrainingError(f"{path} is not what was written; delete {self.folder.parent} to make it again")
+                raise TrainingError(
+                    f"{path} has changed since it was written; delete {self.folder.parent} and create it again"
+                )
             file.seek(0, os.SEEK_END)
 
 
 class Rows(NamedTuple):
-    """Some rows of a corpus. The loss at a position is on the token after it, so rows are a token longer."""
+    """Rows of a corpus. They have one more token than positions, since each position predicts the next token."""
 
     ids: np.ndarray  # [rows, length + 1]
     mask: np.ndarray  # [rows, length + 1]
 
 
 class TokenShards:
-    """A folder of finished shards, read through memory maps.
+    """Reads a folder of complete shards through memory maps.
 
-    Raises TrainingError if a file is missing, has another size than the index says, or, with ``verify``, another
-    checksum.
+    Args:
+        folder: The folder.
+        verify: Whether to check the checksums of all files.
+
+    Raises:
+        TrainingError: The shards are incomplete or empty, or a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, verify: bool = False):
         self.folder = Path(folder)
         self.index = Index.read(self.folder)
         if not self.index.complete:
-            raise TrainingError(f"{self.folder} is not finished; run the command that makes it again, it goes on")
+            raise TrainingError(f"{self.folder} is not finished; repeat the command that creates it")
         if not self.index.tokens:
-            raise TrainingError(f"{self.folder} holds no tokens; the corpus was empty")
+            raise TrainingError(f"{self.folder} holds no tokens; create it from a corpus that is not empty")
         self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
         self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
         self._documents = [self._map(number, "docs", verify) for number in range(len(self.index.shards))]
@@ -199,12 +239,12 @@ class TokenShards:
 
     @property
     def fingerprint(self) -> str:
-        """Of the content: the same for the same tokens and masks in the same shards."""
+        """Fingerprint of the tokenizer, tokens and masks."""
         content = [self.index.tokenizer, *(asdict(shard) for shard in self.index.shards)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(content))
 
     def documents(self) -> Iterator[Rows]:
-        """The documents one by one, as they were added; ids and mask [length]."""
+        """Yield the documents in the order in which they were added: ids and mask [length]."""
         start = 0
         for lengths in self._documents:
             for length in lengths:
@@ -212,14 +252,22 @@ class TokenShards:
                 start += int(length)
 
     def count_rows(self, length: int) -> int:
-        """How many rows of ``length`` positions there are."""
+        """Return the number of rows of ``length`` positions."""
         return len(self._spans(length))
 
     def rows(self, length: int, chosen: Sequence[int]) -> Rows:
-        """Rows by number: as many whole documents as fit, then padding, of which nothing is learnt.
+        """Read rows by number.
 
-        Only a document longer than a row is cut; its next row begins with the token that the one before ended with. So
-        an answer is not learnt without the question, as it would be if the stream were cut anywhere.
+        A row has as many whole documents as fit, then padding with mask 0. So an answer is never trained on without its
+        question. Only a document longer than a row is split. Its next row begins with the last token of the row before,
+        so that every token is predicted once.
+
+        Args:
+            length: Positions in a row.
+            chosen: Numbers of the rows.
+
+        Returns:
+            ids and mask [rows, length + 1].
         """
         ids, mask = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8))
         spans = self._spans(length)
@@ -230,14 +278,14 @@ class TokenShards:
         return Rows(ids, mask)
 
     def _spans(self, length: int) -> np.ndarray:
-        """[rows, 2]: where in the stream each row starts and ends."""
+        """Return where each row starts and ends in the sequence of all tokens [rows, 2]."""
         if length not in self._known_spans:
             lengths = (length for documents in self._documents for length in documents.tolist())
-            self._known_spans[length] = packed(lengths, length + 1)
+            self._known_spans[length] = pack(lengths, length + 1)
         return self._known_spans[length]
 
     def _read(self, parts: list[np.ndarray], start: int, count: int) -> np.ndarray:
-        """``count`` entries from ``start`` of the parts in a row."""
+        """Return ``count`` entries from ``start`` of the concatenated parts."""
         pieces, part = [], int(np.searchsorted(self._starts, start, side="right")) - 1
         while count > 0:
             low = start - self._starts[part]
@@ -250,17 +298,25 @@ class TokenShards:
         expected = part_sizes(shard, self.index.dtype)[part]
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
-            raise TrainingError(f"{path} has {found} bytes and the index says {expected}; make these shards again")
+            raise TrainingError(f"{path} has {found} bytes but the index says {expected}; create these shards again")
         dtype = {"ids": self.index.dtype, "mask": np.dtype("u1"), "docs": np.dtype("<u4")}[part]
         content = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype)
-        if verify and hashlib.sha256(content).hexdigest() != shard.checksums[part]:
-            raise TrainingError(f"{path} was changed since it was written; make these shards again")
+        if verify and hashlib.sha256(content.data).hexdigest() != shard.checksums[part]:
+            raise TrainingError(f"{path} has changed since it was written; create these shards again")
         return content
 
 
-def packed(lengths: Iterable[int], room: int) -> np.ndarray:
-    """Documents that follow each other, of ``lengths``, into rows of ``room`` tokens: [rows, 2], start and end."""
-    rows, start, end = array("q"), 0, 0  # not a list: there may be a hundred million
+def pack(lengths: Iterable[int], room: int) -> np.ndarray:
+    """Pack documents into rows.
+
+    Args:
+        lengths: Length of each document. They lie one after the other.
+        room: Tokens in a row.
+
+    Returns:
+        Start and end of each row [rows, 2].
+    """
+    rows, start, end = array("q"), 0, 0  # an array, since there may be a hundred million rows
     for length in lengths:
         if end > start and end + length - start > room:
             rows.extend((start, end))
@@ -268,8 +324,8 @@ def packed(lengths: Iterable[int], room: int) -> np.ndarray:
         end += length
         while end - start > room:
             rows.extend((start, start + room))
-            start += room - 1  # the last token of a row is only predicted in it; from it the next goes on
-        if end - start == 1 < length:  # which was predicted already, and no more follow
+            start += room - 1  # the last token of a row is only predicted there; the next row starts with it
+        if end - start == 1 < length:  # this token was predicted in the row before, and none follows
             start = end
     if end > start:
         rows.extend((start, end))
@@ -277,9 +333,10 @@ def packed(lengths: Iterable[int], room: int) -> np.ndarray:
 
 
 def shard_file(folder: Path, number: int, part: str) -> Path:
+    """Return the path of a part of a shard."""
     return folder / f"{number:05d}.{part}"
 
 
 def part_sizes(shard: Shard, dtype: np.dtype) -> dict[str, int]:
-    """Bytes."""
+    """Return the bytes of each part of a shard."""
     return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": shard.documents * 4}

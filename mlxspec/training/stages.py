@@ -1,11 +1,9 @@
-"""The three stages, each a function from a target and settings to a folder.
+"""The three stages of training. Each is a function from a target and settings to a folder.
 
-A stage's folder has ``stage.json``: what went into it, as settings and fingerprints, and whether it is complete. Run
-again with the same inputs, a complete stage is skipped and an unfinished one goes on; with other inputs it refuses.
+A stage's folder records the inputs of the stage. Repeating a stage with the same inputs skips it if it is complete and
+resumes it if it is not. With other inputs the stage is refused.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,44 +14,55 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.files import explain_write_errors, fingerprint, fingerprint_files, read_json, remove_leftovers, write_json
 from mlxspec.models.drafter import Drafter
-from mlxspec.models.loading import TOKENIZER_FILES, read_config, read_tokenizer, resolved
+from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
 from mlxspec.models.quantizing import COPIED
 from mlxspec.models.tokens import check_same_tokens
-from mlxspec.training.cached_teacher import CachedTeacher
+from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import corpus_files, read_prompts, split_prompts, tokenize_corpus
-from mlxspec.training.evaluation import Evaluation
-from mlxspec.training.files import Metrics, write_json, writing
+from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
-from mlxspec.training.memory import check_fits, training_bytes
-from mlxspec.training.mixture import Mixture
-from mlxspec.training.objectives import Teacher, objective
-from mlxspec.training.processes import is_first
-from mlxspec.training.record import begin, complete
-from mlxspec.training.responses import AnswerSettings, answer_all, groups, groups_from_nothing
+from mlxspec.training.objectives import objective
+from mlxspec.training.responses import AnswerSettings, bos_groups, prompt_groups, write_answers
+from mlxspec.training.run_folder import Metrics, complete_stage, is_first_process, start_stage
+from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
-from mlxspec.training.target import Target, fingerprint
-from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.target import Target
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
 
-UNIMPORTANT = ("checkpoint_every", "log_every", "recompute")  # settings that change nothing about the result
-# What an unfinished stage may go on with other values of: where a loss stopped being a number, or memory ran out.
+NOT_INPUTS = ("checkpoint_every", "log_every", "recompute")  # settings that do not change the result
+# Inputs that may change while a stage is unfinished, for a run that diverged or ran out of memory.
 CHANGEABLE = ("learning_rate", "clip", "weight_decay", "accumulate", "precision", "evaluate_every", "evaluation")
 
 
 def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> TokenShards:
-    """Text files in tokens, made once."""
-    inputs = {"content": fingerprint(corpus_files(data)), "tokenizer": target.tokens}
-    if begin(folder, inputs):
-        target.listener.stage(folder.name, "tokenising")
-        if is_first():
-            shutil.rmtree(folder / "tokens", ignore_errors=True)  # quick to make again, so half of it is not kept
+    """Tokenize text for pretraining.
+
+    Args:
+        target: The target, for its tokenizer.
+        data: Files, folders or patterns.
+        folder: The stage's folder.
+
+    Raises:
+        TrainingError: The text cannot be read, or the folder was created from other text.
+    """
+    inputs = {"content": fingerprint_files(corpus_files(data)), "tokenizer": target.tokenizer_fingerprint}
+    if start_stage(folder, inputs):
+        target.listener.stage(folder.name, "tokenizing")
+        if is_first_process():
+            shutil.rmtree(folder / "tokens", ignore_errors=True)  # not resumed, since tokenizing is fast
             _, bad = tokenize_corpus(
-                data, target.tokenizer, target.vocab_size, target.tokens, folder / "tokens", target.listener.work
+                data,
+                target.tokenizer,
+                target.vocab_size,
+                target.tokenizer_fingerprint,
+                folder / "tokens",
+                target.listener.work,
             )
             target.listener.bad_lines(bad)
-        complete(folder)
+        complete_stage(folder)
     return TokenShards(folder / "tokens", verify=True)
 
 
@@ -65,38 +74,50 @@ def distill(
     folder: Path,
     held_out: int = 0,
 ) -> TokenShards:
-    """The target's answers to prompts, all but the last ``held_out``; without prompts, its texts from BOS."""
+    """Let the target answer prompts, or write text from BOS if there are none.
+
+    Args:
+        target: The target.
+        prompts: Files, folders or patterns.
+        system: System prompt for prompts that have none.
+        settings: How to sample.
+        folder: The stage's folder.
+        held_out: Number of prompts that are not answered, from the end.
+
+    Raises:
+        TrainingError: The prompts cannot be read, or the folder was created with other inputs.
+    """
     inputs = {
-        "content": fingerprint(corpus_files(prompts)),
+        "content": fingerprint_files(corpus_files(prompts)),
         "system": system,
         "held_out": held_out,
         "target": target.fingerprint,
-        "tokenizer": target.tokens,
+        "tokenizer": target.tokenizer_fingerprint,
         **asdict(settings),
     }
-    if begin(folder, inputs):
-        target.listener.stage(folder.name, "the target answers")
+    if start_stage(folder, inputs):
+        target.listener.stage(folder.name, "the target answers prompts" if prompts else "the target writes text")
         if prompts:
             read, bad = read_prompts(prompts, target.tokenizer, system)
             target.listener.bad_lines(bad)
-            learnt, kept = split_prompts(read, held_out, settings.max_tokens, target.context)
-            if len(learnt) + len(kept) < len(read):
-                told = f"{len(learnt)} of {len(read)} prompts; others are held out, equal one that is, or are too long"
-                target.listener.stage(folder.name, told)
-            work = groups(learnt, settings)
+            training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
+            if len(training) + len(unseen) < len(read):
+                what = f"{len(training)} of {len(read)} prompts; the others are held out, duplicate those, or too long"
+                target.listener.stage(folder.name, what)
+            groups = prompt_groups(training, settings)
         else:
-            work = groups_from_nothing(target.tokenizer.bos_token_id, settings)
-        answer_all(
+            groups = bos_groups(target.tokenizer.bos_token_id, settings)
+        write_answers(
             target.model,
             target.tokenizer,
             target.vocab_size,
-            target.tokens,
-            work,
+            target.tokenizer_fingerprint,
+            groups,
             settings,
             folder / "tokens",
             target.listener.work,
         )
-        complete(folder)
+        complete_stage(folder)
     return TokenShards(folder / "tokens", verify=True)
 
 
@@ -110,41 +131,59 @@ def train(
     evaluation: Evaluation | None = None,
     teacher_top_k: int = 0,
 ) -> tuple[Drafter, Metrics]:
-    """Train ``drafter`` on a mixture of shards (each with its share) and leave it in ``folder/drafter``.
+    """Train a drafter, and write it to ``folder/drafter``.
 
-    With ``teacher_top_k`` the target's most likely tokens are kept beside the shards and read from there.
+    Args:
+        target: The target.
+        drafter: The drafter to start from.
+        sources: Shards, each with its share of the rows.
+        loss: The loss.
+        settings: The settings.
+        folder: The stage's folder.
+        evaluation: How to score the drafter, None to keep the last one.
+        teacher_top_k: Store so many of the target's most likely tokens next to the shards, and train on those.
+            0 to run the target in every step.
 
-    Raises TrainingError if shards, drafter and target do not have the same tokens, or a step would not fit.
+    Returns:
+        The trained drafter and its scores.
+
+    Raises:
+        TrainingError: Shards, drafter and target have different tokenizers, a step does not fit into memory, or the
+            folder was created with other inputs.
+        InvalidRequestError: The settings contradict each other.
     """
     for shards, _ in sources:
-        check_tokens(shards.index, target, shards.folder)
+        check_tokenizer(shards.index, target, shards.folder)
     if drafter.config.vocab_size != target.vocab_size:
         raise TrainingError(
-            f"the drafter has a vocabulary of {drafter.config.vocab_size} and {target.name} one of {target.vocab_size}"
-            "; start from a drafter made for this target"
+            f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
+            "start from a drafter made for this target"
         )
     inputs = {
         "drafter": weights_fingerprint(drafter),
         "shards": [[shards.fingerprint, share] for shards, share in sources],
-        "tokenizer": target.tokens,
+        "tokenizer": target.tokenizer_fingerprint,
         "target": target.fingerprint if loss.needs_target or evaluation else None,
-        "evaluation": evaluation.described if evaluation else None,
+        "evaluation": evaluation.inputs if evaluation else None,
         "teacher_top_k": teacher_top_k,
         **asdict(loss),
-        **{name: value for name, value in asdict(settings).items() if name not in UNIMPORTANT},
+        **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
     }
     check_loss(loss, settings, teacher_top_k)
     out = folder / "drafter"
-    if not begin(folder, inputs, CHANGEABLE):
-        trained = Drafter.load(out)
-        return trained, json.loads((folder / "stage.json").read_text())["result"]
+    if not start_stage(folder, inputs, CHANGEABLE):
+        return Drafter.load(out), read_json(folder / "stage.json")["result"]
     target.listener.stage(
         folder.name, f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
     )
-    batches = Mixture(
-        [s for s, _ in sources], [share for _, share in sources], settings.length, settings.batch, settings.seed
+    batches = Batches(
+        [shards for shards, _ in sources],
+        [share for _, share in sources],
+        settings.length,
+        settings.batch,
+        settings.seed,
     )
-    teacher = teacher_of(target, batches, settings, teacher_top_k) if loss.needs_target else None
+    teacher = new_teacher(target, batches, settings, teacher_top_k) if loss.needs_target else None
     check_fits(step_bytes(drafter, target, loss, settings))
     trainer = Trainer(
         drafter,
@@ -152,74 +191,79 @@ def train(
         batches,
         settings,
         folder,
-        evaluation.measure if evaluation else None,
+        evaluation.scorer if evaluation else None,
         teacher,
         partial(target.listener.step, settings.steps),
     )
     result = trainer.run()
-    if is_first():
-        with writing(out):
+    if is_first_process():
+        remove_leftovers(out)
+        with explain_write_errors(out):
             drafter.save(out)
             copy_tokenizer(target.folder, out)
             write_json(out / "training.json", {"inputs": inputs, "result": result})
-    complete(folder, result)
+    complete_stage(folder, result)
     return drafter, result
 
 
-def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingSettings) -> int:
-    """What a step will need of memory in this process."""
-    processes = mx.distributed.init().size()
-    beside = (target.bytes, target.config) if loss.needs_target else ()
-    return training_bytes(drafter.config, settings, processes, *beside)
-
-
 def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
-    """Raises InvalidRequestError for settings that do not go together."""
+    """Raise InvalidRequestError if loss, settings and teacher contradict each other."""
     if loss.needs_target and top_k and len(settings.temperatures) > 1:
         raise InvalidRequestError(
-            f"temperatures are {settings.temperatures} and teacher_top_k {top_k}; what is stored is of one temperature:"
-            " use one, or teacher_top_k 0"
+            f"temperatures are {settings.temperatures} with teacher_top_k {top_k}, which stores one temperature; use "
+            "one temperature, or teacher_top_k 0"
         )
     parts = settings.accumulate * mx.distributed.init().size()
     if loss.needs_batch_statistics and parts > 1:
         raise InvalidRequestError(
-            f"statistics are of the batch, and it is worked off in {parts} parts; use statistics position, or one "
-            "process and accumulate 1"
+            f"statistics is batch, but the batch is computed in {parts} parts; use statistics position, or one process "
+            "and accumulate 1"
         )
 
 
-def teacher_of(target: Target, batches: Mixture, settings: TrainingSettings, top_k: int) -> Teacher:
+def new_teacher(target: Target, batches: Batches, settings: TrainingSettings, top_k: int) -> Teacher:
+    """Return a teacher that caches the top k tokens, or an online teacher for ``top_k`` 0."""
     if not top_k:
         return OnlineTeacher(target.model)
     return CachedTeacher(target.model, batches, target.vocab_size, top_k, settings.temperatures[0], target.fingerprint)
 
 
-def check_tokens(index: Index, target: Target, folder: Path) -> None:
-    if index.tokenizer != target.tokens or index.vocab_size != target.vocab_size:
+def check_tokenizer(index: Index, target: Target, folder: Path) -> None:
+    """Raise TrainingError if shards were made with another tokenizer than the target's."""
+    if index.tokenizer != target.tokenizer_fingerprint or index.vocab_size != target.vocab_size:
         raise TrainingError(
             f"{folder} was made with another tokenizer (vocabulary of {index.vocab_size}) than {target.name}'s "
-            f"({target.vocab_size}); make the shards again with this target"
+            f"({target.vocab_size}); create the shards again with this target"
         )
 
 
 def weights_fingerprint(drafter: Drafter) -> str:
-    digest = hashlib.sha256(repr(drafter.config).encode())
-    for _, weight in sorted(tree_flatten(drafter.parameters())):
-        digest.update(bytes(memoryview(weight.astype(mx.float32))))
-    return digest.hexdigest()[:16]
+    """Return a fingerprint of a drafter's shape and weights."""
+    weights = sorted(dict(tree_flatten(drafter.parameters())).items())
+    parts = (memoryview(weight.astype(mx.float32).flatten()) for _, weight in weights)
+    return fingerprint(repr(drafter.config), *parts)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a model's tokenizer files into a folder."""
     for name in (*COPIED, *TOKENIZER_FILES):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
 
 
-def start_from(name: str | Path, target: Target) -> Drafter:
-    """A drafter to go on with. Raises an MlxspecError if it is none, or one with other tokens than the target."""
-    folder = resolved(name)
+def load_drafter(name: str | Path, target: Target) -> Drafter:
+    """Load a drafter to continue training from.
+
+    Args:
+        name: Folder, hub id or short name.
+        target: The target it will be trained for.
+
+    Raises:
+        MlxspecError: It cannot be read as a drafter, is quantized, or has another tokenizer than the target.
+    """
+    folder = model_folder(name)
     if "quantization" in read_config(folder):
-        raise InvalidRequestError(f"{folder} is quantised and cannot be trained; start from the unquantised drafter")
+        raise InvalidRequestError(f"{folder} is quantized and cannot be trained; start from the unquantized drafter")
     if any((folder / file).exists() for file in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
     return Drafter.load(folder, mx.float32)

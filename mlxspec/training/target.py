@@ -1,8 +1,7 @@
-"""The model that a drafter is made for, and the new drafter's shape."""
+"""The model that a drafter is made for, and the shape of a new drafter."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,93 +11,111 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxspec.errors import TrainingError
+from mlxspec.files import fingerprint, fingerprint_files
 from mlxspec.models.drafter import Drafter, DrafterConfig
-from mlxspec.models.loading import read_config, read_model, read_tokenizer, resolved
+from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
 from mlxspec.models.memory import declared_context
 from mlxspec.models.quantizing import dequantized
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines
-from mlxspec.training.files import Metrics
-
-SAMPLES, SAMPLED = 256, 2**14  # places in a file that its fingerprint looks at, and bytes at each
+from mlxspec.training.run_folder import Metrics
 
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """A new drafter's shape; the vocabulary is the target's. The defaults are the 115M preset of arXiv 2403.00858."""
+    """Shape of a new drafter. It has the target's vocabulary. The defaults are those of arXiv 2403.00858 (115M)."""
 
-    hidden_size: int = option(1024, "Width.")
-    intermediate_size: int = option(2816, "Width inside the MLP.")
-    num_hidden_layers: int = option(4, "Layers.")
-    num_attention_heads: int = option(8, "Heads.")
-    num_key_value_heads: int | None = option(None, "Heads of keys and values; as many as heads if not given.")
-    tie_word_embeddings: bool = option(False, "One table for input and output.")
+    hidden_size: int = option(1024, "Size of the hidden states.")
+    intermediate_size: int = option(2816, "Size of the MLP's inner layer.")
+    num_hidden_layers: int = option(4, "Number of layers.")
+    num_attention_heads: int = option(8, "Number of attention heads.")
+    num_key_value_heads: int | None = option(
+        None, "Number of key and value heads. By default that of the attention heads."
+    )
+    tie_word_embeddings: bool = option(False, "Use the input embedding as the output head.")
 
 
 @dataclass
 class Listener:
-    """Whom the stages tell how they get on."""
+    """Callbacks for the progress of the stages.
+
+    Attributes:
+        stage: A stage starts: its name and a description.
+        work: Shards grow: work done, total work, tokens so far.
+        step: A training step ends: number of steps, the step, its metrics.
+        bad_lines: A corpus was read.
+    """
 
     stage: Callable[[str, str], None] = lambda name, what: None
-    work: Callable[[int, int, int], None] = lambda done, total, tokens: None  # of making shards
+    work: Callable[[int, int, int], None] = lambda done, total, tokens: None
     step: Callable[[int, int, Metrics], None] = lambda steps, step, metrics: None
     bad_lines: Callable[[BadLines], None] = lambda bad: None
 
 
 @dataclass
 class Target:
-    """The model that a drafter is made for; nothing is read before it is needed."""
+    """The model that a drafter is made for. Files are read when they are first needed.
+
+    Args:
+        name: Folder, hub id or short name.
+        listener: Callbacks for the progress of the stages.
+    """
 
     name: str
     listener: Listener = field(default_factory=Listener)
 
     @cached_property
     def folder(self) -> Path:
-        return resolved(self.name)
+        """The local folder."""
+        return model_folder(self.name)
 
     @cached_property
     def tokenizer(self) -> Any:
+        """mlx-lm's tokenizer."""
         return read_tokenizer(self.folder, self.name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The content of config.json."""
         return read_config(self.folder)
 
     @property
     def vocab_size(self) -> int:
-        """Of its logits; an old config does not say, the tokenizer then does."""
+        """Number of logits, or the size of the tokenizer if the config does not state it."""
         size = self.config.get("vocab_size", -1)
         return size if size > 0 else len(self.tokenizer.get_vocab())
 
     @property
     def context(self) -> int | None:
+        """Maximum number of positions, None if the config does not state it."""
         return declared_context(self.config)
 
     @property
-    def bytes(self) -> int:
-        """Of the weights as they are held in training."""
-        return sum(weight.nbytes for _, weight in tree_flatten(self.model.parameters()))
+    def weight_bytes(self) -> int:
+        """Memory of the weights during training."""
+        return sum(weight.nbytes for weight in dict(tree_flatten(self.model.parameters())).values())
 
     @cached_property
     def model(self) -> nn.Module:
+        """The model. On the CPU back end it is dequantized, since quantized products are slow there."""
         model = read_model(self.folder)
         return dequantized(model) if mx.default_device().type == mx.cpu else model
 
     @cached_property
-    def tokens(self) -> str:
-        """Fingerprint of the tokenizer: which text each id is."""
+    def tokenizer_fingerprint(self) -> str:
+        """Fingerprint of the map from ids to text."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(vocabulary))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the weights and the config, wherever the folder is."""
+        """Fingerprint of the weights and the config."""
         config = json.dumps(self.config, sort_keys=True)
-        return fingerprint(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]), config)
+        return fingerprint_files(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]), config)
 
     def new_drafter(self, shape: DrafterShape, seed: int) -> Drafter:
+        """Return a drafter for this target with random weights."""
         bos, eos = self.tokenizer.bos_token_id, end_token(self.tokenizer)
         context = self.context or 2048
         mx.random.seed(seed)
@@ -107,25 +124,3 @@ class Target:
                 self.vocab_size, **asdict(shape), max_position_embeddings=context, bos_token_id=bos, eos_token_id=eos
             )
         )
-
-
-def fingerprint(files: Iterable[Path], beside: str = "") -> str:
-    """Of the files' content (of a large one, of samples all over it) and of a text, wherever the files are.
-
-    Raises TrainingError for a file that cannot be read.
-    """
-    digest = hashlib.sha256(beside.encode())
-    for file in files:
-        try:
-            with file.open("rb") as content:
-                size = file.stat().st_size
-                digest.update(f"{size}".encode())
-                if size <= SAMPLES * SAMPLED:
-                    digest.update(content.read())
-                    continue
-                for sample in range(SAMPLES):
-                    content.seek(sample * (size - SAMPLED) // (SAMPLES - 1))
-                    digest.update(content.read(SAMPLED))
-        except OSError as error:
-            raise TrainingError(f"{file} cannot be read ({error.strerror}); make it readable or leave it out") from None
-    return digest.hexdigest()[:16]

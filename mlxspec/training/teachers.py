@@ -1,24 +1,37 @@
-"""Where the target's probabilities come from in training: from the target itself, at every step."""
+"""Teachers: where the target's probabilities come from during training.
+
+``OnlineTeacher`` runs the target in every step. ``CachedTeacher`` stores the target's most likely tokens on disk when a
+row is first used, so from the second epoch on a step does not run the target.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlxspec.training.chunked import TeacherProbs, log_softmax
+from mlxspec.errors import InvalidRequestError
+from mlxspec.files import explain_write_errors
+from mlxspec.training.batches import Batches
+from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
+
+SMALLEST_PROB = 1e-30  # replaces 0 in logarithms
 
 
 class OnlineTeacher:
-    """The target, resident and in the same graph as the drafter's step.
+    """Runs the target in the same graph as the drafter's step.
 
-    Its logits are made chunk by chunk from hidden states where the model is a body and a linear head, which is tried
-    out on a few tokens; for a model that does more to its logits (caps or scales them) they are kept whole.
+    If the model is a body and a linear head, its logits are computed in chunks from its hidden states. A trial on a few
+    tokens decides that. The logits of other models, which cap or scale them, are kept whole.
     """
 
     def __init__(self, target: nn.Module):
         self.target = target
-        self._body = getattr(target, "model", None)
-        self._head = getattr(target, "lm_head", None) or getattr(
+        self._body: Any = getattr(target, "model", None)
+        self._head: Any = getattr(target, "lm_head", None) or getattr(
             getattr(self._body, "embed_tokens", None), "as_linear", None
         )
         self.splits = self._is_body_and_head()
@@ -28,23 +41,176 @@ class OnlineTeacher:
             return False
         tokens = mx.array([[1, 2, 3, 4]])
         try:
-            return mx.allclose(self._head(self._body(tokens)), self.target(tokens), rtol=1e-3, atol=1e-3).item()
-        except (TypeError, ValueError, AttributeError):  # a body that wants other arguments
+            return bool(mx.allclose(self._head(self._body(tokens)), self.target(tokens), rtol=1e-3, atol=1e-3).item())
+        except (TypeError, ValueError, AttributeError):  # the body takes other arguments
             return False
 
-    def stored(self, choice: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
-        """Nothing: it is asked within the step."""
+    def load_rows(self, row_numbers: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
+        """Return no arrays, since the target runs within the step."""
         return ()
 
     def states(self, inputs: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        """tokens [B, L] -> hidden states, or whole logits [B, L, V]."""
+        """Run the target on tokens [B, L]. Returns its hidden states [B, L, H], or its logits [B, L, V]."""
         return (self._body(inputs) if self.splits else self.target(inputs),)
 
     def probs(self, temperature: mx.array) -> TeacherProbs:
+        """Return the function that computes p and log p from a chunk of ``states``."""
+
         def teacher_probs(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
             logits = self._head(states[0]) if self.splits else states[0]
-            # A target may pad its vocabulary beyond the drafter's: what is there is not drawn.
+            # A target may pad its vocabulary beyond the drafter's. The padding is never sampled.
             log_p, p = log_softmax(logits[:, : log_q.shape[-1]].astype(mx.float32) / temperature)
             return p, log_p
 
         return teacher_probs
+
+
+@dataclass
+class TopKStore:
+    """Token ids and float16 log-probabilities of the rows of one folder of shards, each [length, k], in two flat files.
+
+    A position takes 4k bytes, or 6k for a vocabulary beyond 65536. The files are sparse: a row takes space when it is
+    written.
+
+    Args:
+        folder: Folder of the two files.
+        rows: Number of rows.
+        length: Positions in a row.
+        k: Tokens at each position.
+        id_type: NumPy type of the ids.
+    """
+
+    folder: Path
+    rows: int
+    length: int
+    k: int
+    id_type: type
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._parts = [self._open("ids", self.id_type), self._open("logprobs", np.float16)]
+
+    def _open(self, name: str, dtype: type) -> np.ndarray:
+        path, shape = self.folder / name, (self.rows, self.length, self.k)
+        with path.open("ab") as file:
+            file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype, "r", shape=shape)
+
+    def has(self, row: int) -> bool:
+        """Return whether a row was written. The top k tokens differ, so two equal ids are zeros of a sparse file."""
+        ids, logprobs = (part[row] for part in self._parts)
+        return bool((ids[:, 0] != ids[:, 1]).all() and (logprobs != 0).any(-1).all())
+
+    def read(self, row: int) -> list[np.ndarray]:
+        """Return the ids and the log-probabilities of a row, each [length, k]."""
+        return [part[row] for part in self._parts]
+
+    def write(self, row: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Store a row. On a full disk this raises OSError; writing through the memory map would kill the process."""
+        parts = {"ids": ids.astype(self.id_type), "logprobs": logprobs.astype(np.float16)}
+        for name, part in parts.items():
+            with (self.folder / name).open("r+b") as file:
+                file.seek(row * part.nbytes)
+                file.write(part.tobytes())
+
+
+class CachedTeacher:
+    """Stores the target's k largest probabilities at each position.
+
+    The remaining probability is assumed to be distributed as in the drafter. Every loss is then the loss between two
+    distributions over k + 1 events. The store is next to the shards, in a folder named after the target's fingerprint
+    and everything else that changes its content, so several stages can share it.
+
+    Args:
+        target: The target model.
+        batches: The batches to be trained on.
+        vocab_size: Size of the vocabulary.
+        k: Number of tokens at each position.
+        temperature: The temperature of the stored probabilities.
+        fingerprint: The target's fingerprint.
+
+    Raises:
+        InvalidRequestError: k is out of range.
+    """
+
+    def __init__(
+        self, target: nn.Module, batches: Batches, vocab_size: int, k: int, temperature: float, fingerprint: str
+    ):
+        if not 1 < k < vocab_size:
+            raise InvalidRequestError(
+                f"teacher_top_k is {k}; use 2 to {vocab_size - 1}, or 0 to run the target in every step"
+            )
+        self.batches, self.temperature, self.k = batches, temperature, k
+        self._online = OnlineTeacher(target)
+        self._log_q = mx.zeros((1, vocab_size))  # its shape tells the teacher the size of the vocabulary
+        name = f"teacher-{fingerprint}-{k}-of-{batches.length}-at-{temperature:g}"
+        id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
+        self._stores = [
+            TopKStore(shards.folder / name, shards.count_rows(batches.length), batches.length, k, id_type)
+            for shards in batches.shards
+        ]
+
+    def load_rows(self, row_numbers: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
+        """Read a batch from disk. If one of its rows is missing, run the target on the batch first.
+
+        Args:
+            row_numbers: (number of the source, number of the row in it) for each row.
+
+        Returns:
+            ids and log-probabilities, each [B, L, k].
+
+        Raises:
+            TrainingError: There is no space to store a row.
+        """
+        if not all(self._stores[source].has(row) for source, row in row_numbers):
+            self._fill(row_numbers)
+        ids, logprobs = zip(*(self._stores[source].read(row) for source, row in row_numbers), strict=True)
+        return mx.array(np.stack(ids).astype(np.int32)), mx.array(np.stack(logprobs)).astype(mx.float32)
+
+    def _fill(self, row_numbers: Sequence[tuple[int, int]]) -> None:
+        """Run the target on all rows of the batch, and store those that are missing.
+
+        Known rows are run too, so that the stored numbers depend on the batch alone. A run that was killed after some
+        rows were written then ends with the same weights.
+        """
+        rows = [self.batches.shards[source].rows(self.batches.length, [row]).ids[0, :-1] for source, row in row_numbers]
+        (states,) = self._online.states(mx.array(np.stack(rows)), ())
+        teacher_probs = self._online.probs(mx.array(self.temperature))
+        for place, (source, row) in enumerate(row_numbers):
+            _, log_p = teacher_probs((states[place],), self._log_q)  # [L, V], one row at a time
+            ids = mx.argpartition(-log_p, self.k - 1, axis=-1)[:, : self.k]
+            logprobs = mx.take_along_axis(log_p, ids, axis=-1)
+            store = self._stores[source]
+            if not store.has(row):
+                with explain_write_errors(store.folder):
+                    store.write(row, np.array(ids), np.array(logprobs))
+
+    def states(self, inputs: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        """Return the arrays that ``load_rows`` read."""
+        return stored
+
+    def probs(self, temperature: mx.array) -> TeacherProbs:
+        """Return the function that computes p and log p from a chunk of ``states``."""
+        return probs_from_top_k
+
+
+Teacher = OnlineTeacher | CachedTeacher
+
+
+def probs_from_top_k(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
+    """Complete the top k to a distribution over the vocabulary.
+
+    Args:
+        states: Token ids and log-probabilities, each [n, k].
+        log_q: The drafter's log-probabilities [n, V].
+
+    Returns:
+        p and log p [n, V].
+    """
+    ids, top_logprobs = states
+    top_p = mx.exp(top_logprobs)
+    tail = mx.maximum(1 - top_p.sum(-1, keepdims=True), SMALLEST_PROB)
+    log_q_top = mx.take_along_axis(log_q, ids, axis=-1)
+    q_tail = mx.maximum(1 - mx.exp(log_q_top).sum(-1, keepdims=True), SMALLEST_PROB)
+    log_p = mx.put_along_axis(log_q + mx.log(tail / q_tail), ids, top_logprobs, axis=-1)
+    return mx.exp(log_p), log_p

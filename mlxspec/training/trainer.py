@@ -1,10 +1,13 @@
-"""One training loop for every stage: batches are functions of the step, so resuming is an integer."""
+"""The training loop and its settings. Every stage uses the same loop.
 
-import json
+Batches are functions of the step, so a resumed run needs to know only its step.
+"""
+
 import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,47 +15,125 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map
 
 from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.files import explain_write_errors, remove_leftovers
 from mlxspec.models.drafter import Drafter
+from mlxspec.settings import option
+from mlxspec.training.batches import Batches
 from mlxspec.training.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
-from mlxspec.training.evaluation import Evaluate
-from mlxspec.training.files import Metrics, read_metrics, write_whole, writing
-from mlxspec.training.mixture import Mixture
-from mlxspec.training.objectives import Batch, Objective, Teacher
-from mlxspec.training.processes import as_the_first_says, is_first, wait_for_all
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.objectives import Batch, Objective
+from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
+from mlxspec.training.teachers import Teacher
 
-Report = Callable[[int, Metrics], None]
+LARGEST_TEMPERATURE = 10.0
+PRECISIONS: dict[str, mx.Dtype | None] = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16}
+
+Report = Callable[[int, Metrics], None]  # step, metrics
+Scorer = Callable[[Drafter], Metrics]  # measures a drafter; "block_efficiency" decides which drafter is kept
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of a training stage. Raises InvalidRequestError for a value outside its range."""
+
+    steps: int = option(1000, "Number of optimizer steps.")
+    batch: int = option(16, "Rows in a step, over all processes.")
+    length: int = option(512, "Positions in a row.")
+    learning_rate: float = option(1e-3, "Peak learning rate, after the warmup.")
+    warmup: int = option(50, "Steps in which the learning rate rises to its peak.")
+    final_rate: float = option(0.05, "Learning rate of the last step, as a fraction of the peak.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW. It applies to matrices only.")
+    clip: float = option(1.0, "Maximum gradient norm.")
+    accumulate: int = option(1, "Gradient accumulation: number of parts in which a batch is computed, to save memory.")
+    temperatures: tuple[float, ...] = option(
+        (1.0,), "Temperatures of p and q in a distillation loss. The steps use them in turn."
+    )
+    precision: str = option(
+        "auto", "Precision of the computation. Weights stay float32.", choices=lambda: list(PRECISIONS)
+    )
+    recompute: bool = option(
+        False,
+        "Activation checkpointing: keep only the layers' inputs for the backward pass and compute the rest again.",
+    )
+    seed: int = option(0, "Random seed. Runs with the same seed give the same result.")
+    checkpoint_every: int = option(200, "Steps between checkpoints.")
+    evaluate_every: int = option(0, "Steps between measurements of block efficiency. 0 to measure none.")
+    log_every: int = option(10, "Steps between lines of metrics.jsonl.")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "length", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use a positive number")
+        for name in ("warmup", "final_rate", "weight_decay", "seed", "evaluate_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if self.batch % self.accumulate:
+            raise InvalidRequestError(f"accumulate is {self.accumulate}; use a divisor of batch, {self.batch}")
+        if self.precision not in PRECISIONS:
+            raise InvalidRequestError(f"precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
+        if not self.temperatures or not all(0 < t <= LARGEST_TEMPERATURE for t in self.temperatures):
+            raise InvalidRequestError(
+                f"temperatures are {self.temperatures}; use numbers in (0, {LARGEST_TEMPERATURE}]"
+            )
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0: a linear warmup, then cosine decay."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
+        decay = (1 + math.cos(math.pi * min(progress, 1))) / 2
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * decay)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the computation. "auto" is bfloat16 on a GPU. On the CPU it is float32, which is 50 times faster."""
+        return PRECISIONS[self.precision] or (mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16)
 
 
 class Trainer:
-    """Trains a drafter in place; ``folder`` keeps checkpoints, the best drafter and metrics.jsonl.
+    """Trains a drafter in place.
 
-    With ``evaluate``, what the drafter is worth is measured every ``evaluate_every`` steps and after the last, and the
-    best one is what remains; without, the last one. Under ``mlx.launch`` each process takes its share of every batch,
-    and the first one writes.
+    Under ``mlx.launch`` each process computes its share of every batch, and the first process writes.
+
+    Args:
+        drafter: The drafter.
+        objective: The function to minimize.
+        batches: The data.
+        settings: The settings.
+        folder: Folder for checkpoints, the best drafter and metrics.jsonl.
+        scorer: Measures the drafter every ``evaluate_every`` steps and after the last step. The drafter with the best
+            block efficiency is kept. None to keep the last drafter.
+        teacher: The teacher of ``objective``, if it has stored the rows of a batch.
+        report: Called with the metrics of every step.
+
+    Raises:
+        InvalidRequestError: The batch cannot be divided among the processes and parts.
     """
 
     def __init__(
         self,
         drafter: Drafter,
         objective: Objective,
-        batches: Mixture,
+        batches: Batches,
         settings: TrainingSettings,
         folder: Path,
-        evaluate: Evaluate | None = None,
+        scorer: Scorer | None = None,
         teacher: Teacher | None = None,
         report: Report = lambda step, metrics: None,
     ):
         self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
-        self.folder, self.evaluate, self.teacher, self.report = folder, evaluate, teacher, report
+        self.folder, self.scorer, self.teacher, self.report = folder, scorer, teacher, report
         self.group = mx.distributed.init()
         parts = self.group.size() * settings.accumulate
         if settings.batch % parts:
             raise InvalidRequestError(
-                f"batch is {settings.batch}; use a multiple of {parts}, the processes times accumulate"
+                f"batch is {settings.batch}; use a multiple of {parts}, the number of processes times accumulate"
             )
         self.optimizer = optim.MultiOptimizer(
             [
@@ -64,55 +145,63 @@ class Trainer:
         self.best: Metrics = {}
 
     def run(self) -> Metrics:
-        """Train from the last checkpoint, if there is one, to the end. Returns the metrics of the drafter that is kept.
+        """Train to the last step, from the last checkpoint if there is one.
 
-        Raises TrainingError if the loss stops being a number or a checkpoint cannot be written.
+        Returns:
+            The scores of the drafter that is kept, empty without a scorer.
+
+        Raises:
+            TrainingError: The loss or its gradient is not finite, or a file cannot be written.
         """
         self.drafter.set_dtype(mx.float32)
         self.optimizer.init(self.drafter.trainable_parameters())
         found = load_checkpoint(self.folder, self.drafter, self.optimizer) or {"step": 0, "best": {}}
         start, self.best = found["step"], found["best"]
-        if as_the_first_says(start) != start:
-            raise TrainingError(f"{self.folder} is not the same for all processes; use a folder that all of them share")
+        if broadcast(start) != start:
+            raise TrainingError(f"{self.folder} differs between processes; use a folder that all processes share")
         self._compile()
-        self._forget_metrics_after(start)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_first_process():
+            remove_leftovers(self.folder / "best")
+            truncate_metrics(self.folder, start)
         for step in range(start, self.settings.steps):
-            metrics, done = self._train(step), step + 1
+            metrics, done = self._train_step(step), step + 1
             self.report(done, metrics)
             if self._due(done, self.settings.log_every):
                 self._log(done, metrics)
-            if self.evaluate and self._due(done, self.settings.evaluate_every):
-                self._keep_if_best(done)
+            if self.scorer and self._due(done, self.settings.evaluate_every):
+                self._score(done, self.scorer)
             if self._due(done, self.settings.checkpoint_every):
                 self._save(done)
         self._restore_best()
         return self.best
 
-    def trial_seconds(self, steps: int = 3) -> float:
-        """Time of a step, tried out; the first one, which compiles, is not counted. The drafter is changed by it."""
+    def time_step(self, steps: int = 3) -> float:
+        """Measure the seconds of a step. The first step, which compiles, does not count. This changes the drafter."""
         self.drafter.set_dtype(mx.float32)
         self.optimizer.init(self.drafter.trainable_parameters())
         self._compile()
-        self._train(0)
-        began = time.perf_counter()
+        self._train_step(0)
+        start = time.perf_counter()
         for step in range(1, steps):
-            self._train(step)
-        return (time.perf_counter() - began) / (steps - 1)
+            self._train_step(step)
+        return (time.perf_counter() - start) / (steps - 1)
 
     def _due(self, done: int, every: int) -> bool:
+        """Return whether something is done after this step. It is done every so many steps and after the last."""
         return done == self.settings.steps or bool(every and done % every == 0)
 
     def _compile(self) -> None:
-        # The state is passed and returned, or the compiled function would go on with the weights it was traced with.
+        # The state is an input and an output, or else the compiled function would keep the weights of its first call.
         state = [self.drafter.state, self.optimizer.state]
         compiled = partial(mx.compile, inputs=state, outputs=state)
-        self._step = compiled(lambda *batch: self._apply(*self._gradients(*batch)))
-        self._part = compiled(self._gradients)
-        self._finish = compiled(self._apply)
+        self._compiled_step = compiled(lambda *batch: self._apply(*self._gradients(*batch)))
+        self._compiled_gradients = compiled(self._gradients)
+        self._compiled_apply = compiled(self._apply)
         self._state = state
 
     def _gradients(self, *batch: Any) -> tuple[mx.array, Any]:
-        """(loss, α) [2] and the gradients of this process's rows; over all rows of the step they add up."""
+        """Return (loss, α) [2] and the gradients of some rows. Their sums over all rows are those of the step."""
         weights = self.drafter.trainable_parameters()
 
         def loss(weights: Any) -> tuple[mx.array, mx.array]:
@@ -124,7 +213,7 @@ class Trainer:
         return mx.stack([value, alpha]), gradients
 
     def _apply(self, values: mx.array, gradients: Any) -> mx.array:
-        """Update the weights; (loss, α, the gradient's norm) [3] of the whole step."""
+        """Update the weights. Returns (loss, α, gradient norm) [3] of the whole step."""
         processes = self.group.size()
         if processes > 1:
             gradients = tree_map(lambda g: g * processes, nn.average_gradients(gradients, self.group))
@@ -133,29 +222,30 @@ class Trainer:
         self.optimizer.update(self.drafter, gradients)
         return mx.concatenate([values, norm[None]])
 
-    def _train(self, step: int) -> Metrics:
-        began = time.perf_counter()
+    def _train_step(self, step: int) -> Metrics:
+        start = time.perf_counter()
         rate = self.settings.rate(step)
         self.optimizer.learning_rate = mx.array(rate)
         first, *others = self._parts(step)
         if not others:
-            result = self._step(*first)
+            result = self._compiled_step(*first)
         else:
-            values, gradients = self._part(*first)
+            values, gradients = self._compiled_gradients(*first)
             for batch in others:
                 mx.eval(values, gradients)
-                more, further = self._part(*batch)
-                values, gradients = values + more, tree_map(mx.add, gradients, further)
-            result = self._finish(values, gradients)
+                more_values, more_gradients = self._compiled_gradients(*batch)
+                values, gradients = values + more_values, tree_map(mx.add, gradients, more_gradients)
+            result = self._compiled_apply(values, gradients)
         mx.eval(result, self._state)
-        loss, alpha, norm = result.tolist()
+        loss, alpha, norm = map(float, np.array(result))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = self._drop_checkpoint(step)
+            last = self._drop_checkpoint(step)
             raise TrainingError(
-                f"step {step + 1}: the loss is {loss} and its gradient {norm} (rows {self.batches.choice(step)[:3]} "
-                f"and on); {kept}; use a lower learning_rate or clip and run the command again, it goes on from there"
+                f"step {step + 1}: the loss is {loss} and its gradient norm {norm} (first rows: "
+                f"{self.batches.row_numbers(step)[:3]}); {last}; use a lower learning_rate or clip and repeat the "
+                "command to continue from there"
             )
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         speed = self.settings.batch * self.settings.length / seconds
         metrics = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
         if alpha:
@@ -163,17 +253,17 @@ class Trainer:
         return metrics
 
     def _drop_checkpoint(self, step: int) -> str:
-        """Of weights whose loss is no number there must be no checkpoint; says which one is the last good one."""
-        wait_for_all()
-        if is_first():
+        """Delete the checkpoint of weights whose loss is not finite. Returns a message about the last good one."""
+        barrier()
+        if is_first_process():
             shutil.rmtree(self.folder / checkpoint_name(step), ignore_errors=True)
         found = checkpoints(self.folder)
         return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def _parts(self, step: int) -> list[Batch]:
-        """This process's share of the step's rows, in as many parts as are asked for."""
-        rows, choice = self.batches(step), self.batches.choice(step)
-        weights = rows.mask[:, 1:] / max(1, rows.mask[:, 1:].sum())  # known to all processes without asking
+        """Return this process's rows of a step, in ``accumulate`` parts."""
+        rows, row_numbers = self.batches(step), self.batches.row_numbers(step)
+        weights = rows.mask[:, 1:] / max(1, rows.mask[:, 1:].sum())  # every process knows the rows of the whole step
         temperatures = self.settings.temperatures
         temperature = mx.array(temperatures[step % len(temperatures)])
         processes, rank, parts = self.group.size(), self.group.rank(), self.settings.accumulate
@@ -184,46 +274,36 @@ class Trainer:
                 Batch(
                     mx.array(rows.ids[share]),
                     mx.array(weights[share].astype("float32")),
-                    self.teacher.stored(choice[share]) if self.teacher else (),
+                    self.teacher.load_rows(row_numbers[share]) if self.teacher else (),
                     temperature,
                     mx.random.key(hash((self.settings.seed, step, rank, part)) % 2**63),
                 )
             )
         return batches
 
-    def _keep_if_best(self, done: int) -> None:
-        metrics = {"step": done, **self.evaluate(self.drafter)}
-        # Processes may round differently, and must agree.
-        if as_the_first_says(metrics["block_efficiency"] > self.best.get("block_efficiency", 0)):
+    def _score(self, done: int, scorer: Scorer) -> None:
+        """Measure the drafter, and keep it if it is the best so far."""
+        metrics = {"step": done, **scorer(self.drafter)}
+        # Processes may round differently but have to agree.
+        if broadcast(metrics["block_efficiency"] > self.best.get("block_efficiency", 0)):
             self.best = metrics
-            if is_first():
-                with writing(self.folder / "best"):
+            if is_first_process():
+                with explain_write_errors(self.folder / "best"):
                     self.drafter.save(self.folder / "best")
         self._log(done, {name: value for name, value in metrics.items() if name != "step"})
         self.report(done, metrics)
 
     def _restore_best(self) -> None:
-        if self.evaluate and self.best.get("step") != self.settings.steps:
-            wait_for_all()
+        if self.scorer and self.best.get("step") != self.settings.steps:
+            barrier()
             self.drafter.load_weights(str(self.folder / "best" / "model.safetensors"))
             mx.eval(self.drafter.parameters())
 
     def _save(self, done: int) -> None:
-        if is_first():
+        if is_first_process():
             save_checkpoint(self.folder, done, self.drafter, self.optimizer, {"best": self.best})
-        wait_for_all()
+        barrier()
 
     def _log(self, step: int, metrics: Metrics) -> None:
-        if is_first():
-            path = self.folder / "metrics.jsonl"
-            with writing(path), path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """The steps after a checkpoint will be run, and told of, again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        if is_first() and path.exists():
-            lines = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
-            with writing(path):
-                write_whole(path, lines)
+        if is_first_process():
+            log_metrics(self.folder, step, metrics)

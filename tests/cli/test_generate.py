@@ -11,8 +11,8 @@ from mlxspec import Drafter, DrafterConfig
 from mlxspec.cli.options import MEASURING
 from mlxspec.decoding import calibration
 from mlxspec.decoding.costs import BlockCosts
+from mlxspec.models.checks import check_safetensors
 from mlxspec.models.loading import DEMO
-from mlxspec.models.safety import check_safetensors
 
 SUMMARY = re.compile(r"^\d+ tokens, [\d.]+ tokens/s, block efficiency [\d.]+, acceptance rate [\d.]+$")
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from mlxspec.decoding.choice import LOOKUP, MODEL, BlockCosts, Choice
 
 from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.decoding import calibration
@@ -19,7 +20,6 @@ from mlxspec.decoding.calibration import (
     longer,
     measured_costs,
 )
-from mlxspec.decoding.choice import LOOKUP, MODEL, BlockCosts, Choice
 from tests.conftest import decoded, plain_greedy, random_llama
 
 

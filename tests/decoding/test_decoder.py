@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models import mamba
+from mlxspec.decoding.choice import MODEL, BlockCosts
+from mlxspec.decoding.draft_length import Automatic
 
 import mlxspec
 from mlxspec import ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.cache import CAPACITY_STEP
-from mlxspec.decoding.choice import MODEL, BlockCosts
-from mlxspec.decoding.draft_length import Automatic
 from mlxspec.decoding.verification import RULES
 from mlxspec.models.drafter import Drafter, DrafterConfig, PromptLookup
 from tests.conftest import WindowedLlama, decoded, plain_greedy, random_llama

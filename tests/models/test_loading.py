@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 import mlxspec
 from mlxspec import InvalidRequestError, PromptLookup
-from mlxspec.models.loading import DEMO, drafters_named
+from mlxspec.models.loading import DEMO, parse_drafter
 from mlxspec.models.tokens import LLAMA2_TEMPLATE
 
 
@@ -84,7 +84,7 @@ def test_a_llama_2_chat_model_without_a_template_gets_metas(tmp_path, name, chat
 def test_weights_under_another_name_are_explained(tmp_path):
     shutil.copytree(DEMO / "target", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "weights.00.safetensors")
-    with pytest.raises(mlxspec.MlxspecError, match=r"it has weights\.00\.safetensors, which mlx-lm would not read"):
+    with pytest.raises(mlxspec.MlxspecError, match=r"rename weights\.00\.safetensors, which mlx-lm would not read"):
         mlxspec.load(tmp_path / "model")
 
 
@@ -98,7 +98,7 @@ def test_the_context_is_the_configs_even_if_the_model_class_drops_it():
     assert mlxspec.load().context_length == 1024
 
 
-def test_a_bare_tokenizer_takes_the_template_and_tokens_that_lie_beside_it(tmp_path, stories_folder):
+def test_a_bare_tokenizer_takes_the_template_and_tokens_next_to_it(tmp_path, stories_folder):
     for name in ("config.json", "model.safetensors", "tokenizer.model"):
         shutil.copyfile(stories_folder / name, tmp_path / name)
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 513, "<|im_start|>": 512}')
@@ -120,8 +120,8 @@ def test_auto_is_the_targets_own_drafter_and_prompt_lookup():
     assert pair.drafter.args.hidden_size == mlxspec.load().drafter.args.hidden_size
     assert pair.lookup == PromptLookup()
     for name in ("llama2-7b-chat", "mlx-community/Llama-2-7b-chat-4-bit"):
-        assert drafters_named(name, "auto") == ("amd-135m", PromptLookup())
-    assert drafters_named("some/model", "auto") == ("lookup", None)
+        assert parse_drafter(name, "auto") == ("amd-135m", PromptLookup())
+    assert parse_drafter("some/model", "auto") == ("lookup", None)
 
 
 def test_lookup_behind_a_name_adds_it_to_that_drafter():

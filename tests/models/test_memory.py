@@ -6,8 +6,8 @@ from mlx.utils import tree_flatten
 
 import mlxspec
 from mlxspec.models import memory
+from mlxspec.models.catalog import KNOWN_MODELS
 from mlxspec.models.loading import DEMO
-from mlxspec.models.names import KNOWN_MODELS
 
 LLAMA_2_7B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -58,5 +58,5 @@ def test_the_table_of_short_names_is_whole(mlxspec_command):
     for model in KNOWN_MODELS.values():
         assert model.name in printed
         assert model.hub_id in printed
-        assert model.licence in printed
+        assert model.license in printed
     assert {model.role for model in KNOWN_MODELS.values()} == {"target", "drafter"}

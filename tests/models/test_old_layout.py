@@ -19,7 +19,7 @@ GROUP, BITS = 64, 4
 
 
 def interleaved(rows: mx.array, heads: int) -> mx.array:
-    """Hugging Face's half-split order of a projection's rows -> Meta's order, in which pairs are neighbours."""
+    """Reorder a projection's rows from Hugging Face's two halves to Meta's interleaved pairs."""
     shape = rows.shape
     return rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 

@@ -29,7 +29,7 @@ def plain_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_a_target_is_quantised_once_and_found_again(plain_folder, cache, kind):
+def test_a_target_is_quantized_once_and_found_again(plain_folder, cache, kind):
     pair = mlxspec.load(plain_folder, quantize=kind)
     assert mx.uint32 in {weight.dtype for _, weight in tree_flatten(pair.target.parameters())}
     [copy] = cache.iterdir()
@@ -59,8 +59,8 @@ def test_an_interrupted_copy_leaves_nothing_behind(plain_folder, cache, monkeypa
     assert list(cache.iterdir()) == []
 
 
-def test_an_unknown_kind_and_a_quantised_model_are_named(plain_folder):
+def test_an_unknown_kind_and_a_quantized_model_are_named(plain_folder):
     with pytest.raises(mlxspec.MlxspecError, match="quantize is '3'; use one of 4, 8, mxfp4, nvfp4, none"):
         mlxspec.load(plain_folder, quantize="3")
-    with pytest.raises(mlxspec.MlxspecError, match="quantised already"):
+    with pytest.raises(mlxspec.MlxspecError, match="quantized already"):
         mlxspec.load(DEMO / "target", quantize="4")

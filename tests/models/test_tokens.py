@@ -79,7 +79,7 @@ def test_a_text_that_looks_like_the_template_takes_nothing_from_it(text):
 def test_a_template_that_rewrites_a_text_with_control_tokens_is_refused():
     tokenizer = load_tokenizer(DEMO / "target", {"chat_template": "{{ messages[0]['content'] | upper }}"})
     assert encode_prompt(tokenizer, "hi") == encode_prompt(tokenizer, "HI", raw=True)[1:]
-    with pytest.raises(mlxspec.InvalidRequestError, match="take the control token out"):
+    with pytest.raises(mlxspec.InvalidRequestError, match="remove it from the message"):
         encode_prompt(tokenizer, "hi</s>")
 
 

@@ -1,4 +1,4 @@
-"""Text and chat files become documents; what is wrong in them is told by file and line."""
+"""Text and chat files become documents; what is wrong in them is reported by file and line."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import mlxspec
 from mlxspec.errors import TrainingError
 from mlxspec.models.loading import DEMO, read_tokenizer
 from mlxspec.training import corpus
-from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, records, tokenize_corpus
+from mlxspec.training.corpus import BadLines, corpus_files, read_documents, read_prompts, tokenize_corpus
 from mlxspec.training.shards import TokenShards
 
 
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def contents(*files):
-    return [record.content for record in records(files, BadLines())]
+    return [record.content for record in read_documents(files, BadLines())]
 
 
 def test_text_lines_and_gzipped_files_are_documents(tmp_path):
@@ -34,7 +34,7 @@ def test_text_lines_and_gzipped_files_are_documents(tmp_path):
     assert corpus_files([tmp_path / "*.jsonl*", tmp_path]) == [*files[1:], files[0]]
 
 
-def test_a_corpus_becomes_tokens_with_bos_and_eos_all_to_be_learnt_but_the_bos(tmp_path, tokenizer):
+def test_a_corpus_becomes_tokens_with_bos_and_eos_all_learned_but_the_bos(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"A dog, number {n}. </s>"}) + "\n" for n in range(300))
     )
@@ -52,7 +52,7 @@ def test_a_long_text_is_cut_after_a_line_and_nothing_of_it_is_lost(tmp_path, mon
     monkeypatch.setattr(corpus, "LONGEST_TEXT", 50)
     text = "".join(f"Line number {n} of the text.\n" for n in range(9))
     (tmp_path / "a.txt").write_text(text)
-    found = list(records([tmp_path / "a.txt"], BadLines()))
+    found = list(read_documents([tmp_path / "a.txt"], BadLines()))
     assert "\n".join(record.content for record in found) == text.strip()
     assert [record.where.rsplit(":")[-1] for record in found] == ["1", "3", "5", "7", "9"]
     assert found[-1].bytes == len(text)
@@ -60,15 +60,15 @@ def test_a_long_text_is_cut_after_a_line_and_nothing_of_it_is_lost(tmp_path, mon
 
 def test_documents_are_encoded_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(corpus, "LONGEST_TEXT", 10)
-    some = [corpus.Record(text, False, "", 0) for text in ("x" * 4, "x" * 30, "y", "z")]
-    assert [len(group) for group in corpus.grouped(some)] == [2, 2]
+    some = [corpus.Document(text, "", 0) for text in ("x" * 4, "x" * 30, "y", "z")]
+    assert [len(group) for group in corpus.group_documents(some)] == [2, 2]
 
 
 def test_a_damaged_gzip_is_named(tmp_path):
     whole = gzip.compress(b'{"text": "a story"}\n' * 500)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:20] + b"\xff\xff" + whole[22:])
     with pytest.raises(TrainingError, match=r"a\.jsonl\.gz cannot be read"):
-        list(records([tmp_path / "a.jsonl.gz"], BadLines()))
+        list(read_documents([tmp_path / "a.jsonl.gz"], BadLines()))
 
 
 def test_bad_lines_are_counted_named_and_skipped(tmp_path, tokenizer):
@@ -78,7 +78,7 @@ def test_bad_lines_are_counted_named_and_skipped(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     index, bad = tokenize_corpus([tmp_path / "a.jsonl"], tokenizer, 2048, "x", tmp_path / "out")
     assert (index.documents, bad.skipped) == (396, 4)
-    assert [told.split("a.jsonl:")[1].split(":")[0] for told in bad.told] == ["1", "101", "201", "301"]
+    assert [example.split("a.jsonl:")[1].split(":")[0] for example in bad.examples] == ["1", "101", "201", "301"]
 
 
 def test_more_than_one_in_a_hundred_bad_lines_is_an_error(tmp_path, tokenizer):
@@ -89,12 +89,12 @@ def test_more_than_one_in_a_hundred_bad_lines_is_an_error(tmp_path, tokenizer):
 
 def test_nothing_to_read_is_an_error_that_names_it(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(TrainingError, match=r"a\.jsonl and 0 more files hold no text"):
+    with pytest.raises(TrainingError, match=r"a\.jsonl and 0 more files contain no text"):
         tokenize_corpus([tmp_path / "a.jsonl"], tokenizer, 2048, "x", tmp_path / "out")
     with pytest.raises(TrainingError, match="no such file, folder or pattern"):
         corpus_files([tmp_path / "nothing.jsonl"])
     (tmp_path / "b.pdf").write_text("")
-    with pytest.raises(TrainingError, match=r"b\.pdf is none of"):
+    with pytest.raises(TrainingError, match=r"b\.pdf is not a"):
         corpus_files([tmp_path / "b.pdf"])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}' * 100)[:20])
     with pytest.raises(TrainingError, match=r"c\.jsonl\.gz cannot be read"):

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from mlxspec import InvalidRequestError
-from mlxspec.training.cached_teacher import probs_from_top_k
-from mlxspec.training.chunked import Positions, log_softmax, weighted_loss
+from mlxspec.training.chunked_loss import Positions, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Distributions, Loss, sample_frequencies
-from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.teachers import OnlineTeacher, probs_from_top_k
 from tests.conftest import random_llama
 
 N, H, V = 11, 3, 7
@@ -20,7 +19,7 @@ def softmax64(logits):
 
 
 def advantage(p, fixed, weight, over_batch, epsilon):
-    """tvd++'s normalised reward; ``fixed`` is q, not differentiated."""
+    """tvd++'s normalized reward; ``fixed`` is q, not differentiated."""
     r = (p > fixed).astype(np.float64)
     mean = (weight * r).sum(-1).mean() if over_batch else (weight * r).sum(-1, keepdims=True)
     return (r - mean) / (np.sqrt(mean * (1 - mean)) + epsilon)
@@ -205,8 +204,8 @@ def test_the_targets_logits_are_made_from_its_hidden_states_where_that_is_the_sa
     [
         ({"name": "tdv"}, "name is 'tdv'; use one of ce, kld"),
         ({"estimator": "0"}, "a number of samples"),
-        ({"estimator": "4", "weighting": "vocabulary"}, "drawn from the drafter"),
-        ({"estimator": "1"}, "one sample has no spread"),
+        ({"estimator": "4", "weighting": "vocabulary"}, "drawn from the drafter's distribution"),
+        ({"estimator": "1"}, "one sample has no deviation"),
         ({"epsilon": 0.0}, "epsilon is 0.0"),
     ],
 )

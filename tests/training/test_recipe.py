@@ -19,7 +19,7 @@ from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
 from mlxspec.training.corpus import split_prompts
 from mlxspec.training.recipe import Recipe
-from mlxspec.training.responses import AnswerSettings, groups, validated
+from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
 
@@ -109,12 +109,12 @@ def test_a_dry_run_tells_what_each_stage_costs_and_makes_nothing(recipe, mlxspec
     assert outcome.status == 0
     assert not recipe.with_suffix("").exists()
     lines = {line.split()[0]: line for line in outcome.out.splitlines()}
-    assert " ".join(lines) == "target drafter folder text pretrain answers finetune-1 finetune-2 in"
+    assert " ".join(lines) == "target drafter folder text pretrain answers finetune-1 finetune-2 total"
     assert "vocabulary of 2048" in lines["target"]
     assert "6 steps of 128 positions" in lines["pretrain"]
     assert re.search(r"768 tokens, 0\.\d GB of memory, about \d+ s", lines["pretrain"])
     assert "56 answers in 8 groups" in lines["answers"]  # of 30 prompts, 2 are held out
-    assert lines["in"].endswith("and the evaluations")
+    assert lines["total"].endswith("plus evaluations")
 
 
 def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, mlxspec_command):
@@ -125,7 +125,7 @@ def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, ml
     tokens = TokenShards(recipe.with_suffix("") / "text" / "tokens").index.tokens
     assert f": {tokens:,} tokens, done" in planned
     assert f": {tokens:,} tokens, about" in guessed  # all of so small a corpus was tried
-    assert planned.splitlines()[-1] == "in all     about 0 s"
+    assert planned.splitlines()[-1] == "total      about 0 s"
 
 
 def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_ends_in_one_line_and_the_run_goes_on_when_there_is_
 
     full = subprocess.run(command(recipe), capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 2
-    assert re.search(r"^error: .* cannot be written \(.*\); make room and run the command again", full.stderr, re.M)
+    assert re.search(r"^error: cannot write .* \(.*\); free some space and repeat the command", full.stderr, re.M)
     assert "Traceback" not in full.stderr
     subprocess.run(command(recipe), check=True, capture_output=True)
 
@@ -156,7 +156,7 @@ def test_changed_settings_are_refused_with_what_changed(recipe, mlxspec_command)
     recipe.write_text(short.replace("steps = 6", "steps = 7"))
     outcome = mlxspec_command("train", "run", str(recipe))
     assert outcome.status == 2
-    assert "pretrain was begun with steps 6, and now it is 7; choose another folder" in outcome.err
+    assert "pretrain was created with steps = 6, but this run has steps = 7; use another folder" in outcome.err
     assert (recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors").exists()
 
 
@@ -184,22 +184,26 @@ def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command)
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("steps = 6", "stesp = 6", 'small.toml: pretrain: there is no "stesp"; the nearest is "steps"'),
-        ("[distill]", "[destill]", 'small.toml: there is no "destill"; the nearest is "distill"'),
-        ("steps = 6", 'steps = "6"', "pretrain: steps is '6'; it must be of type int"),
+        ("steps = 6", "stesp = 6", 'small.toml: pretrain: there is no key "stesp"; the nearest is "steps"'),
+        ("[distill]", "[destill]", 'small.toml: there is no key "destill"; the nearest is "distill"'),
+        ("steps = 6", 'steps = "6"', "pretrain: steps is '6'; use a value of type int"),
         ("steps = 6", "steps = 0", "pretrain: steps is 0; use 1 or more"),
         ('loss = "kld"', 'loss = "kdl"', "finetune: loss: name is 'kdl'; use one of ce, kld"),
         ('data = ["stories.jsonl"]', "", "pretrain has no data"),
-        ("target =", "target ", "is not TOML"),
+        ("target =", "target ", "is not valid TOML"),
         ('data = ["stories.jsonl"]', 'data = ["nothing.jsonl"]', "nothing.jsonl: no such file, folder or pattern"),
         ("max_tokens = 12", "max_tokens = 4000", "context of 1024 tokens has no room for a prompt and 4000 tokens"),
         ("log_every = 1", "log_every = 1\nmix = 1.5", "finetune: mix is 1.5; use a number in [0, 1)"),
-        ("count = 2", "count = 2\ntemperatures = []", "evaluation: temperatures are (); use numbers of 0 to 10"),
+        (
+            "count = 2",
+            "count = 2\ntemperatures = []",
+            "evaluation: temperatures are (); use 0, or numbers from 0.0001 to 10",
+        ),
         ("count = 2", "count = 40", "there are 30 prompts and 40 are held out for evaluation"),
         ("group = 8", "group = 8\nseed = -1", "distill: seed is -1; use a number in [0, 2**32)"),
-        ('prompts = ["stories.jsonl"]', "", "without prompts, say how many texts with samples"),
-        ('loss = "kld"', "teacher_top_k = 4\ntemperatures = [0.5, 1]", "what is stored is of one temperature"),
-        ('loss = "kld"', 'statistics = "batch"\naccumulate = 2', "the batch, and it is worked off in 2 parts"),
+        ('prompts = ["stories.jsonl"]', "", "without prompts, set samples to the number of texts"),
+        ('loss = "kld"', "teacher_top_k = 4\ntemperatures = [0.5, 1]", "teacher_top_k 4, which stores one temperature"),
+        ('loss = "kld"', 'statistics = "batch"\naccumulate = 2', "the batch is computed in 2 parts"),
         (
             "batch = 4\nlength = 32",
             "batch = 5\nlength = 32\naccumulate = 2",
@@ -220,12 +224,12 @@ def test_a_wrong_recipe_ends_in_one_line(recipe, mlxspec_command, old, new, comp
 def test_what_was_refused_can_be_put_right_in_the_same_folder(recipe, mlxspec_command):
     good = recipe.read_text()
     recipe.write_text(good.replace("max_tokens = 12", "max_tokens = 4000"))
-    assert "use fewer max_tokens" in mlxspec_command("train", "run", str(recipe)).err
+    assert "use a smaller max_tokens" in mlxspec_command("train", "run", str(recipe)).err
     recipe.write_text(good)
     assert mlxspec_command("train", "run", str(recipe)).status == 0
 
 
-def test_a_run_is_the_same_by_whatever_path_it_is_named(recipe, mlxspec_command, monkeypatch):
+def test_a_run_is_the_same_under_any_path_that_names_it(recipe, mlxspec_command, monkeypatch):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
     monkeypatch.chdir(recipe.parent)
@@ -238,14 +242,14 @@ def test_other_evaluation_settings_are_not_passed_over(recipe, mlxspec_command):
     recipe.write_text(recipe.read_text().replace("max_tokens = 8", "max_tokens = 9"))
     outcome = mlxspec_command("train", "run", str(recipe))
     assert outcome.status == 2
-    assert "finetune-2 was begun with evaluation" in outcome.err
+    assert "finetune-2 was created with evaluation = " in outcome.err
 
 
-def test_prompts_that_are_held_out_are_not_learnt():
+def test_prompts_that_are_held_out_are_not_trained_on():
     prompts = [[n % 5] for n in range(12)]  # [0] … [4], again and again
-    learnt, kept = split_prompts(prompts, 2, max_tokens=10, context=None)
-    assert kept == [[0], [1]]
-    assert {prompt[0] for prompt in learnt} == {2, 3, 4}
+    training, held_out = split_prompts(prompts, 2, max_tokens=10, context=None)
+    assert held_out == [[0], [1]]
+    assert {prompt[0] for prompt in training} == {2, 3, 4}
     assert split_prompts(prompts, 0, 10, None) == (prompts, [])
     assert split_prompts([[1], [2] * 20], 0, max_tokens=10, context=20)[0] == [[1]]
 
@@ -286,21 +290,21 @@ def test_text_that_was_changed_since_is_refused(recipe, mlxspec_command):
         file.write('\n{"text": "One more."}\n')
     outcome = mlxspec_command("train", "run", str(recipe))
     assert outcome.status == 2
-    assert "text was begun with content" in outcome.err
+    assert "text was created with content = " in outcome.err
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe, mlxspec_command):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
     index = recipe.with_suffix("") / "text" / "tokens" / "index.json"
-    index.write_text(index.read_text().replace(Target(str(DEMO / "target")).tokens, "another"))
+    index.write_text(index.read_text().replace(Target(str(DEMO / "target")).tokenizer_fingerprint, "another"))
     shutil.rmtree(recipe.with_suffix("") / "pretrain")
     outcome = mlxspec_command("train", "run", str(recipe))
     assert outcome.status == 2
     assert "tokens was made with another tokenizer (vocabulary of 2048)" in outcome.err
 
 
-def test_paths_are_beside_the_recipe_and_numbers_are_converted(recipe):
+def test_paths_are_relative_to_the_recipe_and_numbers_are_converted(recipe):
     read = Recipe.read(recipe)
     assert read.pretrain[0].data == (str(recipe.parent / "stories.jsonl"),)
     assert read.distill[1].temperatures == (0.0, 1.0)
@@ -308,7 +312,7 @@ def test_paths_are_beside_the_recipe_and_numbers_are_converted(recipe):
 
 
 def test_every_prompt_is_answered_at_every_temperature_as_often_as_asked():
-    work = groups([[n] for n in range(10)], AnswerSettings(temperatures=(0.0, 1.0), samples=2, group=4))
+    work = prompt_groups([[n] for n in range(10)], AnswerSettings(temperatures=(0.0, 1.0), samples=2, group=4))
     assert [group.number for group in work] == list(range(9))
     for temperature, times in ((0.0, 1), (1.0, 2)):  # at 0, a second answer would be the first
         answered = [prompt for group in work if group.temperature == temperature for prompt in group.prompts]
@@ -338,8 +342,8 @@ def test_twenty_kills_at_random_moments_lose_and_corrupt_nothing(recipe):
         while True:
             process = subprocess.Popen(command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             try:
-                _, said = process.communicate(timeout=moments.uniform(0.2, 0.7) * seconds if kills < 20 else 120)
-                assert process.returncode == 0, said
+                _, errors = process.communicate(timeout=moments.uniform(0.2, 0.7) * seconds if kills < 20 else 120)
+                assert process.returncode == 0, errors
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -366,5 +370,5 @@ def test_two_processes_train_what_one_does(recipe):
         np.testing.assert_allclose(np.array(weight), one[name], atol=1e-5)
     shards = TokenShards(recipe.with_suffix("") / "answers" / "tokens", verify=True)
     assert [doc.ids.tolist() for doc in shards.documents()] == answers
-    counts = validated(shards)
+    counts = answer_counts(shards)
     assert counts["answers"] == len(answers)

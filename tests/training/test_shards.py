@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlxspec.errors import TrainingError
-from mlxspec.training.mixture import Mixture, shuffled
-from mlxspec.training.shards import ShardWriter, TokenShards, packed
+from mlxspec.training.batches import Batches, permuted
+from mlxspec.training.shards import ShardWriter, TokenShards, pack
 
 
 def documents(count=50, vocab_size=512):
@@ -33,38 +33,38 @@ def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab
     assert shards.index.learnt == sum(len(doc) - 1 for doc in docs)
 
 
-def test_rows_hold_whole_documents_and_padding_of_which_nothing_is_learnt(tmp_path):
+def test_rows_hold_whole_documents_and_padding_that_is_not_learned(tmp_path):
     docs = documents()
     shards = written(tmp_path, docs)
     ids, mask = shards.rows(60, range(shards.count_rows(60)))
     assert ids.shape[1] == 61
     waiting = list(docs)
-    for row, learnt in zip(ids.tolist(), mask.tolist(), strict=True):
+    for row, learned in zip(ids.tolist(), mask.tolist(), strict=True):
         filled = 0
         while waiting and filled + len(waiting[0]) <= 61:
             doc = waiting.pop(0)
             assert row[filled : filled + len(doc)] == doc
-            assert learnt[filled : filled + len(doc)] == [0] + [1] * (len(doc) - 1)
+            assert learned[filled : filled + len(doc)] == [0] + [1] * (len(doc) - 1)
             filled += len(doc)
         assert filled
-        assert not any(learnt[filled:])
+        assert not any(learned[filled:])
     assert not waiting
 
 
-def test_a_document_longer_than_a_row_goes_on_in_the_next_with_the_token_that_was_predicted_last():
-    assert packed([25], 10).tolist() == [[0, 10], [9, 19], [18, 25]]
-    assert packed([3, 25, 4], 10).tolist() == [[0, 3], [3, 13], [12, 22], [21, 28], [28, 32]]
-    assert packed([10, 19, 10], 10).tolist() == [[0, 10], [10, 20], [19, 29], [29, 39]]
-    assert packed([4, 6, 1], 10).tolist() == [[0, 10], [10, 11]]
+def test_a_document_longer_than_a_row_continues_in_the_next_row_with_the_last_token():
+    assert pack([25], 10).tolist() == [[0, 10], [9, 19], [18, 25]]
+    assert pack([3, 25, 4], 10).tolist() == [[0, 3], [3, 13], [12, 22], [21, 28], [28, 32]]
+    assert pack([10, 19, 10], 10).tolist() == [[0, 10], [10, 20], [19, 29], [29, 39]]
+    assert pack([4, 6, 1], 10).tolist() == [[0, 10], [10, 11]]
 
 
 @pytest.mark.parametrize("room", [2, 5, 16, 100])
 def test_every_token_of_a_document_but_its_first_is_predicted_exactly_once(room):
     lengths = [len(doc) for doc in documents()]
-    predicted = Counter(place for start, end in packed(lengths, room) for place in range(start + 1, end))
+    predicted = Counter(place for start, end in pack(lengths, room) for place in range(start + 1, end))
     firsts = set(np.cumsum([0, *lengths]).tolist())
     assert all(predicted[place] == 1 for place in range(sum(lengths)) if place not in firsts)
-    assert all(end - start <= room for start, end in packed(lengths, room))
+    assert all(end - start <= room for start, end in pack(lengths, room))
 
 
 def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
@@ -75,6 +75,7 @@ def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
         if number == 25:
             writer.commit(done=number)
     writer.close()  # as if killed, after much more had gone into the files
+    (tmp_path / ".writing-index").mkdir()
     writer = ShardWriter(tmp_path, 512, "tokens", shard_tokens=100)
     assert writer.index.notes == {"done": 25}
     assert writer.index.documents == 26
@@ -82,21 +83,22 @@ def test_what_was_not_committed_is_cut_off_and_written_anew(tmp_path):
         writer.add(doc, [1] * len(doc))
     writer.finish()
     assert [doc.ids.tolist() for doc in TokenShards(tmp_path, verify=True).documents()] == docs
+    assert not list(tmp_path.glob(".writing-*"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
 def test_the_order_of_an_epoch_is_a_permutation_and_each_epoch_has_its_own(count):
-    epochs = [[shuffled(place, count, (0, epoch)) for place in range(count)] for epoch in (0, 1)]
+    epochs = [[permuted(place, count, (0, epoch)) for place in range(count)] for epoch in (0, 1)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     if count >= 64:
         assert epochs[0] != epochs[1]
         assert epochs[0] != sorted(epochs[0])
 
 
-def test_a_mixture_keeps_its_shares_and_shows_every_row_before_any_twice(tmp_path):
+def test_batches_keep_their_shares_and_use_every_row_before_any_twice(tmp_path):
     shards = written(tmp_path / "a", documents()), written(tmp_path / "b", documents())
-    batches = Mixture(shards, [0.9, 0.1], length=16, batch=4, seed=3)
-    chosen = [row for step in range(50) for row in batches.choice(step)]
+    batches = Batches(shards, [0.9, 0.1], length=16, batch=4, seed=3)
+    chosen = [row for step in range(50) for row in batches.row_numbers(step)]
     assert Counter(which for which, _ in chosen) == {0: 180, 1: 20}
     count = shards[0].count_rows(16)
     assert sorted([row for which, row in chosen if which == 0][:count]) == list(range(count))
@@ -104,7 +106,7 @@ def test_a_mixture_keeps_its_shares_and_shows_every_row_before_any_twice(tmp_pat
 
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path):
     shards = written(tmp_path, documents())
-    one, same, other = (Mixture([shards], [1], 16, 4, seed) for seed in (3, 3, 4))
+    one, same, other = (Batches([shards], [1], 16, 4, seed) for seed in (3, 3, 4))
     assert np.array_equal(one(17).ids, same(17).ids)
     assert not np.array_equal(one(17).ids, other(17).ids)
 
@@ -116,10 +118,10 @@ def test_shards_that_are_not_whole_are_refused_with_the_file(tmp_path):
     content[3] ^= 1
     file.write_bytes(content)
     TokenShards(shards.folder)
-    with pytest.raises(TrainingError, match=r"00001\.ids was changed"):
+    with pytest.raises(TrainingError, match=r"00001\.ids has changed"):
         TokenShards(shards.folder, verify=True)
     file.write_bytes(content[:-2])
-    with pytest.raises(TrainingError, match=r"00001\.ids has \d+ bytes and the index says \d+"):
+    with pytest.raises(TrainingError, match=r"00001\.ids has \d+ bytes but the index says \d+"):
         TokenShards(shards.folder)
     with pytest.raises(TrainingError, match="holds no token shards"):
         TokenShards(tmp_path / "nothing")
@@ -133,7 +135,7 @@ def test_damage_to_any_part_is_found_and_none_is_written_over(tmp_path):
         shards = written(tmp_path / part, documents())
         file = shards.folder / f"00000.{part}"
         file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-        with pytest.raises(TrainingError, match=rf"00000\.{part} was changed"):
+        with pytest.raises(TrainingError, match=rf"00000\.{part} has changed"):
             TokenShards(shards.folder, verify=True)
     writer = ShardWriter(tmp_path / "short", 512, "tokens")
     writer.add([1, 2, 3], [1, 1, 1])
@@ -141,7 +143,7 @@ def test_damage_to_any_part_is_found_and_none_is_written_over(tmp_path):
     writer.close()
     file = tmp_path / "short" / "00000.ids"
     file.write_bytes(file.read_bytes()[:2])
-    with pytest.raises(TrainingError, match=r"00000\.ids is not what was written"):
+    with pytest.raises(TrainingError, match=r"00000\.ids has changed since it was written"):
         ShardWriter(tmp_path / "short", 512, "tokens")
 
 

@@ -12,14 +12,12 @@ from mlx.utils import tree_flatten
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.errors import TrainingError
 from mlxspec.training import checkpoint
-from mlxspec.training.cached_teacher import CachedTeacher
+from mlxspec.training.batches import Batches
 from mlxspec.training.losses import LOSSES, Loss
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
 
 V = 32
@@ -43,19 +41,19 @@ def new_drafter(tied=True) -> Drafter:
 
 
 def trained(
-    shards: TokenShards, folder: Path, loss="ce", tied=True, evaluate=None, report=None, top_k=0, **given
+    shards: TokenShards, folder: Path, loss="ce", tied=True, scorer=None, report=None, top_k=0, **given
 ) -> Drafter:
     settings = TrainingSettings(
         **{"steps": 6, "batch": 4, "length": 16, "checkpoint_every": 2, "log_every": 1, **given}
     )
     loss = Loss(loss) if isinstance(loss, str) else loss
     target, teacher = random_llama(vocab_size=V, scale=3), None
-    batches = Mixture([shards], [1], settings.length, settings.batch, seed=0)
+    batches = Batches([shards], [1], settings.length, settings.batch, seed=0)
     if loss.needs_target:
         teacher = CachedTeacher(target, batches, V, top_k, 1.0, "random") if top_k else OnlineTeacher(target)
     drafter = new_drafter(tied)
     options = {"report": report} if report else {}
-    Trainer(drafter, objective(loss, teacher), batches, settings, folder, evaluate, teacher, **options).run()
+    Trainer(drafter, objective(loss, teacher), batches, settings, folder, scorer, teacher, **options).run()
     return drafter
 
 
@@ -132,7 +130,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(shards, tmp_path):
         np.testing.assert_allclose(one[name], two[name], atol=1e-5)
 
 
-def test_only_tokens_whose_mask_is_one_are_learnt(shards, tmp_path):
+def test_only_tokens_whose_mask_is_one_are_learned(shards, tmp_path):
     writer = ShardWriter(tmp_path / "masked", V, "tokens")
     for ids, mask in shards.documents():
         writer.add(ids, np.zeros_like(mask))
@@ -142,15 +140,15 @@ def test_only_tokens_whose_mask_is_one_are_learnt(shards, tmp_path):
 
 
 def test_the_best_drafter_is_what_remains(shards, tmp_path):
-    worth = {2: 1.5, 4: 2.5, 6: 2.0}
+    scores = {2: 1.5, 4: 2.5, 6: 2.0}
     seen = {}
 
     def evaluate(drafter):
         step = 2 * (len(seen) + 1)
         seen[step] = weights(drafter)
-        return {"block_efficiency": worth[step]}
+        return {"block_efficiency": scores[step]}
 
-    kept = weights(trained(shards, tmp_path, evaluate=evaluate, evaluate_every=2))
+    kept = weights(trained(shards, tmp_path, scorer=evaluate, evaluate_every=2))
     assert all(np.array_equal(kept[name], seen[4][name]) for name in kept)
     assert not all(np.array_equal(kept[name], seen[6][name]) for name in kept)
 
@@ -187,7 +185,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(shards, t
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(TrainingError, match=r"the checkpoint of step 4 cannot be written .*No space left.*make room"):
+    with pytest.raises(TrainingError, match=r"cannot write the checkpoint of step 4 .*No space left.*free some space"):
         trained(shards, tmp_path, steps=6)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002"]
     assert not list(tmp_path.glob(".writing*"))

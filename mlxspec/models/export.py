@@ -1,14 +1,11 @@
-"""A drafter in the form that other tools load, and on the hub.
+"""Export a drafter in the layout that other tools load, and upload it to the hub.
 
-What is written is Hugging Face's Llama layout: config.json, model.safetensors, tokenizer files, generation_config.json
-and a model card. mlx-lm takes it as ``--draft-model``, transformers as ``assistant_model``, and llama.cpp's converter
-reads it.
+The exported folder has Hugging Face's Llama layout: config.json, model.safetensors, tokenizer files,
+generation_config.json and a model card. mlx-lm loads it with ``--draft-model``, transformers as ``assistant_model``,
+and llama.cpp's converter reads it.
 """
 
-import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
+from mlxspec.files import replacing, write_json
 from mlxspec.models.attention import model_type
-from mlxspec.models.loading import TOKENIZER_FILES, read_lazily, read_tokenizer, resolved
+from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
 
 MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
@@ -29,35 +27,54 @@ MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says of a drafter's making; what is None is said to be unknown."""
+    """What a model card states about a drafter. The card says "not recorded" where a value is None.
 
-    licence: str | None = None
-    base: str | None = None  # the target that it drafts for
+    Attributes:
+        license: License identifier, such as "apache-2.0".
+        base: The target that the drafter was made for.
+        data: The training data.
+        loss: The training loss.
+        block_efficiency: The measured block efficiency, with the setting.
+    """
+
+    license: str | None = None
+    base: str | None = None
     data: str | None = None
     loss: str | None = None
-    block_efficiency: str | None = None  # measured, with the setting
+    block_efficiency: str | None = None
 
 
 def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: CardFacts = CardFacts()) -> list[Path]:
-    """Write ``drafter`` (folder, hub id or short name) to the new folder ``out``; returns the files.
+    """Write a drafter to a new folder, for other tools.
 
-    Without ``quantize`` the weights are plain, in the bits they are stored in; quantised they are for MLX only.
-    Raises ModelLoadError, or InvalidRequestError for a model that is no Llama or an ``out`` that is there already.
+    Args:
+        drafter: Folder, hub id or short name of a Llama model.
+        out: The folder to create.
+        quantize: "4", "8", "mxfp4" or "nvfp4"; only MLX can then load the result. None keeps the stored precision and
+            dequantizes a quantized model.
+        facts: What the model card states.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ModelLoadError: The drafter cannot be read.
+        InvalidRequestError: The model is not a Llama, ``out`` exists, or ``quantize`` is unknown.
     """
     if out.exists():
-        raise InvalidRequestError(f"{out} exists; give a folder that does not")
+        raise InvalidRequestError(f"{out} exists; choose a folder that does not exist yet")
     if quantize not in (None, *QUANTIZATIONS):
         raise InvalidRequestError(f"quantize is {quantize!r}; use one of {', '.join(QUANTIZATIONS)}")
-    source = resolved(drafter)
+    source = model_folder(drafter)
     model, config = read_lazily(source)
     if model_type(model) != "llama":
-        raise InvalidRequestError(f"{drafter} is a {model_type(model)}; only Llama drafters can be exported")
-    model, config = plain(model, config)
+        raise InvalidRequestError(
+            f"{drafter} is a {model_type(model)} model; only Llama drafters can be exported, use one of those"
+        )
+    model, config = to_hugging_face(model, config)
     if quantize:
         model, config = quantized(model, config, quantize)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as scratch:
-        aside = Path(scratch) / "drafter"
+    with replacing(out) as aside:
         aside.mkdir()
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(aside / "model.safetensors"), weights, metadata={"format": "mlx" if quantize else "pt"})
@@ -66,31 +83,31 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
         write_json(aside / "generation_config.json", generation)
         card = model_card(out.name, config, sum(weight.size for weight in weights.values()), quantize, facts)
-        (aside / "README.md").write_text(card)
-        os.replace(aside, out)
+        (aside / "README.md").write_text(card, encoding="utf-8")
     return sorted(out.iterdir())
 
 
-def plain(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Without quantisation and with q and k in Hugging Face's half-split order."""
-    model = dequantize_model(model)
+def to_hugging_face(model: nn.Module, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Dequantize a Llama model, and put the rows of q and k in Hugging Face's half-split order."""
+    llama: Any = dequantize_model(model)
     if config.get("rope_traditional"):
-        for layer in model.layers:
+        for layer in llama.layers:
             attention = layer.self_attn
             attention.q_proj.weight = half_split(attention.q_proj.weight, attention.n_heads)
             attention.k_proj.weight = half_split(attention.k_proj.weight, attention.n_kv_heads)
     config = {key: value for key, value in config.items() if key not in MLX_ONLY and value is not None}
-    # transformers and mlx-lm disagree about what a config means that does not say.
-    config["tie_word_embeddings"] = model.args.tie_word_embeddings
-    return model, {**config, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    # If the config does not say, transformers and mlx-lm assume different things.
+    config["tie_word_embeddings"] = llama.args.tie_word_embeddings
+    return llama, {**config, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 
 
 def half_split(rows: mx.array, heads: int) -> mx.array:
-    """Rows of a projection in the order of Meta's release, pairs next to each other -> first halves, second halves."""
+    """Reorder the rows of a projection from Meta's interleaved pairs to Hugging Face's two halves. [rows, H]."""
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write_tokenizer(source: Path, out: Path) -> None:
+    """Write the tokenizer of ``source`` to ``out`` in Hugging Face's layout. Raises ModelLoadError without one."""
     if not any((source / name).exists() for name in TOKENIZER_FILES):
         raise ModelLoadError(f"{source} has no tokenizer; copy the target's tokenizer.json into it first")
     if (source / "tokenizer.json").exists():
@@ -102,33 +119,31 @@ def write_tokenizer(source: Path, out: Path) -> None:
         shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def model_card(name: str, config: dict[str, Any], parameters: int, quantize: str | None, facts: CardFacts) -> str:
-    said = {field.name: getattr(facts, field.name) or "not recorded" for field in fields(facts)}
+    """Return the text of the model card, README.md on the hub."""
+    stated = {field.name: getattr(facts, field.name) or "not recorded" for field in fields(facts)}
     shape = f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, {config['vocab_size']} tokens"
     return f"""---
 library_name: mlx
-license: {facts.licence or "other"}
+license: {facts.license or "other"}
 pipeline_tag: text-generation
 tags: [speculative-decoding, drafter, mlxspec]
 ---
 
 # {name}
 
-A drafter for speculative decoding: it proposes tokens, a larger target decides, and the text is the target's own.
+A drafter for speculative decoding: it proposes tokens and a larger target model verifies them, so that the text
+follows the target's own distribution.
 
 | | |
 |---|---|
-| target | {said["base"]} |
-| training data | {said["data"]} |
-| loss | {said["loss"]} |
-| block efficiency, measured | {said["block_efficiency"]} |
+| target | {stated["base"]} |
+| training data | {stated["data"]} |
+| loss | {stated["loss"]} |
+| measured block efficiency | {stated["block_efficiency"]} |
 | shape | {shape} |
-| stored values | {parameters:,}{f", quantised ({quantize}), for MLX only" if quantize else ""} |
-| licence | {said["licence"]} |
+| stored values | {parameters:,}{f", quantized ({quantize}), for MLX only" if quantize else ""} |
+| license | {stated["license"]} |
 
 ```bash
 mlxspec generate --target TARGET --drafter {name} "Once upon a time"
@@ -138,16 +153,26 @@ mlx_lm.generate --model TARGET --draft-model {name} --prompt "Once upon a time"
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload a folder that ``export`` wrote; returns the address of the repository.
+    """Upload a folder that ``export`` wrote to the hub.
 
-    Raises ModelLoadError for a folder without a model, InvalidRequestError when the hub refuses or is out of reach.
+    Args:
+        folder: The exported folder.
+        repository: Repository name on the hub, owner/name. It is created if it does not exist.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ModelLoadError: The folder has no exported model.
+        InvalidRequestError: The hub refuses the upload or cannot be reached.
     """
     files_to_push(folder)
     try:
         api = huggingface_hub.HfApi()
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a drafter with mlxspec")
-    except Exception as error:  # of the hub's, the network's or the token's making
+    except Exception as error:  # the hub, the network or the token may fail in many ways
         raise InvalidRequestError(
             f"cannot upload to {repository}: {in_one_line(error)}; log in with `hf auth login` and check the name"
         ) from None
@@ -155,7 +180,8 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
 
 def files_to_push(folder: Path) -> list[Path]:
+    """Return the files that ``push`` uploads. Raises ModelLoadError if the folder has no exported model."""
     missing = [name for name in ("config.json", "model.safetensors", "README.md") if not (folder / name).is_file()]
     if missing:
-        raise ModelLoadError(f"{folder} has no {' and no '.join(missing)}; write it with `mlxspec export` first")
+        raise ModelLoadError(f"{folder} has no {' and no '.join(missing)}; create it with `mlxspec export` first")
     return sorted(path for path in folder.rglob("*") if path.is_file())

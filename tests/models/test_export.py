@@ -10,8 +10,8 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import load_model
 
 import mlxspec
+from mlxspec.models.export import CardFacts, export, files_to_push
 from mlxspec.models.loading import DEMO
-from mlxspec.models.sharing import CardFacts, export, files_to_push
 from tests.models.test_old_layout import write_old_layout
 
 TOKENS = mx.array([[0, 5, 9, 300, 7]])
@@ -25,7 +25,7 @@ def logits(folder: Path) -> mx.array:
 
 @pytest.fixture
 def exported(tmp_path):
-    facts = CardFacts(licence="mit", base="the demo target", block_efficiency="2.5 at γ=4, T=0")
+    facts = CardFacts(license="mit", base="the demo target", block_efficiency="2.5 at γ=4, T=0")
     export(DEMO / "drafter", tmp_path / "a drafter", facts=facts)
     return tmp_path / "a drafter"
 
@@ -62,7 +62,7 @@ def test_mlx_lm_generate_takes_it_as_its_draft_model(exported):
 
 
 @pytest.mark.parametrize("quantize", ["4", "mxfp4"])
-def test_it_can_be_quantised_and_still_drafts(tmp_path, quantize):
+def test_it_can_be_quantized_and_still_drafts(tmp_path, quantize):
     export(DEMO / "target", tmp_path / "q", quantize)
     assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]["bits"] == 4
     pair = mlxspec.load(DEMO / "target", tmp_path / "q")
@@ -70,7 +70,7 @@ def test_it_can_be_quantised_and_still_drafts(tmp_path, quantize):
     assert stats.acceptance_rate > 0.5
 
 
-def test_a_quantised_model_is_exported_plain(tmp_path):
+def test_a_quantized_model_is_exported_plain(tmp_path):
     export(DEMO / "target", tmp_path / "plain")
     assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     expected = logits(DEMO / "target")
@@ -89,7 +89,7 @@ def test_the_old_layout_is_exported_in_hugging_faces_order(tmp_path, stories_fol
 def test_nothing_is_left_behind_or_overwritten(tmp_path, exported, monkeypatch):
     with pytest.raises(mlxspec.MlxspecError, match="exists"):
         export(DEMO / "drafter", exported)
-    monkeypatch.setattr("mlxspec.models.sharing.model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("mlxspec.models.export.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(DEMO / "drafter", tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == [exported.name]
@@ -103,7 +103,7 @@ def test_a_dry_run_of_push_shows_what_would_be_sent(mlxspec_command, exported):
 
 
 def test_export_prints_the_files(mlxspec_command, tmp_path):
-    outcome = mlxspec_command("export", str(DEMO / "drafter"), str(tmp_path / "x"), "--licence", "mit")
+    outcome = mlxspec_command("export", str(DEMO / "drafter"), str(tmp_path / "x"), "--license", "mit")
     assert outcome.status == 0
     assert "model.safetensors" in outcome.out
 

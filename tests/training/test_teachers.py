@@ -1,13 +1,13 @@
-"""What is kept of a target on disk is what it says, whenever and with whatever else it is asked."""
+"""What a cached teacher stores is the target's distribution, whatever order and batch it is asked for in."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.training.cached_teacher import CachedTeacher, TopKFile
-from mlxspec.training.mixture import Mixture
+from mlxspec.training.batches import Batches
 from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.teachers import CachedTeacher, TopKStore
 from tests.conftest import random_llama
 
 VOCAB, LENGTH, K = 96, 12, 8
@@ -21,7 +21,7 @@ def batches(tmp_path):
             length = int(rng.integers(5, 13))
             writer.add(rng.integers(0, VOCAB, length).tolist(), [1] * length)
         writer.finish()
-    return Mixture([TokenShards(tmp_path / "tokens")], [1.0], LENGTH, 2, 0)
+    return Batches([TokenShards(tmp_path / "tokens")], [1.0], LENGTH, 2, 0)
 
 
 class CountingTarget:
@@ -38,7 +38,7 @@ class CountingTarget:
 def test_the_most_likely_tokens_and_their_probabilities_come_back(batches):
     target = CountingTarget()
     teacher = CachedTeacher(target, batches, VOCAB, K, 0.7, "f")
-    ids, logprobs = teacher.stored([(0, 3), (0, 1)])
+    ids, logprobs = teacher.load_rows([(0, 3), (0, 1)])
     for place, row in enumerate([3, 1]):
         tokens = mx.array(batches.shards[0].rows(LENGTH, [row]).ids[:, :-1])
         expected = np.array(mx.softmax(target(tokens)[0] / 0.7, axis=-1), np.float64)
@@ -51,27 +51,27 @@ def test_the_most_likely_tokens_and_their_probabilities_come_back(batches):
 
 def test_a_batch_is_asked_of_the_target_once_and_also_not_by_the_next_process(batches):
     target = CountingTarget()
-    first = CachedTeacher(target, batches, VOCAB, K, 1.0, "f").stored([(0, 0), (0, 1), (0, 0)])
-    CachedTeacher(target, batches, VOCAB, K, 1.0, "f").stored([(0, 1), (0, 0)])
+    first = CachedTeacher(target, batches, VOCAB, K, 1.0, "f").load_rows([(0, 0), (0, 1), (0, 0)])
+    CachedTeacher(target, batches, VOCAB, K, 1.0, "f").load_rows([(0, 1), (0, 0)])
     assert target.calls == 1
-    again = CachedTeacher(target, batches, VOCAB, K, 1.0, "f").stored([(0, 1), (0, 0), (0, 2)])
+    again = CachedTeacher(target, batches, VOCAB, K, 1.0, "f").load_rows([(0, 1), (0, 0), (0, 2)])
     assert target.calls == 2
     assert mx.array_equal(first[1][0], again[1][1])
-    CachedTeacher(target, batches, VOCAB, K, 1.0, "of another target").stored([(0, 0)])
-    CachedTeacher(target, batches, VOCAB, K, 0.5, "f").stored([(0, 0)])
+    CachedTeacher(target, batches, VOCAB, K, 1.0, "of another target").load_rows([(0, 0)])
+    CachedTeacher(target, batches, VOCAB, K, 0.5, "f").load_rows([(0, 0)])
     assert target.calls == 4
 
 
 def test_a_batch_of_which_some_rows_were_written_before_a_kill_is_filled_as_if_none_were(batches):
-    whole = CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "whole").stored([(0, 3), (0, 1), (0, 2)])
+    whole = CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "whole").load_rows([(0, 3), (0, 1), (0, 2)])
     killed = CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "killed")
-    killed._files[0].write(1, *(np.array(part[1]) for part in whole))
-    resumed = killed.stored([(0, 3), (0, 1), (0, 2)])
+    killed._stores[0].write(1, *(np.array(part[1]) for part in whole))
+    resumed = killed.load_rows([(0, 3), (0, 1), (0, 2)])
     assert all(mx.array_equal(one, other) for one, other in zip(whole, resumed, strict=True))
 
 
 def test_a_row_that_was_written_in_part_counts_as_not_written(tmp_path):
-    rows = TopKFile(tmp_path, 3, LENGTH, K, np.uint16)
+    rows = TopKStore(tmp_path, 3, LENGTH, K, np.uint16)
     ids = np.tile(np.arange(K), (LENGTH, 1))
     logprobs = np.full((LENGTH, K), -3.0)
     rows.write(1, ids, logprobs)
@@ -90,6 +90,6 @@ def test_more_than_the_vocabulary_is_refused_and_a_full_disk_is_one_line(batches
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TopKFile, "write", full)
+    monkeypatch.setattr(TopKStore, "write", full)
     with pytest.raises(TrainingError, match="No space left on device"):
-        CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "f").stored([(0, 0)])
+        CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "f").load_rows([(0, 0)])

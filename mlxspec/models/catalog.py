@@ -1,19 +1,29 @@
-"""Short names for models that fit together: Llama 2 Chat targets and drafters with its tokenizer."""
+"""Short names for models that work together: Llama 2 Chat targets, and drafters that use the same tokenizer."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class KnownModel:
-    """``gigabytes`` is what the weights take in memory as ``load`` keeps them by default, on a GPU."""
+    """A model with a short name.
+
+    Attributes:
+        name: The short name.
+        hub_id: The repository on the Hugging Face hub.
+        role: "target" or "drafter".
+        gigabytes: Memory of the weights on a GPU, as ``load`` keeps them by default.
+        license: The license's name.
+        quantize: How ``load`` quantizes the model by default, "none" for as stored.
+        drafter: For a target, the short name of the drafter that ``drafter="auto"`` selects.
+    """
 
     name: str
     hub_id: str
-    role: str  # "target" or "drafter"
+    role: str
     gigabytes: float
-    licence: str
+    license: str
     quantize: str = "none"
-    drafter: str | None = None  # of a target: what "auto" drafts with
+    drafter: str | None = None
 
 
 LLAMA_2 = "Llama 2 Community License"

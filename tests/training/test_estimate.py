@@ -1,4 +1,4 @@
-"""What a step is said to need is about what it takes."""
+"""The estimated memory of a step is close to what MLX reports."""
 
 import gc
 
@@ -9,15 +9,14 @@ from mlx.utils import tree_flatten
 
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.errors import TrainingError
-from mlxspec.training import memory
+from mlxspec.training import estimate
+from mlxspec.training.batches import Batches
+from mlxspec.training.estimate import check_fits, training_bytes
 from mlxspec.training.losses import Loss
-from mlxspec.training.memory import check_fits, training_bytes
-from mlxspec.training.mixture import Mixture
 from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.teachers import OnlineTeacher
-from mlxspec.training.trainer import Trainer
-from mlxspec.training.training_settings import TrainingSettings
+from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
 
 V = 1024
@@ -32,11 +31,11 @@ def test_recomputed_layers_give_the_same_gradients_in_less_memory():
     mx.eval(drafter.parameters(), batch)
     gradients, peaks = [], []
     for recompute in (False, True):
-        minimised, trained = objective(Loss("ce"), recompute=recompute), drafter.trainable_parameters()
+        minimized, trained = objective(Loss("ce"), recompute=recompute), drafter.trainable_parameters()
 
-        def loss(weights, minimised=minimised):
+        def loss(weights, minimized=minimized):
             drafter.update(weights)
-            return minimised(drafter, batch)[0]
+            return minimized(drafter, batch)[0]
 
         gc.collect()
         mx.clear_cache()
@@ -66,9 +65,9 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
     target = random_llama(vocab_size=V, hidden_size=128, intermediate_size=352, num_hidden_layers=4)
     target_bytes = sum(weight.nbytes for _, weight in tree_flatten(target.parameters()))
     teacher = OnlineTeacher(target) if loss != "ce" else None
-    beside = (target_bytes, vars(target.args)) if teacher else ()
+    of_target = (target_bytes, vars(target.args)) if teacher else ()
     drafter = Drafter(LARGE)
-    batches = Mixture([TokenShards(tmp_path / "tokens")], [1], 256, 8, seed=0)
+    batches = Batches([TokenShards(tmp_path / "tokens")], [1], 256, 8, seed=0)
     trainer = Trainer(drafter, objective(Loss(loss), teacher, settings.recompute), batches, settings, tmp_path / "out")
     mx.eval(drafter.parameters())
     gc.collect()  # what earlier tests left would be counted before and be gone after
@@ -77,12 +76,12 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
     mx.reset_peak_memory()
     trainer.run()
     taken = mx.get_peak_memory() - before
-    estimate = training_bytes(LARGE, settings, 1, *beside)
-    assert taken / 2 < estimate < 2 * taken, (taken, estimate)
+    estimated = training_bytes(LARGE, settings, 1, *of_target)
+    assert taken / 2 < estimated < 2 * taken, (taken, estimated)
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(memory, "device_limit", lambda: 10**9)
+    monkeypatch.setattr(estimate, "device_limit", lambda: 10**9)
     check_fits(10**9)
     with pytest.raises(TrainingError, match=r"about 2\.0 GB and this device has 1\.0 GB; use a larger accumulate"):
         check_fits(2 * 10**9)

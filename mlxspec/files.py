@@ -1,0 +1,134 @@
+"""Atomic writes, JSON and fingerprints, for the whole package."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxspec.errors import TrainingError, in_one_line
+
+SCRATCH_PREFIX = ".writing-"
+SAMPLES, SAMPLE_BYTES = 256, 2**14  # a large file's fingerprint covers this many samples of this many bytes
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file or a folder aside and rename it to ``path`` at the end of the block.
+
+    The block creates a file or a folder at the path it is given, which has the same name in a scratch folder next
+    to ``path``. Everything is flushed to disk before the rename, and the rename itself after it. If the block raises,
+    ``path`` keeps its old content and nothing else remains.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH_PREFIX) as scratch:
+        aside = Path(scratch) / path.name
+        yield aside
+        for written in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
+            sync(written)
+        if path.is_dir():
+            os.replace(path, Path(scratch) / "old")  # a rename cannot replace a folder that has files in it
+        os.replace(aside, path)
+        sync(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Replace ``path`` in one step: readers see the old content or the new, never a part.
+
+    Args:
+        path: The file to write. Missing parent folders are created.
+        content: Text, bytes, or a function that writes the file it is given. That file has the suffix of ``path``.
+    """
+    with replacing(path) as aside:
+        if callable(content):
+            content(aside)
+        elif isinstance(content, str):
+            aside.write_text(content, encoding="utf-8")
+        else:
+            aside.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace ``path`` in one step with ``content`` as indented JSON."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises OSError or ValueError if that is not possible."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Read the arrays of a safetensors or npz file lazily. Raises OSError, RuntimeError or ValueError."""
+    arrays = mx.load(str(path))
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path} holds no arrays with names")
+    return arrays
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process had started to write in ``folder``. Call it only while nothing else writes there."""
+    for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_write_errors(what: Path | str) -> Iterator[None]:
+    """Turn a failed write, such as on a full disk, into a TrainingError of one line that names ``what``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when it cannot write
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else in_one_line(error)
+        raise TrainingError(
+            f"cannot write {what} ({reason}); free some space and repeat the command to resume the run"
+        ) from error
+
+
+def fingerprint(*parts: str | bytes | memoryview, digits: int = 16) -> str:
+    """Return the first hexadecimal digits of the SHA-256 hash of all parts in sequence."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:digits]
+
+
+def fingerprint_files(files: Iterable[Path], extra: str = "") -> str:
+    """Return a fingerprint of the content of files and of ``extra``. It does not depend on where the files are.
+
+    Of a file larger than 4 MB only 256 samples, spread evenly from its start to its end, are read.
+
+    Raises:
+        TrainingError: A file cannot be read.
+    """
+    digest = hashlib.sha256(extra.encode())
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                size = file.stat().st_size
+                digest.update(f"{size}".encode())
+                if size <= SAMPLES * SAMPLE_BYTES:
+                    digest.update(content.read())
+                    continue
+                for sample in range(SAMPLES):
+                    content.seek(sample * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(content.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise TrainingError(
+                f"{file} cannot be read ({error.strerror}); check its permissions or leave it out"
+            ) from None
+    return digest.hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""Batches of rows from shards, as a function of (seed, step). To resume, a run needs to know only its step."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlxspec.errors import TrainingError
+from mlxspec.training.shards import Rows, TokenShards
+
+
+class Batches:
+    """Batches that take a fixed share of their rows from each of several sources.
+
+    Within a source, rows come in a random order, and every row comes once before any comes again.
+
+    Args:
+        shards: The sources.
+        shares: Each source's share of the rows. The shares need not sum to 1.
+        length: Positions in a row.
+        batch: Rows in a batch.
+        seed: Seed of the order.
+
+    Raises:
+        TrainingError: A source has no rows.
+    """
+
+    def __init__(self, shards: Sequence[TokenShards], shares: Sequence[float], length: int, batch: int, seed: int):
+        self.shards, self.length, self.batch, self.seed = list(shards), length, batch, seed
+        self._ends = np.cumsum(shares) / np.sum(shares)
+        for source in self.shards:
+            if not source.count_rows(length):
+                raise TrainingError(f"{source.folder} has no tokens to learn; add text")
+
+    def row_numbers(self, step: int) -> list[tuple[int, int]]:
+        """Return (number of the source, number of the row in it) for each row of a step, counted from 0."""
+        return [self._row_number(step * self.batch + i) for i in range(self.batch)]
+
+    def __call__(self, step: int) -> Rows:
+        """Return the batch of a step: ids and mask [batch, length + 1]."""
+        rows = [self.shards[source].rows(self.length, [row]) for source, row in self.row_numbers(step)]
+        return Rows(np.concatenate([row.ids for row in rows]), np.concatenate([row.mask for row in rows]))
+
+    def _row_number(self, number: int) -> tuple[int, int]:
+        """Return the ``number``-th row of training. Among the first n rows each source has n times its share, ± 1."""
+        start = 0.0
+        for source, end in enumerate(self._ends):
+            used, used_after = (rows_below(number + i, end) - rows_below(number + i, start) for i in (0, 1))
+            if used_after > used:
+                epoch, place = divmod(used, count := self.shards[source].count_rows(self.length))
+                return source, permuted(place, count, seed=(self.seed, source, epoch))
+            start = end
+        raise AssertionError("the last share ends at 1")
+
+
+def rows_below(rows: int, share: float) -> int:
+    """Return how many of ``rows`` belong to the sources up to a cumulative share."""
+    return int(np.floor(rows * share + 1e-9))
+
+
+def permuted(place: int, count: int, seed: tuple[int, ...]) -> int:
+    """Return the entry at ``place`` of a random permutation of ``range(count)``, without storing the permutation.
+
+    A Feistel network permutes the numbers below the next power of four. It is applied again until the result is below
+    ``count``, which still gives a permutation.
+
+    Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (cycle walking).
+    """
+    half = max(1, (int(count - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & low
+        for turn in range(4):
+            digest = hashlib.blake2b(repr((seed, turn, right)).encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
+        place = left << half | right
+        if place < count:
+            return place

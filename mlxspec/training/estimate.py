@@ -1,0 +1,268 @@
+"""What a training run will cost, before it starts: tokens, memory and time of each stage.
+
+Memory is a sum over the large arrays: weights with their gradients and Adam's moments, old and new; the activations
+that each layer keeps for the backward pass; the chunks of the loss; the target with the activations of one layer.
+tests/training/test_estimate.py compares the sum with what MLX reports. A step that does not fit is refused, since the
+operating system would swap or kill the process.
+
+Time is measured: a few steps of each stage, or a few tokens of the target's answers, run on this machine. Complete
+stages and evaluations are not counted.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxspec.errors import TrainingError
+from mlxspec.models.drafter import Drafter, DrafterConfig
+from mlxspec.models.memory import device_limit, gigabytes
+from mlxspec.training.batches import Batches
+from mlxspec.training.chunked_loss import CHUNK_ELEMENTS
+from mlxspec.training.corpus import (
+    BadLines,
+    corpus_files,
+    encode_documents,
+    read_documents,
+    read_prompts,
+    split_prompts,
+)
+from mlxspec.training.losses import Loss
+from mlxspec.training.objectives import objective
+from mlxspec.training.responses import AnswerSettings, DistillData, answer_group, bos_groups, prompt_groups
+from mlxspec.training.run_folder import is_complete
+from mlxspec.training.shards import Index, ShardWriter, TokenShards
+from mlxspec.training.target import Target
+from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
+
+if TYPE_CHECKING:
+    from mlxspec.training.recipe import PretrainData, Recipe
+
+TRIAL_DOCUMENTS, TRIAL_TOKENS = 200, (8, 24)
+
+LIVE_CHUNKS = 2  # the next chunk starts before the memory of the last one is free
+CHUNK_ARRAYS = 12  # arrays of a chunk's size that a loss and its gradient take, of 4 bytes for each element
+HIDDEN_ARRAYS, INTERMEDIATE_ARRAYS = 10, 4  # arrays of a layer's two widths that its backward pass needs
+
+
+def training_bytes(
+    config: DrafterConfig,
+    settings: TrainingSettings,
+    processes: int = 1,
+    target_bytes: int = 0,
+    target_config: dict[str, Any] | None = None,
+) -> int:
+    """Return the peak memory of a step in one process, in bytes.
+
+    Args:
+        config: The drafter's shape.
+        settings: The settings of the stage.
+        processes: Number of processes that share a batch.
+        target_bytes: Memory of the target's weights, 0 for a stage without the target.
+        target_config: The target's config, None for a stage without the target.
+    """
+    number = settings.dtype.size
+    positions = settings.batch * settings.length // (settings.accumulate * processes)
+    weights = config.num_parameters * (2 * (4 + 8) + 4 + (number if number < 4 else 0))
+    layer = positions * number * (
+        HIDDEN_ARRAYS * config.hidden_size
+        + INTERMEDIATE_ARRAYS * config.intermediate_size
+        + attention_scores(config.num_attention_heads, settings.length)
+    )  # fmt: skip
+    inputs = positions * number * config.hidden_size * config.num_hidden_layers
+    layers = inputs + layer if settings.recompute else layer * config.num_hidden_layers
+    chunks = 4 * CHUNK_ARRAYS * min(LIVE_CHUNKS * CHUNK_ELEMENTS, positions * config.vocab_size)
+    return weights + layers + chunks + target_bytes + target_pass_bytes(target_config or {}, positions, settings)
+
+
+def target_pass_bytes(config: dict[str, Any], positions: int, settings: TrainingSettings) -> int:
+    """Return the memory of the target's activations, those of one layer, or 0 if the config lacks the sizes."""
+    hidden = config.get("hidden_size") or config.get("dim") or 0
+    heads = config.get("num_attention_heads") or config.get("n_heads") or 0
+    widest = max(3 * config.get("intermediate_size", 0), attention_scores(heads, settings.length), 4 * hidden)
+    return positions * settings.dtype.size * (2 * hidden + widest)
+
+
+def attention_scores(heads: int, length: int) -> int:
+    """Return how many attention scores are stored for each position. Only the CPU back end, not fused, stores them."""
+    return 2 * heads * length if mx.default_device().type == mx.cpu else 0
+
+
+def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingSettings) -> int:
+    """Return the peak memory of a step in this process, in bytes."""
+    processes = mx.distributed.init().size()
+    if not loss.needs_target:
+        return training_bytes(drafter.config, settings, processes)
+    return training_bytes(drafter.config, settings, processes, target.weight_bytes, target.config)
+
+
+def check_fits(needed: int) -> None:
+    """Raise TrainingError if a step needs more bytes than the device has."""
+    if needed > device_limit():
+        raise TrainingError(
+            f"a step needs about {gigabytes(needed)} and this device has {gigabytes(device_limit())}; use a larger "
+            "accumulate, recompute = true, or a smaller batch"
+        )
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """The cost of one stage.
+
+    Attributes:
+        name: The stage.
+        what: A description of the work.
+        tokens: Tokens to train on or, at most, to create.
+        bytes: Peak memory.
+        disk: Bytes on disk for a cached teacher.
+        seconds: Time.
+        done: Whether the stage is complete.
+    """
+
+    name: str
+    what: str
+    tokens: int
+    bytes: int = 0
+    disk: int = 0
+    seconds: float = 0.0
+    done: bool = False
+
+
+def estimate(recipe: "Recipe", folder: Path, target: Target) -> Iterator[StageEstimate]:
+    """Yield the cost of each stage of a recipe in order.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder of its run, in which complete stages are found.
+        target: The recipe's target.
+
+    Raises:
+        TrainingError: A step does not fit into memory.
+    """
+    drafter, text_tokens = recipe.first_drafter(target), 0
+    if recipe.pretrain:
+        data, training = recipe.pretrain
+        text = estimate_text(data, folder / "text", target)
+        text_tokens = text.tokens
+        yield text
+        yield estimate_training("pretrain", drafter, Loss("ce"), training, folder / "pretrain", target, text_tokens)
+    answer_tokens = 0
+    if recipe.distill:
+        prompts, answers = recipe.distill
+        answering = estimate_answers(prompts, answers, recipe.held_out_prompts, folder / "answers", target)
+        answer_tokens = answering.tokens
+        yield answering
+    for number, stage in enumerate(recipe.finetune, 1):
+        name, mix = f"finetune-{number}", stage.data.mix if text_tokens else 0.0
+        available = answer_tokens / (1 - mix)  # with the pretraining text that is mixed in
+        cost = estimate_training(name, drafter, stage.loss, stage.training, folder / name, target, available)
+        # For each token the ids and log-probabilities of the top k.
+        stored = stage.data.teacher_top_k * (4 if target.vocab_size <= 2**16 else 6)
+        yield replace(cost, disk=round(available * stored) if stage.loss.needs_target else 0)
+
+
+def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEstimate:
+    """Estimate tokenizing a corpus, from its first documents."""
+    files = corpus_files(data.data)
+    size = sum(file.stat().st_size for file in files)
+    what = f"{len(files)} files of {size / 1e6:.1f} MB"
+    if is_complete(folder):
+        return StageEstimate("text", what, Index.read(folder / "tokens").tokens, done=True)
+    start, some = time.perf_counter(), list(islice(read_documents(files, bad := BadLines()), TRIAL_DOCUMENTS))
+    tokens = sum(map(len, encode_documents(some, target.tokenizer, bad)))
+    share = some[-1].bytes / size if some else 1.0
+    return StageEstimate("text", what, round(tokens / share), seconds=(time.perf_counter() - start) / share)
+
+
+def estimate_answers(
+    data: DistillData, settings: AnswerSettings, held_out: int, folder: Path, target: Target
+) -> StageEstimate:
+    """Estimate the target's answers, from two short answers to the first group."""
+    if data.prompts:
+        prompts, _ = read_prompts(data.prompts, target.tokenizer, data.system)
+        training, _ = split_prompts(prompts, held_out, settings.max_tokens, target.context)
+        groups = prompt_groups(training, settings)
+    else:
+        groups = bos_groups(target.tokenizer.bos_token_id, settings)
+    answers = sum(len(group.prompts) for group in groups)
+    what = f"{answers} answers in {len(groups)} groups"
+    if is_complete(folder):
+        return StageEstimate("answers", what, Index.read(folder / "tokens").tokens, done=True)
+    seconds = []
+    for tokens in TRIAL_TOKENS:
+        start = time.perf_counter()
+        answer_group(target.model, target.tokenizer, groups[0], replace(settings, max_tokens=tokens))
+        seconds.append(time.perf_counter() - start)
+    token_seconds = max(seconds[1] - seconds[0], 0) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
+    most = sum(len(prompt) + settings.max_tokens for group in groups for prompt in group.prompts)
+    group_seconds = seconds[0] + token_seconds * max(settings.max_tokens - TRIAL_TOKENS[0], 0)
+    return StageEstimate("answers", what, most, target.weight_bytes, seconds=group_seconds * len(groups))
+
+
+def estimate_training(
+    name: str,
+    drafter: Drafter,
+    loss: Loss,
+    settings: TrainingSettings,
+    folder: Path,
+    target: Target,
+    available: float,
+) -> StageEstimate:
+    """Estimate a training stage, from a few of its steps.
+
+    Args:
+        name: The stage.
+        drafter: A drafter of the right shape.
+        loss: The loss.
+        settings: The settings.
+        folder: The stage's folder.
+        target: The target.
+        available: Number of tokens in the training data.
+
+    Raises:
+        TrainingError: A step does not fit into memory.
+    """
+    positions = settings.batch * settings.length
+    epochs = settings.steps * positions / max(available, 1)
+    what = f"{loss.name}, {settings.steps} steps of {positions} positions, {epochs:.1f} epochs"
+    needed = step_bytes(drafter, target, loss, settings)
+    if is_complete(folder):
+        return StageEstimate(name, what, settings.steps * positions, needed, done=True)
+    check_fits(needed)
+    seconds = step_seconds(drafter, loss, settings, target) * settings.steps
+    return StageEstimate(name, what, settings.steps * positions, needed, seconds=seconds)
+
+
+def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, target: Target) -> float:
+    """Measure the seconds of a step on random tokens, with a copy of the drafter and the target as online teacher."""
+    copy = Drafter(drafter.config)
+    copy.update(drafter.parameters())
+    with tempfile.TemporaryDirectory() as scratch:
+        random = np.random.default_rng(0)
+        with ShardWriter(scratch, target.vocab_size, target.tokenizer_fingerprint) as writer:
+            for row in random.integers(0, drafter.config.vocab_size, (settings.batch, settings.length + 1)):
+                writer.add(row, np.ones_like(row))
+            writer.finish()
+        batches = Batches([TokenShards(scratch)], [1.0], settings.length, settings.batch, 0)
+        teacher = OnlineTeacher(target.model) if loss.needs_target else None
+        trainer = Trainer(copy, objective(loss, teacher, settings.recompute), batches, settings, Path(scratch))
+        seconds = trainer.time_step()
+    mx.clear_cache()
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Format a time in at most two units, such as "3 h 20 min"."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes >= 10 else f"{minutes} min {rest} s" if minutes else f"{rest} s"

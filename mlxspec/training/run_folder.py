@@ -1,0 +1,130 @@
+"""A stage's folder: the record of what the stage was created with, its metrics, and the processes that share it.
+
+``stage.json`` holds the inputs of the stage, its result, and whether it is complete. ``metrics.jsonl`` has one line of
+JSON for each logged step. Under ``mlx.launch`` several processes use one folder: the first one decides and writes.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxspec.errors import TrainingError
+from mlxspec.files import explain_write_errors, read_json, write_atomically, write_json
+
+Metrics = dict[str, float]
+
+
+def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] = ()) -> bool:
+    """Create the record of a stage, or compare it with the inputs of this run.
+
+    Args:
+        folder: The stage's folder.
+        inputs: Everything that the stage's result depends on, as JSON.
+        changeable: Inputs that may change while the stage is unfinished.
+
+    Returns:
+        Whether the stage still has to be run or resumed.
+
+    Raises:
+        TrainingError: The folder was created with other inputs. The message names the first difference.
+    """
+    as_stored = json.loads(json.dumps(inputs))
+    return bool(broadcast(_start_stage(folder, as_stored, changeable) if is_first_process() else 0))
+
+
+def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]) -> bool:
+    record = folder / "stage.json"
+    # While a folder holds no results, its record may be replaced. The inputs in it may have been rejected.
+    if not record.exists() or not has_results(folder):
+        write_json(record, {"complete": False, "inputs": inputs})
+        return True
+    try:
+        stored = read_json(record)
+        before, finished = stored["inputs"], stored["complete"]
+        names = sorted({*before, *inputs})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TrainingError(f"{record} cannot be read; delete {folder} and repeat the command") from None
+    for name in names:
+        if before.get(name) != inputs.get(name) and (finished or name not in changeable):
+            raise TrainingError(
+                f"{folder} was created with {name} = {before.get(name)}, but this run has {name} = {inputs.get(name)}; "
+                "use another folder or delete this one"
+            )
+    if not finished and before != inputs:
+        write_json(record, {"complete": False, "inputs": inputs})
+    return not finished
+
+
+def complete_stage(folder: Path, result: Metrics | None = None) -> None:
+    """Record that a stage is complete, with the metrics of its drafter."""
+    if is_first_process():
+        record = read_json(folder / "stage.json")
+        write_json(folder / "stage.json", {**record, "complete": True, "result": result or {}})
+    barrier()
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a stage is complete. Its inputs do not matter."""
+    try:
+        return bool(read_json(folder / "stage.json")["complete"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def has_results(folder: Path) -> bool:
+    """Return whether a stage has produced anything that a resumed run would use."""
+    return is_complete(folder) or any(folder.glob("step-*")) or (folder / "tokens" / "index.json").exists()
+
+
+def log_metrics(folder: Path, step: int, metrics: Metrics) -> None:
+    """Append a line to ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    with explain_write_errors(path), path.open("a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a ``metrics.jsonl``, without lines that are damaged or still being written."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with suppress(json.JSONDecodeError):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+    return lines
+
+
+def truncate_metrics(folder: Path, step: int) -> None:
+    """Delete the lines after a step, since a resumed run logs these steps again."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        lines = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
+        with explain_write_errors(path):
+            write_atomically(path, lines)
+
+
+def is_first_process() -> bool:
+    """Return whether this process decides and writes. Without ``mlx.launch`` it does."""
+    return mx.distributed.init().rank() == 0
+
+
+def broadcast(number: int) -> int:
+    """Return the first process's ``number`` in all processes. No process returns before all have called."""
+    group = mx.distributed.init()
+    if group.size() == 1:
+        return number
+    contribution = mx.array(int(number) if group.rank() == 0 else 0, mx.int32)
+    try:
+        return int(mx.array(mx.distributed.all_sum(contribution, group=group)).item())  # type: ignore[arg-type]
+    except RuntimeError:  # the connection is lost
+        raise TrainingError(
+            "another process has stopped; see its error message and start all processes again"
+        ) from None
+
+
+def barrier() -> None:
+    """Wait until all processes have called this."""
+    broadcast(0)

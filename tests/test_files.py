@@ -1,0 +1,134 @@
+"""A file or folder is replaced whole or not at all."""
+
+import hashlib
+
+import pytest
+
+from mlxspec.errors import TrainingError
+from mlxspec.files import (
+    SAMPLE_BYTES,
+    SAMPLES,
+    explain_write_errors,
+    fingerprint,
+    fingerprint_files,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_atomically,
+    write_json,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a space in its name."""
+    (tmp_path / "a folder").mkdir()
+    return tmp_path / "a folder"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("content", ["new é", "new é".encode(), lambda path: path.write_text("new é", "utf-8")])
+def test_text_bytes_and_a_writer_replace_a_file(folder, content):
+    (folder / "a.txt").write_text("old")
+    write_atomically(folder / "a.txt", content)
+    assert (folder / "a.txt").read_text("utf-8") == "new é"
+    assert names(folder) == ["a.txt"]
+
+
+def test_a_writer_that_fails_in_the_middle_leaves_the_old_file_and_nothing_else(folder):
+    def write_half(path):
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    (folder / "a.txt").write_text("old")
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(folder / "a.txt", write_half)
+    assert (folder / "a.txt").read_text() == "old"
+    assert names(folder) == ["a.txt"]
+
+
+def test_a_writer_is_given_a_path_with_the_same_suffix(folder):
+    given = []
+    write_atomically(folder / "x" / "a.safetensors", lambda path: (given.append(path.suffix), path.touch())[1])
+    assert given == [".safetensors"]
+    assert (folder / "x" / "a.safetensors").exists()
+
+
+def test_a_folder_replaces_the_old_folder_and_its_files(folder):
+    for name in ("old", "new"):
+        with replacing(folder / "model") as aside:
+            aside.mkdir()
+            (aside / name).write_text(name)
+    assert names(folder) == ["model"]
+    assert names(folder / "model") == ["new"]
+
+
+def test_a_folder_that_fails_in_the_middle_leaves_the_old_folder_and_nothing_else(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "old").touch()
+
+    def write_half():
+        with replacing(folder / "model") as aside:
+            aside.mkdir()
+            (aside / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert names(folder) == ["model"]
+    assert names(folder / "model") == ["old"]
+
+
+def test_json_comes_back_as_it_was_written(folder):
+    content = {"a": [1, 2.5, None], "b": {"c": "é"}}
+    write_json(folder / "a.json", content)
+    assert read_json(folder / "a.json") == content
+    (folder / "a.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):
+        read_json(folder / "a.json")
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(folder):
+    (folder / ".writing-abc").mkdir()
+    (folder / ".writing-abc" / "a").touch()
+    (folder / "kept").touch()
+    remove_leftovers(folder)
+    assert names(folder) == ["kept"]
+
+
+def test_a_write_that_fails_is_one_line_that_names_the_file():
+    complaint = r"cannot write the text \(No space left\); free some space"
+    with pytest.raises(TrainingError, match=complaint), explain_write_errors("the text"):
+        raise OSError(28, "No space left")
+    with pytest.raises(TrainingError, match=r"cannot write the text \(two lines\)"), explain_write_errors("the text"):
+        raise RuntimeError("two\nlines")
+
+
+def test_a_fingerprint_is_the_start_of_the_hash_of_all_parts():
+    assert fingerprint("ab", b"c") == hashlib.sha256(b"abc").hexdigest()[:16]
+    assert fingerprint("abc", digits=12) == hashlib.sha256(b"abc").hexdigest()[:12]
+
+
+def test_files_have_the_fingerprint_of_their_content_wherever_they_are(folder):
+    for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
+        (folder / name).write_text(content)
+    a, b, c = (fingerprint_files([folder / name]) for name in "abc")
+    assert a == b != c
+    assert fingerprint_files([folder / "a"], "more") != a
+    with pytest.raises(TrainingError, match="none cannot be read"):
+        fingerprint_files([folder / "none"])
+
+
+def test_the_first_and_last_bytes_of_a_large_file_count(folder):
+    size = SAMPLES * SAMPLE_BYTES + 1
+    found = set()
+    for place in (None, 0, size - 1):
+        content = bytearray(size)
+        if place is not None:
+            content[place] = 1
+        (folder / "a").write_bytes(content)
+        found.add(fingerprint_files([folder / "a"]))
+    assert len(found) == 3
