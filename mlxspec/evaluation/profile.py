@@ -168,8 +168,6 @@ def profile(
     if name == MODEL:
         timers["drafting"] = Timer(drafting(compiled, draft_length), lambda: draft_state(compiled, CAPACITY_STEP))
     with compiled.weights.protected():
-        for timer in timers.values():
-            timer.first()
         runs: dict[str, Callable[[int], float]] = {part: timed(timer) for part, timer in timers.items()}
         runs["block"] = lambda number: seconds_per_block(decoder, draft_length)
         found = {part: spread(figures).median for part, figures in by_engine(interleaved(runs, rounds)).items()}
