@@ -127,6 +127,7 @@ def run_benchmark(
 
 
 def keep(record: Record, out: Path | None) -> None:
+    """Write the record, if there is a file for it."""
     if out:
         write_json(out, record)
 
@@ -219,6 +220,7 @@ def summaries(record: Record) -> list[Record]:
 
 
 def summary(record: Record, result: Record) -> Record:
+    """Return the row of one result of a record."""
     rounds, pair = result["rounds"], record["pair"]
     blocks = sum((DecodingStats.from_dict(turn["blocks"]) for turn in rounds), DecodingStats())
     rates = {name: [rate(turn["engines"][name]) for turn in rounds] for name in rounds[0]["engines"]}

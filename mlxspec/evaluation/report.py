@@ -20,7 +20,7 @@ CAPTIONS = {
     "acceptance": "How often a drafted token is accepted, by its position in the block.",
     "draft-length": "Speed-up by draft length: measured, and predicted by the cost model.",
     "block": "The time of a block by its parts. The draft and the target's pass are timed alone; the other two parts "
-    "are what remains.",
+    "are what remains. A remainder that noise made negative is hatched.",
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -278,13 +278,16 @@ def draw_lengths(axis: Any, calibration: Record) -> None:
 
 
 def draw_block(axis: Any, profile: Record) -> None:
-    """Draw one bar whose parts add up to the block. A remainder that noise made negative takes back from the bar."""
+    """Draw one bar whose parts add up to the block. A remainder that noise made negative is taken off, hatched."""
     start = 0.0
     for part in PARTS:
         milliseconds, share = 1000 * profile[part], profile[part] / profile["block"]
         words = f"{PART_NAMES[part]}: {milliseconds:.2f} ms ({share:.1%})"
-        axis.barh([0], milliseconds, left=start, color=PART_COLORS[part], label=words)
+        color = PART_COLORS[part]
+        style = {"color": color} if milliseconds >= 0 else {"color": "none", "edgecolor": color, "hatch": "////"}
+        axis.barh([0], milliseconds, left=start, label=words, **style)
         start += milliseconds
+    axis.axvline(1000 * profile["block"], color="black", linewidth=1)
     axis.set_yticks([])
     axis.set_xlabel(f"milliseconds of a block that drafts {profile['draft_length']} tokens")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

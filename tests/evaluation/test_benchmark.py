@@ -18,7 +18,7 @@ from mlxspec.evaluation.benchmark import (
     summaries,
     summary,
 )
-from mlxspec.evaluation.engines import OURS, PEER, PLAIN, Answer, joules
+from mlxspec.evaluation.engines import OURS, PEER, PLAIN
 from mlxspec.evaluation.report import read_record
 from mlxspec.evaluation.tasks import Task
 
@@ -113,15 +113,6 @@ def test_statistics_add_up_position_by_position():
     assert whole.drafted_by == {"model": 8, "none": 0}
 
 
-def test_answers_add_up_and_energy_is_unknown_if_it_is_for_one():
-    one = Answer(5, 1, 3, 2.0, 0.5, 100, 4.0, (1, 2, 3, 4, 5))
-    assert one + one == Answer(10, 2, 6, 4.0, 1.0, 100, 8.0)
-    assert (one + Answer(peak_memory_bytes=200, joules=None)).to_dict() == {
-        "tokens": 5, "first_tokens": 1, "prompt_tokens": 3, "seconds": 2.0, "first_seconds": 0.5,
-        "peak_memory_bytes": 200, "joules": None,
-    }  # fmt: skip
-
-
 def test_mbsu_of_mixed_blocks_charges_what_the_model_drafted(record):
     """Half plain blocks and half of four tokens by the model, all accepted: τ = 3, 2 drafted a block."""
     stats = DecodingStats()
@@ -132,13 +123,3 @@ def test_mbsu_of_mixed_blocks_charges_what_the_model_drafted(record):
         turn["blocks"] = stats.to_dict()
     pair = {**record["pair"], "drafter_parameters": 1, "target_parameters": 10}
     assert summary({**record, "pair": pair}, result)["mbsu_parameters"] == pytest.approx(3 / (1 + 0.1 * 2))
-
-
-def test_energy_is_summed_over_packages_where_it_can_be_read(tmp_path):
-    assert joules(tmp_path) is None
-    for name, count in [("intel-rapl:0", "2500000"), ("intel-rapl:1", "1500000"), ("intel-rapl:0:0", "7")]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(count)
-    assert joules(tmp_path) == 4.0
-    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
-    assert joules(tmp_path) is None

@@ -22,9 +22,6 @@ def test_a_profile_has_the_parts_that_were_measured_and_they_add_up_to_the_block
         def __init__(self, step, state):
             self.seconds = next(taken)
 
-        def first(self):
-            return self.seconds
-
         def __call__(self):
             return self.seconds
 

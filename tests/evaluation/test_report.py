@@ -51,7 +51,7 @@ class Axis:
     def __init__(self):
         self.bars = []
 
-    def barh(self, y, width, left, color, label):
+    def barh(self, y, width, left, label, **style):
         self.bars.append((left, width, label))
 
     def __getattr__(self, name):
