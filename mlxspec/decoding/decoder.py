@@ -244,11 +244,11 @@ class SpeculativeDecoder:
         missing = budget - self.stats.tokens
         if len(in_flight) == BLOCKS_IN_FLIGHT or self.policy.expected_tokens(in_flight[0].choice) > missing - 0.5:
             return False
-        return self.policy.choose(missing - len(in_flight)).proposer == self._proposer
+        return self._choose(missing - len(in_flight)).proposer == self._proposer
 
     def _launch(self, in_flight: "deque[InFlight]", budget: float) -> "InFlight":
         """Queue one block behind those in flight; nothing waits for its result."""
-        choice = self.policy.choose(budget - self.stats.tokens - len(in_flight))
+        choice = self._choose(budget - self.stats.tokens - len(in_flight))
         if choice.proposer != self._proposer:
             self._change_proposer(choice.proposer)
         length = len(self._tokens) + sum(block.choice.length + 1 for block in in_flight) + choice.length + 1
@@ -257,6 +257,16 @@ class SpeculativeDecoder:
         result, self._state = self.compiled[choice](self._take_state(length))
         mx.async_eval(result, self._state)
         return InFlight(choice, result, follows=len(in_flight) > 0)
+
+    def _choose(self, missing: float) -> Choice:
+        """Return the next block. Raises InvalidRequestError if the policy wants a drafter that the pair lacks."""
+        choice = self.policy.choose(missing)
+        if choice.proposer not in self.compiled.proposers:
+            raise InvalidRequestError(
+                f"the policy chose {choice.proposer!r} to draft, and this pair has only "
+                f"{', '.join(self.compiled.proposers)}; give the pair such a drafter or choose another"
+            )
+        return choice
 
     def _take_state(self, length: int) -> State:
         """Take the state out of the decoder, with room for ``length`` tokens."""
@@ -296,7 +306,7 @@ class SpeculativeDecoder:
             del old
         self._idle.truncate(reused)
         self.policy.start(prompt, budget, self._idle.unread(MODEL, len(prompt)))
-        proposer = self.policy.choose(budget).proposer
+        proposer = self._choose(budget).proposer
         passes = 1 + self.compiled.proposers[proposer].reads
         new, done = len(prompt) - reused, 0
 

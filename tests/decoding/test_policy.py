@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
+from mlxspec import InvalidRequestError, ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.decoding.acceptance import MENU, expected_tokens
 from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice, ModelProposer
@@ -320,3 +320,9 @@ def test_without_costs_a_policy_says_that_they_are_not_known():
     decoder = SpeculativeDecoder(ModelPair(target, target))
     with pytest.raises(ValueError, match=r"call calibrate\(\) first"):
         _ = decoder.policy
+
+
+def test_a_policy_that_wants_a_drafter_that_the_pair_lacks_is_told_which_there_are():
+    decoder = SpeculativeDecoder(ModelPair(random_llama(vocab_size=60)), policy=Fixed(Choice(MODEL, 3)))
+    with pytest.raises(InvalidRequestError, match="chose 'model' to draft, and this pair has only none"):
+        decoded(decoder, [1], 5)

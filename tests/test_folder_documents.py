@@ -1,0 +1,53 @@
+"""The documents that lie beside the code name only what exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import mlxspec
+
+ROOT = Path(mlxspec.__file__).parent.parent
+DOCUMENTS = {name: (ROOT / "mlxspec" / name / "README.md").read_text() for name in ("decoding", "training")}
+
+
+def named(pattern: str, flags: int = 0) -> list[tuple[str, str]]:
+    """(folder, name) of everything in the documents that matches."""
+    return [
+        (folder, name) for folder, text in DOCUMENTS.items() for name in sorted(set(re.findall(pattern, text, flags)))
+    ]
+
+
+@pytest.mark.parametrize(("folder", "path"), named(r"\b(?:mlxspec|scripts|tests)/[\w./-]*\w"))
+def test_a_path_exists(folder, path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("folder", "module"), named(r"`(\w+\.py)`"))
+def test_a_module_exists(folder, module):
+    assert (ROOT / "mlxspec" / folder / module).exists()
+
+
+@pytest.mark.parametrize(("folder", "name"), named(r"`([A-Za-z]\w*)`"))
+def test_a_name_occurs_in_the_code(folder, name):
+    code = "".join(path.read_text() for top in ("mlxspec", "tests") for path in (ROOT / top / folder).glob("*.py"))
+    assert re.search(rf"\b{name}\b", code)
+
+
+@pytest.mark.parametrize(("folder", "command"), named(r"^mlxspec .*$", re.MULTILINE))
+def test_a_command_has_these_options(folder, command, mlxspec_command):
+    verb, subverb, *_ = command.split()[1:]
+    help = mlxspec_command(verb, subverb, "--help").out
+    assert all(option in help for option in re.findall(r"--[\w-]+", command))
+
+
+def test_the_route_of_a_block_is_at_most_eight_files():
+    table = DOCUMENTS["decoding"].split("passes through eight files")[1].split("The other files")[0]
+    assert len(re.findall(r"^\| `\w+\.py` \|", table, re.MULTILINE)) == 8
+
+
+def test_the_whole_algorithm_is_one_function_of_at_most_one_screen():
+    source = (ROOT / "mlxspec" / "decoding" / "block.py").read_text()
+    function = source.split("def decode_block")[1]
+    assert len(function.splitlines()) <= 50
+    assert all(f"# {step}:" in function for step in ("Draft", "Verify", "Accept", "Commit"))
