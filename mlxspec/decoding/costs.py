@@ -9,7 +9,7 @@ from mlxspec.decoding.drafting import MODEL, Choice
 
 MEASURED_AT = capacity_for(1)  # the cache capacity, in positions, behind which the table was measured
 CORRECTION_MEMORY = 0.9  # the weight of a measured block one such block later
-LARGEST_CORRECTION = 4.0  # a block that took longer than this many times the table's figure was disturbed
+LARGEST_CORRECTION = 2.0  # a block that took longer than this many times its figure was disturbed
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,15 @@ class BlockCosts:
 class RunningCosts:
     """The cost of each block at the present length of the text, corrected by the blocks that were timed.
 
-    The table is coarse. A block that was timed while decoding corrects the figure of its own choice, as a factor, so
-    that the correction stays valid when the text grows.
+    The table is coarse, and decoding takes longer than the least of some rounds. So a block that was timed corrects the
+    figure of its own choice, and a little those of all choices that were not timed yet. Corrections are factors, which
+    stay valid when the text grows.
     """
 
     table: BlockCosts
     present: BlockCosts = field(init=False)
     factors: dict[Choice, float] = field(default_factory=dict)
+    others: float = 1.0  # the factor of choices that were not timed yet
     capacity: int = MEASURED_AT
 
     def __post_init__(self) -> None:
@@ -84,11 +86,12 @@ class RunningCosts:
 
     def block(self, choice: Choice) -> float:
         """Return the seconds of a block."""
-        return self.present.block(choice) * self.factors.get(choice, 1.0)
+        return self.present.block(choice) * self.factors.get(choice, self.others)
 
     def observe(self, choice: Choice, seconds: float) -> None:
         """Add the time that a block took."""
         factor = seconds / self.present.block(choice)
-        if factor < LARGEST_CORRECTION:
-            known = self.factors.get(choice, 1.0)
+        known = self.factors.get(choice, self.others)
+        if factor < LARGEST_CORRECTION * known:
             self.factors[choice] = known + (1 - CORRECTION_MEMORY) * (factor - known)
+            self.others += (1 - CORRECTION_MEMORY) * (factor - self.others)
