@@ -1,4 +1,4 @@
-"""How many tokens a block of a given draft length will yield: estimated from the blocks and the text so far."""
+"""Estimates how many tokens a block of a given draft length will yield, from the blocks and the text so far."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, pairwise
@@ -8,10 +8,10 @@ from typing import Protocol
 MENU = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # the draft lengths that ``Automatic`` chooses from
 LONGEST = MENU[-1]
 
-PRIOR_RATE, PRIOR_WEIGHT = 0.75, 2.0  # of a drafter that has drafted nothing yet: as if 2 tokens had been tried
-POSITION_WEIGHT = 2.0  # of the average over all positions in the estimate of one, as if so many tokens had been tried
-BLOCK_MEMORY = 0.98  # the weight of a block's evidence one block later: the last 50 blocks count
-TOKEN_MEMORY = 0.98  # the same per token of text, for prompt lookup: copied passages come and go
+PRIOR_RATE, PRIOR_WEIGHT = 0.75, 2.0  # of a drafter that has drafted nothing yet; pseudo-count in tokens
+POSITION_WEIGHT = 2.0  # pseudo-count of the overall rate in each position's rate
+BLOCK_MEMORY = 0.98  # decay of the evidence per block: about the last 50 blocks count
+TOKEN_MEMORY = 0.98  # decay per token of text, for prompt lookup: copied passages come and go
 
 
 class Yield(Protocol):
@@ -22,10 +22,15 @@ class Yield(Protocol):
 
 
 class Acceptance:
-    """A running estimate of how often each draft position is accepted, given that those before it were.
+    """A running estimate of how often each draft position is accepted, given that the earlier ones were.
 
-    Old blocks fade. A position that was hardly tried borrows from the average over all positions, and that average
-    borrows from a prior.
+    Evidence decays with each block. The rate of a position is shrunk toward the overall rate, and the overall rate
+    toward a prior.
+
+    Args:
+        rate: Acceptance rate of the prior.
+        weight: Pseudo-count of the prior, in tokens.
+        memory: Decay of the evidence per block.
     """
 
     def __init__(self, rate: float = PRIOR_RATE, weight: float = PRIOR_WEIGHT, memory: float = BLOCK_MEMORY):
@@ -41,12 +46,12 @@ class Acceptance:
             self.accepted[position] += position < accepted
 
     def fade(self, factor: float) -> None:
-        """Count everything that was seen so far ``factor`` times."""
+        """Multiply the weight of all evidence so far by ``factor``."""
         self.tried = [factor * n for n in self.tried]
         self.accepted = [factor * n for n in self.accepted]
 
     def rates(self) -> list[float]:
-        """Return the acceptance rate of each draft position."""
+        """Return the acceptance rate of each draft position, given that the earlier ones were accepted."""
         average = (sum(self.accepted) + self.rate * self.weight) / (sum(self.tried) + self.weight)
         return [
             (accepted + average * POSITION_WEIGHT) / (tried + POSITION_WEIGHT)
@@ -59,17 +64,18 @@ class Acceptance:
 
 
 class LookupReplay:
-    """What prompt lookup would have yielded on the text so far, at every draft length of ``MENU``.
+    """What prompt lookup would have yielded on the answers so far, at every draft length of ``MENU``.
 
-    Prompt lookup proposes from the text alone. So the host can replay it block by block, without any device time and
-    whether or not it was used. A drafted token is accepted with the probability that the target gives it, which is
-    also how often the text continues with it: the text itself tells the acceptance.
+    Prompt lookup proposes from the text alone. So the host can replay it block by block, without device time and
+    whether or not it was used. The target accepts a lookup token x with probability p(x), and emits x with the same
+    probability. So counting how often the text continues with x estimates acceptance. Only the answer is replayed. The
+    prompt is only searched.
 
-    The replays at different lengths are independent. A long draft that fails starts its next block just behind the
-    failure, where a match is rarest; rates by position that were taken there would make short drafts look useless.
+    The replays at different lengths are independent. After a rejected long draft, the next block starts right after a
+    mismatch, where matches are rare. Rates by position from there would underestimate short drafts.
 
     Args:
-        ngram: the longest suffix that the lookup searches for, in tokens.
+        ngram: Longest suffix that the lookup searches for, in tokens.
     """
 
     def __init__(self, ngram: int):
@@ -78,9 +84,9 @@ class LookupReplay:
         self.start([])
 
     def start(self, prompt: Sequence[int]) -> None:
-        """Begin a new text. The estimates of the last one are kept."""
+        """Start a new text. The estimates of earlier texts are kept."""
         self.text: list[int] = []
-        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended, the end of the text excepted
+        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended before the end of the text
         for replay in self.replays:
             replay.draft = None
         for token in prompt:
@@ -99,13 +105,13 @@ class LookupReplay:
         return {0: 1.0} | {replay.length: replay.tokens / replay.blocks for replay in self.replays}
 
     def _append(self, token: int) -> None:
-        end = len(self.text) - 1  # of the text so far, which is no longer its last token
+        end = len(self.text) - 1  # the text so far ends here, and is about to continue
         for n in range(1, min(self.ngram, len(self.text)) + 1):
             self.ends[tuple(self.text[-n:])] = end
         self.text.append(token)
 
     def _continuation(self) -> Iterator[int]:
-        """Yield what ``LookupProposer`` would propose at the end of the text, without end."""
+        """Yield what ``LookupProposer`` would propose at the end of the text, without limit."""
         last = len(self.text) - 1
         matches = (self.ends.get(tuple(self.text[-n:])) for n in range(min(self.ngram, last), 0, -1))
         match = next((end for end in matches if end is not None), last - 1)
@@ -118,8 +124,8 @@ class Replay:
     def __init__(self, length: int):
         self.length = length
         self.draft: Iterator[int] | None = None
-        self.right = 0  # tokens of the present draft that the text confirmed
-        self.blocks, self.tokens = 1.0, 1.3  # a block that yielded little, as a prior
+        self.right = 0  # leading tokens of the present draft that the text confirmed
+        self.blocks, self.tokens = 1.0, 1.3  # the prior: one block that yielded little
 
     def ends_with(self, token: int) -> bool:
         """Add one token of text. Return whether the present block ends with it."""
@@ -140,20 +146,20 @@ def expected_tokens(rates: Sequence[float]) -> list[float]:
     """Return the expected tokens per block for draft lengths 0, 1, …, len(rates): 1 + Σ_i Π_{j≤i} rate_j.
 
     Args:
-        rates: of each draft position, the chance that it is accepted if those before it were.
+        rates: Probability that each draft position is accepted, given that the earlier ones were.
     """
     return list(accumulate(accumulate(rates, mul), initial=1.0))
 
 
 def expected_blocks(rates: Sequence[float], length: int, tokens: int) -> float:
-    """Return how many blocks of ``length`` drafted tokens an answer of ``tokens`` tokens takes; its end cuts the last.
+    """Return the expected number of blocks for an answer. The end of the answer cuts the last block.
 
     Args:
-        rates: as for ``expected_tokens``.
-        length: draft length.
-        tokens: length of the answer.
+        rates: Probability that each draft position is accepted, given that the earlier ones were.
+        length: Draft length.
+        tokens: Length of the answer, in tokens.
     """
-    reached = [1.0, *accumulate(rates[:length], mul), 0.0]  # the chance of at least 0, 1, … accepted tokens
+    reached = [1.0, *accumulate(rates[:length], mul), 0.0]  # probability of at least 0, 1, … accepted tokens
     exactly = [more - less for more, less in pairwise(reached)]
     blocks = [0.0]
     for missing in range(1, tokens + 1):

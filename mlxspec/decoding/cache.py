@@ -1,8 +1,8 @@
-"""A KV cache whose length is an array, so that a block of decoding needs no host to rewind it.
+"""A KV cache whose length is an array, so that a block can be rewound without the host.
 
-mlx-lm's models ask a layer's cache for three things: ``offset``, ``update_and_fetch`` and ``make_mask``. These answer
-with arrays over a buffer of fixed capacity; what lies behind the length is masked out and overwritten later.
-A sliding window is a mask too: the buffer keeps every position, hence rewinding is always possible.
+mlx-lm's models use three members of a layer's cache: ``offset``, ``update_and_fetch`` and ``make_mask``. Here they work
+on arrays over a buffer of fixed capacity. Entries beyond the length are masked out and overwritten later. A sliding
+window is a mask too. The buffer keeps every position, so it can always be rewound.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,19 +13,22 @@ import mlx.nn as nn
 from mlxspec.errors import UnsupportedModelError
 from mlxspec.models.attention import attention_windows, model_type
 
-Buffers = list[tuple[mx.array, mx.array]]  # a layer each: keys, values, [1, H, capacity, D]
+Buffers = list[tuple[mx.array, mx.array]]  # for each layer: keys and values, [1, H, capacity, D]
 
-# Attention over a buffer costs its capacity, not its length, and every new capacity is traced and compiled anew.
+# Attention in a decoding block costs the capacity, not the length, and every new capacity is traced again.
 CAPACITY_STEP = 256
 
 PREFILL_STEP = 512  # tokens in one forward pass over a prompt
 
 
 class KVCache:
-    """One layer's view of its buffers during one forward pass over the positions from ``length`` on.
+    """One layer's view of its buffers during one forward pass.
 
-    ``buffers`` is None only while the shapes of a model's keys and values are being found out. ``end`` is where the
-    pass ends, if the host knows: then attention covers no more than that.
+    Args:
+        buffers: Keys and values, [1, H, capacity, D]. None only while the shapes of a model's caches are determined.
+        length: Number of positions before the pass, scalar int32.
+        window: Size of the sliding window, None for full attention.
+        end: Number of positions after the pass, if the host knows it. Attention then covers only these.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class KVCache:
         self.end = end
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [1, H, L, D] behind the valid positions; returns the buffers, up to the end if that is known."""
+        """Write [1, H, L, D] after the valid positions. Return the buffers, only up to ``end`` if that is known."""
         if self.keys is None or self.values is None:
             self.keys = mx.zeros((*keys.shape[:2], self.capacity, keys.shape[-1]), keys.dtype)
             self.values = mx.zeros((*values.shape[:2], self.capacity, values.shape[-1]), values.dtype)
@@ -64,9 +67,10 @@ class KVCache:
         return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:
-        """Row i sees the valid positions and the new ones up to its own, within the window: bool [N, positions].
+        """Return the attention mask: bool [N, positions].
 
-        "causal" says that where the last row's own position is the last one, in a form that kernels are made for.
+        Row i attends to the valid positions and to the new ones up to its own, within the window. If the last row's
+        position is the last one, the mask is "causal", for which MLX has special kernels.
         """
         window = window_size or self.window
         if self.end is not None and window is None and not return_array:
@@ -82,9 +86,12 @@ def capacity_for(length: int) -> int:
 
 
 def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
-    """The same positions in buffers with room for ``length``.
+    """Return buffers with the same positions and room for ``length`` positions.
 
-    ``exactly`` also gives back what a longer text left behind, so that a short one does not pay for it.
+    Args:
+        buffers: Keys and values of each layer.
+        length: Number of positions.
+        exactly: Also shrink buffers that a longer text has enlarged, so that a short text does not pay for them.
     """
     capacity, present = capacity_for(length), buffers[0][0].shape[2]
 
@@ -100,7 +107,7 @@ def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
 
 
 class CachedModel:
-    """A model together with the shapes of its caches; every forward pass goes through here.
+    """A model and the shapes of its caches. Every forward pass goes through this class.
 
     Raises UnsupportedModelError for a model that cannot run on caches whose length is an array.
     """
@@ -109,7 +116,7 @@ class CachedModel:
         self.model = model
         self.windows = attention_windows(model)
         try:
-            # Traced and never evaluated: costs no forward pass, and fails just where the compiled block would.
+            # Traced and never evaluated. It costs no forward pass and fails where the compiled block would.
             logits, buffers = mx.compile(lambda token, length: self(token, None, length))(mx.array([0]), mx.array(0))
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
@@ -121,7 +128,7 @@ class CachedModel:
         self.shapes = [[(buffer.shape, buffer.dtype) for buffer in layer] for layer in buffers]
 
     def empty(self, length: int) -> Buffers:
-        """Buffers with room for ``length`` positions, none of them filled."""
+        """Return empty buffers with room for ``length`` positions."""
 
         def zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
             return mx.zeros((*shape[:2], capacity_for(length), shape[3]), dtype)
@@ -131,9 +138,16 @@ class CachedModel:
     def __call__(
         self, tokens: mx.array, buffers: Buffers | None, length: mx.array, end: int | None = None
     ) -> tuple[mx.array, Buffers]:
-        """tokens [L] behind ``length`` positions -> logits [L, V], buffers. Nothing is evaluated.
+        """Run the model over tokens. Nothing is evaluated.
 
-        ``end`` is length + L, where the host knows it.
+        Args:
+            tokens: Token ids [L].
+            buffers: Keys and values of each layer, None to determine their shapes.
+            length: Number of positions before ``tokens``, scalar int32.
+            end: length + L, if the host knows it.
+
+        Returns:
+            Logits [L, V] and the buffers after the pass.
         """
         layers: Sequence[tuple[mx.array, mx.array] | None] = buffers or [None] * len(self.windows)
         caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=True)]
@@ -141,14 +155,18 @@ class CachedModel:
         return logits, [cache.buffers for cache in caches]
 
     def prefill(self, tokens: mx.array, kept: list[Buffers], length: int, advanced: Callable[[int], None]) -> Buffers:
-        """Run a model over a text, in chunks.
+        """Run the model over a text, in chunks.
 
         Args:
-            tokens: [L] int32.
-            kept: buffers that hold the ``length`` positions before them, or nothing. They are taken out of the list:
-                what the caller still held would be copied instead of written in place.
-            length: positions before ``tokens``.
-            advanced: is called with the number of tokens of each chunk.
+            tokens: Token ids [L] int32.
+            kept: A list with buffers that hold the ``length`` positions before ``tokens``, or an empty list. The
+                buffers are removed from the list, because buffers that the caller still held would be copied instead
+                of written in place.
+            length: Number of positions before ``tokens``.
+            advanced: Called with the number of tokens of each chunk.
+
+        Returns:
+            The buffers after the text.
         """
         buffers = with_room(kept.pop(), length, exactly=True) if kept else self.empty(length)
         for start in range(0, tokens.size, PREFILL_STEP):

@@ -1,11 +1,11 @@
-"""Measures what a block costs on this device, and keeps the figures on disk.
+"""Measures what a block costs on this device, and stores the figures on disk.
 
-Whole blocks are timed, since the parts of a block change when they are separated. Prompt lookup drafts in these blocks:
-it costs next to nothing, needs no model, and leaves the cost of the rows. The model's drafts are timed on their own.
+Whole blocks are timed, since the parts of a block behave differently when they are separated. Prompt lookup drafts in
+these blocks. It costs next to nothing and needs no model, so the time is that of verification. The draft model's drafts
+are timed separately.
 
-Measuring is capped in time and goes from the coarse to the fine: the figures that decide most come first. What did not
-fit into the cap is measured by the next process, or never needed: ``BlockCosts`` interpolates, and ``RunningCosts``
-learns from the blocks that are decoded.
+The time for measuring is limited, so the figures that decide most come first. What does not fit is measured by the next
+process. Until then ``BlockCosts`` interpolates, and ``RunningCosts`` corrects the table by the blocks that are decoded.
 """
 
 import json
@@ -32,24 +32,24 @@ from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder
 
-FORMAT = 5  # of the files; those of another format are measured anew
-CAP_SECONDS, CAP_PASSES = 3.5, 10  # measuring takes no longer than the longer of these
-ROUNDS = 6  # of everything, if the cap allows; the least figure counts, since nothing else disturbed that one
-QUEUED, SHORT = 3, 0.03  # blocks queued behind each other, as in decoding, where one takes less than so many seconds
-LONG = 4 * CAPACITY_STEP  # a capacity at which the cost of a longer text shows
-ROOM = CAPACITY_STEP // 2  # positions left free behind the text that blocks are timed on
-READ = 128  # tokens that the drafter reads at once
-FEW, MORE = 1, 4  # draft lengths that the cost of a drafted token is taken from
-# The figures that decide most come first. Each group gets half of the time.
+FORMAT = 5  # version of the file format; figures in another version are measured again
+CAP_SECONDS, CAP_PASSES = 3.5, 10  # time limit of a process: the longer of these, the second in target passes
+ROUNDS = 6  # of all figures, within the time limit; the minimum counts, as the least disturbed
+QUEUED, SHORT = 3, 0.03  # blocks queued at once, as in decoding, if a block takes less than SHORT seconds
+LONG = 4 * CAPACITY_STEP  # a capacity for measuring the cost of a longer text
+ROOM = CAPACITY_STEP // 2  # free positions after the text on which blocks are timed
+READ = 128  # tokens that the draft model reads at once
+FEW, MORE = 1, 4  # draft lengths that give the cost of a drafted token
+# The figures that decide most come first. COARSE gets half of the time, FINE all the time that is left.
 COARSE = ("rows 1", "draft 4", "rows 2", "rows 5", "rows 9", "rows 17", "draft 1", "read")
 FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "rows 13")
 
 Figures = dict[str, float]  # name -> seconds
-Progress = Callable[[int, int], None]  # figures measured, figures in all
+Progress = Callable[[int, int], None]  # number of figures done, number of missing figures
 
 
 def known_costs(compiled: CompiledBlocks) -> BlockCosts | None:
-    """Return the costs on disk, None if they are not complete."""
+    """Return the costs on disk, or None if figures are missing."""
     figures = stored_figures(compiled)
     return costs_of(figures) if set(names(compiled)) <= figures.keys() else None
 
@@ -57,12 +57,13 @@ def known_costs(compiled: CompiledBlocks) -> BlockCosts | None:
 def calibrate(
     compiled: CompiledBlocks, progress: Progress = lambda done, total: None, anew: bool = False
 ) -> BlockCosts:
-    """Measure the costs that are not on disk yet, and keep them there.
+    """Measure the costs that are not on disk yet, and store them.
 
     Args:
-        compiled: the blocks of a pair.
-        progress: is called after each figure.
-        anew: measure everything, whatever is on disk.
+        compiled: The blocks of a pair.
+        progress: Called before the first figure and after each, with the number done and the number of missing
+            figures. Not called if no figure is missing.
+        anew: Ignore the figures on disk and measure all of them.
     """
     figures = {} if anew else stored_figures(compiled)
     if missing := [name for name in names(compiled) if name not in figures]:
@@ -72,9 +73,9 @@ def calibrate(
 
 
 def costs_of(figures: Figures) -> BlockCosts:
-    """Return the table that the figures make. Rows and drafts that were not measured are estimated from the others."""
+    """Return the table of costs. Rows and drafts that were not measured are estimated from the others."""
     rows = {int(name.split()[1]): seconds for name, seconds in figures.items() if name.startswith("rows ")}
-    more = figures.get("draft 4", MORE * rows[1])  # not known: as costly as the target
+    more = figures.get("draft 4", MORE * rows[1])  # if unknown, as costly as the target
     few = figures.get("draft 1", more / MORE)
     step = (more - few) / (MORE - FEW) if more > few else more / MORE
     positions = LONG - CAPACITY_STEP
@@ -92,7 +93,7 @@ def costs_of(figures: Figures) -> BlockCosts:
 
 
 def names(compiled: CompiledBlocks) -> list[str]:
-    """Return the names of the figures that a pair needs, those that decide most first."""
+    """Return the names of the figures that a pair needs. The ones that decide most come first."""
     model = MODEL in compiled.drafters
     return [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
 
@@ -101,7 +102,7 @@ def names(compiled: CompiledBlocks) -> list[str]:
 
 
 def stored_figures(compiled: CompiledBlocks) -> Figures:
-    """Return the figures on disk; none if there is no file, or one that cannot be used."""
+    """Return the figures on disk. Empty without a usable file."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         figures = read_json(costs_file(compiled))["seconds"]
         usable = {"rows 1", "trace"} <= figures.keys() <= {*COARSE, *FINE, "trace"}
@@ -111,7 +112,7 @@ def stored_figures(compiled: CompiledBlocks) -> Figures:
 
 
 def keep(compiled: CompiledBlocks, figures: Figures) -> None:
-    """Write the figures down. Where that is impossible, they are measured again next time."""
+    """Write the figures to disk. If that fails, the next process measures them again."""
     file = costs_file(compiled)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def costs_file(compiled: CompiledBlocks) -> Path:
 
 
 def described(compiled: CompiledBlocks) -> dict[str, Any]:
-    """Return all that the costs depend on."""
+    """Return everything that the costs depend on. It is the key of the figures on disk."""
     sampling, info = compiled.sampling, mx.device_info()
     described: dict[str, Any] = {
         "format": FORMAT,
@@ -152,13 +153,13 @@ def shapes_of(model: nn.Module) -> str:
 
 
 def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str], progress: Progress) -> Figures:
-    """Time the missing figures, and what tracing a block takes, until the cap.
+    """Time the missing figures and the tracing of a block, within the time limit.
 
     Args:
-        compiled: the blocks of a pair.
-        known: the figures that are known already.
-        missing: the names of the others.
-        progress: is called before the first and after each.
+        compiled: The blocks of a pair.
+        known: The figures that are already known.
+        missing: Names of the missing figures.
+        progress: Called before the first figure and after each, with the number done and the number of missing figures.
 
     Returns:
         The known figures and those that were measured.
@@ -167,7 +168,7 @@ def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str
     with compiled.weights.protected():
         progress(0, len(missing))
         if not figures:
-            figures["rows 1"] = timers["rows 1"]()  # compiles kernels that decoding needs as well
+            figures["rows 1"] = timers["rows 1"]()  # outside the limit: it compiles kernels that decoding needs too
         start, cap = time.perf_counter(), max(CAP_SECONDS, CAP_PASSES * figures["rows 1"])
         for group, end in ((COARSE, start + cap / 2), (FINE, start + cap)):
             present = [name for name in group if name in timers]
@@ -185,7 +186,7 @@ def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str
 
 
 def expected_seconds(figures: Figures, name: str) -> float:
-    """Return what a figure will probably be, by those that were measured before it."""
+    """Return an estimate of a figure, in seconds, from the figures measured before it."""
     costs, number = costs_of(figures), int(name.split()[-1]) if name != "read" else 0
     if "draft" in name:
         return costs.draft_once + number * costs.draft_step
@@ -193,12 +194,12 @@ def expected_seconds(figures: Figures, name: str) -> float:
 
 
 class Timer:
-    """Times a step that takes a state and returns a result and the next state, queued behind each other as in decoding.
+    """Times a function from a state to a result and the next state. Short steps are queued together, as in decoding.
 
     Args:
-        step: the function to time.
-        state: makes a state to begin with.
-        traced: whether the first call has to trace the step.
+        step: The function to time.
+        state: Creates the first state.
+        traced: Whether the first call has to trace the step.
     """
 
     def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any], traced: bool = True):
@@ -207,7 +208,7 @@ class Timer:
         self.trace = 0.0  # seconds that tracing took
 
     def __call__(self) -> float:
-        """Return the seconds of one step. The first call traces it, which is not counted."""
+        """Return the seconds of one step. Tracing in the first call is not counted."""
         state = self.state()
         mx.eval(state)
         first, self.untraced = self.untraced, False
@@ -240,7 +241,7 @@ def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
 
 
 def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int) -> State:
-    """Return the state before a block, behind a text of zeros that no cache has really seen."""
+    """Return the state before a block, for a text of zeros. The caches are not filled."""
     length = capacity - ROOM
     drafter = proposer.start([], [0] * length, 0, lambda tokens: None)
     recent, committed = mx.zeros(2, mx.int32), mx.array(length, mx.int32)
@@ -248,7 +249,7 @@ def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int) -> 
 
 
 def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any, Any]]:
-    """Return a step that drafts ``length`` tokens with the model."""
+    """Return a step that drafts ``length`` tokens with the draft model."""
     proposer, greedy = model_proposer(compiled), compiled.sampling.temperature == 0
 
     def draft(recent: mx.array, committed: mx.array, buffers: Any, key: mx.array) -> tuple[Any, Any]:
@@ -263,17 +264,17 @@ def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any
 
 
 def model_proposer(compiled: CompiledBlocks) -> ModelProposer:
-    """Return the proposer of a pair that has a model for a drafter."""
+    """Return the proposer of the pair's draft model. The pair must have one."""
     return cast(ModelProposer, compiled.proposers[MODEL])
 
 
 def draft_state(compiled: CompiledBlocks, capacity: int) -> tuple[Any, ...]:
-    """Return the state before a draft of the model."""
+    """Return the state before a draft of the draft model."""
     buffers = model_proposer(compiled).run.empty(capacity)
     return mx.zeros(2, mx.int32), mx.array(capacity - ROOM, mx.int32), buffers, mx.random.key(0)
 
 
 def reading(compiled: CompiledBlocks) -> Callable[[Any], tuple[Any, Any]]:
-    """Return a step in which the model drafter reads READ tokens."""
+    """Return a step in which the draft model reads ``READ`` tokens."""
     run, tokens = model_proposer(compiled).run, mx.zeros(READ, mx.int32)
     return lambda state: (run.prefill(tokens, [], 0, lambda count: None), None)

@@ -18,10 +18,11 @@ DecodeBlock = Callable[[State], tuple[mx.array, State]]  # as ``decode_block`` w
 
 
 class Weights:
-    """The arrays of some models as they were when they were last noted.
+    """The arrays of some models, as they were when they were last noted.
 
-    While MLX traces a function that has a model's arrays as inputs, it puts tracers in their place, and leaves them
-    there if it is interrupted. And a KV cache is of no use once the weights have changed.
+    Used for two things: to restore weights after an interrupted trace, and to detect changed weights, which invalidate
+    the KV cache. While MLX traces a function that has a model's arrays as inputs, it replaces them by tracers. If it is
+    interrupted, the tracers stay in the model.
     """
 
     def __init__(self, models: list[nn.Module]):

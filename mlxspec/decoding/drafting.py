@@ -1,13 +1,13 @@
-"""Proposers: what drafts the next tokens. A model, prompt lookup, or nothing.
+"""Proposers draft the next tokens: with a draft model, by prompt lookup, or not at all.
 
-A proposer's state is a tree of arrays. The decoder keeps it, passes it in and takes it back. Two facts hold between
-blocks, where ``committed`` is the number of tokens that are final:
+A proposer's state is a tree of arrays. The decoder keeps it, passes it in and takes it back. Two invariants hold
+between blocks, where ``committed`` is the number of tokens that are final:
 
-- ``recent`` holds the last two committed tokens (one, while there is only one);
-- a model's state covers at least the ``committed − len(recent)`` tokens before them.
+- ``recent`` holds the last two committed tokens, or one if there is only one.
+- The draft model's state covers at least the ``committed − len(recent)`` tokens before them.
 
-Two, because after a fully accepted block the drafter has not yet seen the last token that it drafted. It is fed that
-token together with the next one, so that "all accepted" needs no special case.
+``recent`` holds two tokens because, after a fully accepted block, the draft model has not seen the last token that it
+drafted. It is fed that token together with the next one. So "all accepted" needs no special case.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ MODEL, LOOKUP, NONE = "model", "lookup", "none"
 
 
 class Choice(NamedTuple):
-    """The proposer of a block's draft, by name, and how many tokens it drafts."""
+    """The name of a block's proposer, and the number of tokens that it drafts."""
 
     proposer: str
     length: int
@@ -33,12 +33,12 @@ class Choice(NamedTuple):
 
 PLAIN = Choice(NONE, 0)
 
-Advanced = Callable[[int], None]  # is told how many more tokens of a prompt were read
+Advanced = Callable[[int], None]  # called with the number of tokens of each chunk of a prompt that was read
 Proposal = tuple[mx.array, mx.array, Any]  # tokens [γ] int32, their distributions q [γ, V] float32, state
 
 
 class Proposer(Protocol):
-    """Drafts tokens. Everything but ``start`` runs inside the block's graph and evaluates nothing."""
+    """Drafts tokens. ``propose`` and ``record`` run inside the block's graph. Only ``start`` may evaluate arrays."""
 
     reads: bool  # whether ``start`` runs a model over the text
 
@@ -46,11 +46,11 @@ class Proposer(Protocol):
         """Return the state for a text.
 
         Args:
-            kept: a state that covers the first ``covered`` tokens, or nothing. It is taken out of the list: buffers
-                that the caller still held would be copied instead of written in place.
-            tokens: the text.
-            covered: how many of them ``kept`` covers.
-            advanced: is called with the number of tokens of each chunk that was read.
+            kept: A list with a state that covers the first ``covered`` tokens, or an empty list. The state is removed
+                from the list, because buffers that the caller still held would be copied instead of written in place.
+            tokens: Token ids of the text.
+            covered: Number of tokens that the state in ``kept`` covers.
+            advanced: Called with the number of tokens of each chunk that was read.
         """
 
     def with_room(self, state: Any, length: int) -> Any:
@@ -60,18 +60,33 @@ class Proposer(Protocol):
         """Draft as many tokens as there are uniforms.
 
         Args:
-            state: the proposer's state.
-            recent: the last committed tokens, [1 or 2] int32.
-            committed: the number of committed tokens, scalar int32.
-            uniforms: independent draws from [0, 1), [γ].
+            state: The proposer's state.
+            recent: The last committed tokens, [1 or 2] int32.
+            committed: Number of committed tokens, scalar int32.
+            uniforms: Independent draws from [0, 1), [γ].
+
+        Returns:
+            The drafted tokens [γ] int32, the distributions q [γ, V] that they were drawn from, and the next state.
         """
 
     def record(self, state: Any, committed: mx.array, emitted: mx.array) -> Any:
-        """Return the state after a block. Of ``emitted`` [γ+1] only the leading, accepted part was committed."""
+        """Return the state after a block.
+
+        Args:
+            state: The state that ``propose`` returned.
+            committed: Number of committed tokens before the block, scalar int32.
+            emitted: Emitted tokens [γ+1] int32. Only the leading n + 1 were committed, where n were accepted.
+        """
 
 
 class ModelProposer:
-    """Drafts with a language model. Its vocabulary may be padded differently from the target's."""
+    """Drafts with a draft model. Its vocabulary may be padded differently from the target's.
+
+    Args:
+        model: The draft model.
+        sampling: How tokens are drawn.
+        vocab_size: Size of the target's vocabulary.
+    """
 
     reads = True
 
@@ -101,18 +116,22 @@ class ModelProposer:
         return mx.concatenate(tokens), mx.stack(probs), state
 
     def record(self, state: Buffers, committed: mx.array, emitted: mx.array) -> Buffers:
-        return state  # what a rejected draft left behind the committed tokens is overwritten
+        return state  # entries of rejected tokens are overwritten
 
     def _known(self, tokens: mx.array) -> mx.array:
-        """Replace tokens that the drafter has no embedding for by its last one. The target may have more tokens."""
+        """Replace tokens that the draft model lacks by its last token. The target may have more tokens."""
         return mx.minimum(tokens, self.run.vocab_size - 1)
 
 
 class LookupProposer:
-    """Drafts what followed the longest suffix of the text, of at most ``ngram`` tokens, when it last occurred.
+    """Drafts the tokens that followed the last earlier occurrence of the text's longest repeated suffix.
 
-    The state is the text itself, on the device. Where nothing matches, the last token is proposed again: a draft has a
-    fixed length, and any draft is exact.
+    The suffix has at most ``ngram`` tokens. The state is the text itself, on the device. If nothing matches, the last
+    token is repeated, because a draft must have γ tokens; wrong ones are rejected.
+
+    Args:
+        lookup: Settings of prompt lookup.
+        vocab_size: Size of the target's vocabulary.
     """
 
     reads = False
@@ -141,7 +160,7 @@ class LookupProposer:
         longest = matched == mx.max(matched)
         best = mx.max(mx.where(longest & (matched > 0), end, -1))  # the last of the longest matches
         best = mx.where(best >= 0, best, committed - 2)
-        # The continuation may run into the end of the text. It then repeats from the match on.
+        # If the continuation reaches the end of the text, it repeats from the match.
         period = mx.maximum(committed - 1 - best, 1)
         tokens = state[best + 1 + mx.arange(uniforms.shape[0]) % period]
         return tokens, one_hot(tokens, self.vocab_size), state
@@ -151,7 +170,7 @@ class LookupProposer:
 
 
 class NoProposer:
-    """Drafts nothing: plain decoding through the same block."""
+    """Drafts nothing. This is plain decoding through the same block."""
 
     reads = False
 
@@ -172,38 +191,42 @@ class NoProposer:
 
 
 class IdleStates:
-    """The states of the proposers that do not draft at the moment, and how much of the text each covers.
+    """The states of the proposers that do not draft at present, and how many tokens of the text each covers.
 
-    A state leaves with ``take`` and comes back with ``put_back``, so that only the block that writes into its buffers
-    holds them.
+    ``take`` removes a state and ``put_back`` returns it. So only the block that writes into the buffers holds them.
     """
 
     def __init__(self, proposers: dict[str, Proposer]):
         self.proposers = proposers
-        self._states: dict[str, tuple[list[Any], int]] = {}  # the state, and the tokens of the text that it covers
+        self._states: dict[str, tuple[list[Any], int]] = {}  # the state, and the number of tokens that it covers
 
     def unread(self, name: str, length: int) -> int:
-        """Return how many tokens of a text of ``length`` a proposer would have to read before it drafts."""
+        """Return how many tokens of a text a proposer would have to read before it drafts.
+
+        Args:
+            name: Name of the proposer.
+            length: Length of the text, in tokens.
+        """
         return max(0, length - 2 - self._states.get(name, ([], 0))[1])
 
     def take(self, name: str, tokens: list[int], advanced: Advanced = lambda tokens: None) -> Any:
-        """Return the state for a text. The proposer reads what it has not seen of it.
+        """Return the state for a text. The proposer reads the tokens that its state does not cover.
 
         Args:
-            name: of the proposer.
-            tokens: the text.
-            advanced: is called with the number of tokens of each chunk that was read.
+            name: Name of the proposer.
+            tokens: Token ids of the text.
+            advanced: Called with the number of tokens of each chunk that was read.
         """
         kept, covered = self._states.pop(name, ([], 0))
         return self.proposers[name].start(kept, tokens, covered, advanced)
 
     def put_back(self, name: str, state: Any, covered: int) -> None:
-        """Keep a state that covers the first ``covered`` tokens of the text."""
+        """Store a state that covers the first ``covered`` tokens of the text."""
         if state is not None:
             self._states[name] = [state], covered
 
     def truncate(self, length: int) -> None:
-        """Account for a text that continues differently after ``length`` tokens; 0 frees everything."""
+        """Limit the states to the first ``length`` tokens, after which the text changes. 0 frees all states."""
         for name, (kept, covered) in list(self._states.items()):
             if length <= 0:
                 del self._states[name]
@@ -223,9 +246,9 @@ def proposer_for(drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_si
 
 
 def fitted(logits: mx.array, vocab_size: int) -> mx.array:
-    """Fit logits [V'] to the target's vocabulary: [vocab_size].
+    """Fit logits [V'] of the draft model to the target's vocabulary: [vocab_size].
 
-    Padding that only the drafter has is cut; tokens that it lacks become impossible.
+    Surplus tokens of the draft model are cut off. Tokens that it lacks get probability 0.
     """
     missing = vocab_size - logits.shape[-1]
     if missing <= 0:

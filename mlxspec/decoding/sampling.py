@@ -1,8 +1,7 @@
-"""From logits to the distribution that tokens are drawn from, and the draw itself.
+"""Turns logits into the distribution that tokens are drawn from, and draws tokens.
 
-Target and drafter go through the same ``Sampling``; speculative decoding is exact for whatever
-distribution comes out of it. The filters run in mlx-lm's order: top-p, min-p, top-k on the model's own
-probabilities, then temperature.
+Target and draft model use the same ``Sampling``. Speculative decoding is exact for the distribution that it returns.
+The filters run in mlx-lm's order: top-p, min-p and top-k on the model's own probabilities, then temperature.
 """
 
 from dataclasses import dataclass, fields
@@ -13,9 +12,9 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlxspec.errors import InvalidRequestError
 from mlxspec.settings import option
 
-COLDEST, HOTTEST = 1e-4, 1e4  # beyond, float32 logits divided by it are all infinite or all equal
+COLDEST, HOTTEST = 1e-4, 1e4  # outside this range, logits / temperature overflow or become equal in float32
 
-# mx.random.uniform can return a number so close to 1 that its product with a total rounds up to the total.
+# mx.random.uniform can return a number so close to 1 that its product with a total is rounded up to the total.
 LARGEST_UNIFORM = 1 - 2**-23
 
 
@@ -44,7 +43,7 @@ class Sampling:
             raise InvalidRequestError(f"seed is {self.seed}; use a number in [0, 2**64)")
 
     def probs(self, logits: mx.array) -> mx.array:
-        """logits [..., V] -> probabilities [..., V], float32. Temperature 0 is the one-hot of the largest logit."""
+        """Return the probabilities [..., V], float32, of logits [..., V]. At temperature 0 the largest logit gets 1."""
         logits = logits.astype(mx.float32)
         if self.temperature == 0:
             return one_hot(mx.argmax(logits, axis=-1), logits.shape[-1])
@@ -66,15 +65,22 @@ class Sampling:
 
 
 def one_hot(tokens: mx.array, vocab_size: int) -> mx.array:
-    """tokens [...] -> float32 [..., V]"""
+    """Return tokens [...] as one-hot vectors [..., V], float32."""
     return (tokens[..., None] == mx.arange(vocab_size)).astype(mx.float32)
 
 
 def draw(weights: mx.array, uniforms: mx.array) -> mx.array:
-    """Inverse-CDF draw: weights [..., V] >= 0, not normalised, uniforms [...] in [0, 1) -> token ids [...], int32.
+    """Draw tokens by the inverse of the cumulative distribution.
 
-    A token of weight 0 is never drawn, however the cumulative sum rounds: its place in the sum counts as 0.
-    The resolution is float32's, 2**-24 of the total, as for every sampler that draws in float32.
+    A token of weight 0 is never drawn, because its entry in the cumulative sum is set to 0. The resolution is 2**-24 of
+    the total, as for every sampler in float32.
+
+    Args:
+        weights: Nonnegative weights [..., V]. They need not be normalized.
+        uniforms: Independent draws from [0, 1), [...].
+
+    Returns:
+        Token ids [...], int32.
     """
     cumulative = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
     threshold = mx.minimum(uniforms, LARGEST_UNIFORM)[..., None] * mx.max(cumulative, axis=-1, keepdims=True)

@@ -1,4 +1,9 @@
-"""What one answer cost: counted block by block, printed by the command line, compared by the benchmark."""
+"""Counts and times of an answer, added up block by block. The command line prints them, the benchmark compares them.
+
+The acceptance rate here is accepted / drafted tokens. A token after the first rejection of its block counts as drafted,
+not as accepted. Two other rates have the same name elsewhere: training measures α = Σ min(p, q) of one token, and the
+rates of the draft policy are by position, given that the earlier positions of the block were accepted.
+"""
 
 from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
@@ -9,10 +14,10 @@ from mlxspec.decoding.drafting import Choice
 
 @dataclass
 class DecodingStats:
-    """Counts and times of one answer; times in seconds.
+    """Counts and times of one answer. Times are in seconds.
 
-    ``drafted`` and ``accepted`` are what the verification saw: in a block that max_tokens, EOS or a stop string cut
-    short they include tokens behind the cut. ``blocks`` is the number of target passes.
+    ``drafted`` and ``accepted`` count what was verified. If max_tokens, EOS or a stop string cuts a block, they include
+    the tokens after the cut. ``blocks`` is the number of target passes.
     """
 
     tokens: int = 0
@@ -20,9 +25,9 @@ class DecodingStats:
     drafted: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)  # how often draft position i was accepted
-    drafted_at: list[int] = field(default_factory=list)  # how often it was drafted
-    blocks_by: dict[str, int] = field(default_factory=dict)  # "model", "lookup" or "none": who drafted
-    drafted_by: dict[str, int] = field(default_factory=dict)  # tokens, likewise
+    drafted_at: list[int] = field(default_factory=list)  # how often draft position i was drafted
+    blocks_by: dict[str, int] = field(default_factory=dict)  # blocks by proposer: "model", "lookup" or "none"
+    drafted_by: dict[str, int] = field(default_factory=dict)  # drafted tokens by proposer
     prompt_tokens: int = 0
     prompt_tokens_reused: int = 0
     prompt_seconds: float = 0.0
@@ -30,7 +35,13 @@ class DecodingStats:
     peak_memory_bytes: int = 0
 
     def add(self, emitted: int, choice: Choice, accepted: int) -> None:
-        """Add a block, of which ``emitted`` tokens count."""
+        """Add a block.
+
+        Args:
+            emitted: Number of its tokens in the answer.
+            choice: Its proposer and draft length.
+            accepted: Number of accepted tokens.
+        """
         proposer, drafted = choice
         self.blocks += 1
         self.blocks_by[proposer] = self.blocks_by.get(proposer, 0) + 1
@@ -44,7 +55,7 @@ class DecodingStats:
                 counts[position] += 1
 
     def __add__(self, other: "DecodingStats") -> "DecodingStats":
-        """Of both answers together; the larger peak of memory."""
+        """Return the sums over both answers, and the larger peak of memory."""
         total = DecodingStats()
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
@@ -60,32 +71,32 @@ class DecodingStats:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "DecodingStats":
-        """What ``to_dict`` made of one."""
+        """Return the statistics that ``to_dict`` stored."""
         return cls(**{f.name: content[f.name] for f in fields(cls)})
 
     @property
     def block_efficiency(self) -> float:
-        """Tokens a target pass yields: accepted + 1, averaged over the blocks; 0 before the first."""
+        """Tokens per target pass: the mean of accepted + 1 over the blocks. 0 without blocks."""
         return (self.accepted + self.blocks) / self.blocks if self.blocks else 0.0
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted of drafted tokens; 0 if none were drafted."""
+        """Accepted / drafted tokens. 0 if none were drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """How often each draft position was accepted, of the times that it was drafted."""
+        """Accepted / drafted tokens of each draft position, not conditional on the earlier positions."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted_at, self.drafted_at, strict=True)]
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens over decoding time, prompt excluded."""
+        """Emitted tokens / decoding time, without the prompt."""
         return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def draft_length(self) -> float:
-        """Tokens drafted a block, on average."""
+        """Mean number of drafted tokens per block."""
         return self.drafted / self.blocks if self.blocks else 0.0
 
     def to_dict(self) -> dict[str, Any]:

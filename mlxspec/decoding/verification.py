@@ -1,4 +1,4 @@
-"""Which drafted tokens stand, and what comes after them: three rules, all of them exact.
+"""Three exact rules that decide which drafted tokens are accepted and which token follows them.
 
 Every rule is a pure function
 
@@ -9,9 +9,9 @@ Every rule is a pure function
 
     -> accepted (scalar int32, 0 … γ), next_token (scalar int32)
 
-and the emitted text, ``tokens[:accepted]`` and then ``next_token``, is distributed as the target's own whatever q is.
-γ = 0 and "all accepted" are no special cases: q is padded with a row of zeros, so that the residual after the last
-drafted token is p itself.
+The emitted text is ``tokens[:accepted]``, then ``next_token``. It has the target's own distribution for every q.
+γ = 0 and "all accepted" are not special cases: q is padded with a row of zeros, so the residual after the last drafted
+token is p itself.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlxspec.decoding.sampling import Sampling, draw
 
 Rule = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
-Verify = Rule  # the same from logits [γ+1, V] in the place of p
+Verify = Rule  # the same, but with the target's logits [γ+1, V] instead of p
 
 
 def token(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
@@ -34,17 +34,19 @@ def token(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
 
 def block(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-    """Verify the block as a whole; never accepts less than ``token`` in expectation, equal to it at temperature 0.
+    """Verify the block as a whole. In expectation it accepts at least as many tokens as ``token``.
 
-    The uniforms must be independent of each other, and the *largest* length whose check succeeds counts: one
-    uniform shared by the block, or stopping at the first failed check, is not exact any more.
+    At temperature 0 both rules are equal. The uniforms must be independent of each other, and the *largest* length
+    whose check succeeds counts. With one uniform for the whole block, or with a stop at the first failed check, the
+    rule would not be exact.
+
     Source: Sun et al. 2024, arXiv 2403.10444, algorithm 2.
     """
     draft_length = tokens.shape[0]
     weight = block_weights(probability_ratios(p, q, tokens))  # [γ+1]
     mass = mx.maximum(weight[:, None] * p - padded(q), 0).sum(axis=-1)[1:]
     denominator = mass + 1 - weight[1:]
-    # 0/0 stands for 1: the residual is empty only where P·p equals q, and there is nothing left to correct.
+    # 0/0 counts as 1. The residual is empty only where P·p equals q, and then nothing has to be corrected.
     threshold = mx.where(denominator > 0, mass / mx.maximum(denominator, 1e-30), 1)  # [γ]
     lengths = mx.where(uniforms[:-1] < threshold, mx.arange(1, draft_length + 1), 0)
     accepted = mx.max(mx.concatenate([mx.zeros(1, mx.int32), lengths]))
@@ -52,16 +54,23 @@ def block(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
 
 def match(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-    """Draw the target's own tokens and accept while they are the drafted ones. mlx-lm's rule; accepts only Σ p·q."""
+    """Draw the target's own tokens, and accept drafted tokens while they are equal.
+
+    This is mlx-lm's rule. It accepts a token with probability Σ p·q, where ``token`` accepts with Σ min(p, q).
+    """
     own = draw(p, uniforms)  # [γ+1]
     accepted = leading_count(own[:-1] == tokens)
     return accepted, own[accepted]
 
 
 def greedy(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    """What every rule comes to at temperature 0: accept while a token is the likeliest. logits [γ+1, V], tokens [γ].
+    """Accept tokens while each is the target's most likely one. Every rule does this at temperature 0.
 
-    None of the arrays of the vocabulary's size is made, which show beside a small model's pass.
+    No probabilities [γ+1, V] are computed. They would take a noticeable share of a small model's pass.
+
+    Args:
+        logits: The target's logits [γ+1, V].
+        tokens: The drafted tokens [γ].
     """
     own = mx.argmax(logits, axis=-1).astype(mx.int32)
     accepted = leading_count(own[:-1] == tokens)
@@ -72,15 +81,15 @@ RULES: dict[str, Rule] = {"block": block, "token": token, "match": match}
 
 
 def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
-    """Return the function that verifies a block, from the target's logits on.
+    """Return the function that verifies a block from the target's logits.
 
-    It is the rule itself, but for two cases in which every rule comes to the same and most of its operations can be
-    left out: temperature 0, and nothing drafted.
+    It applies the rule, except at temperature 0 and at γ = 0. There all rules give the same result, which a shorter
+    function computes.
 
     Args:
-        name: a key of ``RULES``.
-        sampling: applied to the target's logits.
-        draft_length: γ.
+        name: Key of ``RULES``.
+        sampling: Turns the target's logits into p.
+        draft_length: Draft length γ.
     """
     rule = RULES[name]
 
@@ -99,7 +108,7 @@ def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
 
 
 def probability_ratios(p: mx.array, q: mx.array, tokens: mx.array) -> mx.array:
-    """p(x)/q(x) of each drafted token: [γ]. A drafted token has q > 0, since it was drawn from q."""
+    """Return p(x)/q(x) of each drafted token: [γ]. A drafted token has q > 0, since it was drawn from q."""
     at = tokens[:, None]
     p_drafted = mx.take_along_axis(p[:-1], at, axis=-1)[:, 0]
     q_drafted = mx.take_along_axis(q, at, axis=-1)[:, 0]
@@ -107,7 +116,7 @@ def probability_ratios(p: mx.array, q: mx.array, tokens: mx.array) -> mx.array:
 
 
 def block_weights(ratios: mx.array) -> mx.array:
-    """P_0 = 1, P_i = min(1, P_{i−1} · ratio_i): [γ] -> [γ+1]. γ is small and known, so the loop is unrolled."""
+    """Return P_0 = 1, P_i = min(1, P_{i−1} · ratio_i): [γ] -> [γ+1]. γ is small and known, so the loop is unrolled."""
     weights = [mx.ones(())]
     for i in range(ratios.shape[0]):
         weights.append(mx.minimum(weights[-1] * ratios[i], 1))
@@ -115,9 +124,10 @@ def block_weights(ratios: mx.array) -> mx.array:
 
 
 def residual(p: mx.array, q: mx.array, accepted: mx.array, weight: mx.array | float) -> mx.array:
-    """max(0, weight·p − q) after the accepted tokens, not normalised: [V].
+    """Return the residual max(0, weight·p − q) after the accepted tokens, not normalized: [V].
 
-    Where rounding leaves nothing of it (p equals q but for the last bit, and the draw fell into that bit), p.
+    If the residual is 0 everywhere, return p. Only rounding causes this: p and q are equal up to the last bit, and the
+    draw fell into that bit.
     """
     row = p[accepted]
     left = mx.maximum(weight * row - padded(q)[accepted], 0)
@@ -125,10 +135,10 @@ def residual(p: mx.array, q: mx.array, accepted: mx.array, weight: mx.array | fl
 
 
 def padded(q: mx.array) -> mx.array:
-    """[γ, V] -> [γ+1, V]: nothing was drafted after the last drafted token."""
+    """Append a row of zeros to q: [γ, V] -> [γ+1, V]. Nothing was drafted after the last drafted token."""
     return mx.concatenate([q, mx.zeros((1, q.shape[-1]))])
 
 
 def leading_count(accept: mx.array) -> mx.array:
-    """How many are true before the first false: [γ] bool -> scalar int32."""
+    """Return how many are true before the first false: [γ] bool -> scalar int32."""
     return mx.cumprod(accept.astype(mx.int32)).sum()
