@@ -4,14 +4,16 @@ Whole blocks are timed, since the parts of a block behave differently when they 
 these blocks. It costs next to nothing and needs no model, so the time is that of verification. The draft model's drafts
 are timed separately.
 
-The time for measuring is limited, so the figures that decide most come first. What does not fit is measured by the next
-process. Until then ``BlockCosts`` interpolates, and ``RunningCosts`` corrects the table by the blocks that are decoded.
+The time for measuring is limited, so the figures that decide most come first. Until a figure is measured,
+``BlockCosts`` interpolates. The table is refined in use: the next processes measure what is missing, and repeat what
+was not measured often enough. The minimum counts, as the least disturbed.
 """
 
 import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,8 +35,9 @@ from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder
 
 FORMAT = 5  # version of the file format; figures in another version are measured again
-CAP_SECONDS, CAP_PASSES = 3.5, 10  # time limit of a process: the longer of these, the second in target passes
-ROUNDS = 6  # of all figures, within the time limit; the minimum counts, as the least disturbed
+FIRST_CAP = (3.5, 10)  # time limit of the first process: the longer of so many seconds and so many target passes
+LATER_CAP = (1.0, 3)  # time limit of a process that refines the table
+ROUNDS, ENOUGH = 6, 3  # rounds of a process, if the time allows; rounds after which a figure is final
 QUEUED, SHORT = 3, 0.03  # blocks queued at once, as in decoding, if a block takes less than SHORT seconds
 LONG = 4 * CAPACITY_STEP  # a capacity for measuring the cost of a longer text
 ROOM = CAPACITY_STEP // 2  # free positions after the text on which blocks are timed
@@ -45,30 +48,32 @@ COARSE = ("rows 1", "draft 4", "rows 2", "rows 5", "rows 9", "rows 17", "draft 1
 FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "rows 13")
 
 Figures = dict[str, float]  # name -> seconds
+Rounds = dict[str, int]  # name -> how often the figure was measured
 Progress = Callable[[int, int], None]  # number of figures done, number of missing figures
 
 
-def known_costs(compiled: CompiledBlocks) -> BlockCosts | None:
-    """Return the costs on disk, or None if figures are missing."""
-    figures = stored_figures(compiled)
-    return costs_of(figures) if set(names(compiled)) <= figures.keys() else None
+def is_final(compiled: CompiledBlocks) -> bool:
+    """Return whether nothing is left to measure."""
+    return not unfinished(compiled, stored(compiled)[1])
 
 
 def calibrate(
     compiled: CompiledBlocks, progress: Progress = lambda done, total: None, anew: bool = False
 ) -> BlockCosts:
-    """Measure the costs that are not on disk yet, and store them.
+    """Measure the costs that are not on disk yet, or not often enough, and store them.
 
     Args:
         compiled: The blocks of a pair.
-        progress: Called before the first figure and after each, with the number done and the number of missing
-            figures. Not called if no figure is missing.
+        progress: Called before the first figure and after each, with the number done and the number of figures to
+            measure. Not called if there is nothing to measure.
         anew: Ignore the figures on disk and measure all of them.
     """
-    figures = {} if anew else stored_figures(compiled)
-    if missing := [name for name in names(compiled) if name not in figures]:
-        figures = measured_figures(compiled, figures, missing, progress)
-        keep(compiled, figures)
+    figures, rounds = ({}, {}) if anew else stored(compiled)
+    if unfinished(compiled, rounds):
+        try:
+            measure(compiled, figures, rounds, progress)
+        finally:
+            keep(compiled, figures, rounds, anew)
     return costs_of(figures)
 
 
@@ -76,13 +81,13 @@ def costs_of(figures: Figures) -> BlockCosts:
     """Return the table of costs. Rows and drafts that were not measured are estimated from the others."""
     rows = {int(name.split()[1]): seconds for name, seconds in figures.items() if name.startswith("rows ")}
     more = figures.get("draft 4", MORE * rows[1])  # if unknown, as costly as the target
-    few = figures.get("draft 1", more / MORE)
+    few = min(figures.get("draft 1", more / MORE), more)
     step = (more - few) / (MORE - FEW) if more > few else more / MORE
     positions = LONG - CAPACITY_STEP
     one, five = (max(0.0, figures.get(f"long rows {m}", 0.0) - rows.get(m, math.inf)) / positions for m in (1, 5))
     return BlockCosts(
         rows=rows,
-        draft_once=max(0.0, few - step),
+        draft_once=max(0.0, more - MORE * step),
         draft_step=step,
         draft_read=figures.get("read", 0.0) / READ,
         trace=figures.get("trace", 0.0),
@@ -98,25 +103,40 @@ def names(compiled: CompiledBlocks) -> list[str]:
     return [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
 
 
+def unfinished(compiled: CompiledBlocks, rounds: Rounds) -> list[str]:
+    """Return the names of the figures that were not measured often enough."""
+    return [name for name in names(compiled) if rounds.get(name, 0) < ENOUGH]
+
+
 # ----------------------------------------------------------------------- on disk
 
 
-def stored_figures(compiled: CompiledBlocks) -> Figures:
-    """Return the figures on disk. Empty without a usable file."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        figures = read_json(costs_file(compiled))["seconds"]
+def stored(compiled: CompiledBlocks) -> tuple[Figures, Rounds]:
+    """Return the figures on disk and how often each was measured. Both are empty without a usable file."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        content = read_json(costs_file(compiled))
+        figures, rounds = content["seconds"], content["rounds"]
         usable = {"rows 1", "trace"} <= figures.keys() <= {*COARSE, *FINE, "trace"}
+        usable = usable and rounds.keys() <= {*COARSE, *FINE} and all(type(n) is int for n in rounds.values())
         if usable and all(math.isfinite(seconds) and seconds > 0 for seconds in figures.values()):
-            return figures
-    return {}
+            return figures, rounds
+    return {}, {}
 
 
-def keep(compiled: CompiledBlocks, figures: Figures) -> None:
-    """Write the figures to disk. If that fails, the next process measures them again."""
+def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, anew: bool) -> None:
+    """Write the figures to disk, together with those that another process has written meanwhile, unless ``anew``.
+
+    If that fails, the next process measures them again.
+    """
+    if not {"rows 1", "trace"} <= figures.keys():
+        return  # interrupted before there was anything to keep
+    others, other_rounds = ({}, {}) if anew else stored(compiled)
+    figures |= {name: min(seconds, figures.get(name, seconds)) for name, seconds in others.items()}
+    rounds |= {name: max(count, rounds.get(name, 0)) for name, count in other_rounds.items()}
     file = costs_file(compiled)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"of": described(compiled), "seconds": figures})
+        write_json(file, {"of": described(compiled), "seconds": figures, "rounds": rounds})
 
 
 def costs_file(compiled: CompiledBlocks) -> Path:
@@ -152,37 +172,38 @@ def shapes_of(model: nn.Module) -> str:
 # ----------------------------------------------------------------------- measuring
 
 
-def measured_figures(compiled: CompiledBlocks, known: Figures, missing: list[str], progress: Progress) -> Figures:
-    """Time the missing figures and the tracing of a block, within the time limit.
+def measure(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, progress: Progress) -> None:
+    """Measure what is unfinished, in order and within the time limit, and the time of tracing a block.
 
     Args:
         compiled: The blocks of a pair.
-        known: The figures that are already known.
-        missing: Names of the missing figures.
-        progress: Called before the first figure and after each, with the number done and the number of missing figures.
-
-    Returns:
-        The known figures and those that were measured.
+        figures: The figures that are known. New ones are added.
+        rounds: How often each was measured. Counted up.
+        progress: Called before the first figure and after each, with the number done and the number of figures.
     """
-    figures, timers = dict(known), {name: timer_for(compiled, name) for name in missing}
+    wanted = unfinished(compiled, rounds)
+    timers = {name: timer_for(compiled, name) for name in wanted}
     with compiled.weights.protected():
-        progress(0, len(missing))
-        if not figures:
-            figures["rows 1"] = timers["rows 1"]()  # outside the limit: it compiles kernels that decoding needs too
-        start, cap = time.perf_counter(), max(CAP_SECONDS, CAP_PASSES * figures["rows 1"])
+        progress(0, len(wanted))
+        seconds, passes = LATER_CAP if figures else FIRST_CAP
+        if not figures:  # outside the limit: it compiles kernels that decoding needs too
+            figures["rows 1"] = min(timers["rows 1"](), timers["rows 1"]())
+            figures["trace"] = timers["rows 1"].trace
+        start, cap = time.perf_counter(), max(seconds, passes * figures["rows 1"])
         for group, end in ((COARSE, start + cap / 2), (FINE, start + cap)):
-            present = [name for name in group if name in timers]
             for number in range(ROUNDS):
-                for name in present:
+                for name in (name for name in group if name in timers):
                     timer = timers[name]
-                    if time.perf_counter() + expected_seconds(figures, name) * timer.count > end:
-                        continue
-                    figures[name] = min(timer(), figures.get(name, math.inf))
-                    if name.startswith("rows "):
-                        figures["trace"] = min(timer.trace, figures.get("trace", math.inf))
+                    expected = expected_seconds(figures, name) * timer.count
+                    if expected > cap / 2:
+                        rounds[name] = ENOUGH  # never affordable: it stays interpolated
+                    elif time.perf_counter() + expected < end:
+                        figures[name] = min(timer(), figures.get(name, math.inf))
+                        rounds[name] = rounds.get(name, 0) + 1
                     if not number:
-                        progress(missing.index(name) + 1, len(missing))
-    return figures
+                        progress(wanted.index(name) + 1, len(wanted))
+        traces = [timer.trace for name, timer in timers.items() if name.startswith("rows") and timer.trace]
+        figures["trace"] = max(figures["trace"], statistics.median(traces)) if traces else figures["trace"]
 
 
 def expected_seconds(figures: Figures, name: str) -> float:

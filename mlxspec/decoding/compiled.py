@@ -28,13 +28,17 @@ class Weights:
     def __init__(self, models: list[nn.Module]):
         self.models = models
         self._noted: list[tuple[nn.Module, str, mx.array]] = []
+        self._changed = False
 
-    def note(self) -> bool:
-        """Note the weights as they are now. Return whether they are those noted before."""
-        before, self._noted = self._noted, list(arrays(self.models))
-        if len(before) != len(self._noted):
-            return False
-        return all(old[2] is new[2] for old, new in zip(before, self._noted, strict=True))
+    def note(self) -> None:
+        """Note the weights as they are now."""
+        self._noted = list(arrays(self.models))
+
+    def changed(self) -> bool:
+        """Return whether the weights have changed since this was asked last, and note them."""
+        self._compare()
+        changed, self._changed = self._changed, False
+        return changed
 
     def restore(self) -> None:
         """Put the noted weights back into the models."""
@@ -44,13 +48,21 @@ class Weights:
     @contextmanager
     def protected(self) -> Iterator[None]:
         """Restore the weights if functions over them are interrupted while they are traced."""
-        self.note()
+        self._compare()
         try:
             yield
         except BaseException:
             self.restore()
             raise
+        self.note()  # they are the same, as new Python objects
+
+    def _compare(self) -> None:
+        before = self._noted
         self.note()
+        same = len(before) == len(self._noted) and all(
+            old[2] is new[2] for old, new in zip(before, self._noted, strict=True)
+        )
+        self._changed = self._changed or not same
 
 
 class CompiledGraph:

@@ -2,14 +2,12 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from mlxspec.decoding.cache import capacity_for
 from mlxspec.decoding.drafting import MODEL, Choice
 
 MEASURED_AT = capacity_for(1)  # the cache capacity, in positions, at which the table was measured
-CORRECTION_MEMORY = 0.9  # decay of the correction per timed block
-LARGEST_CORRECTION = 2.0  # ignore times above this multiple of the figure
 
 
 @dataclass(frozen=True)
@@ -60,45 +58,3 @@ class BlockCosts:
         more = capacity_for(tokens) - MEASURED_AT
         rows = {m: s + more * (self.position + (m - 1) * self.position_row) for m, s in self.rows.items()}
         return replace(self, rows=rows, draft_step=self.draft_step + more * self.position_draft)
-
-
-@dataclass
-class RunningCosts:
-    """The cost of each block at the present length of the text, corrected by the blocks that were timed.
-
-    The table is coarse, and decoding takes longer than the minimum of several rounds. So a timed block corrects the
-    figure of its own choice. It also corrects the figures of all choices that were not timed yet, by a common factor.
-    Corrections are factors, so that they stay valid when the text grows.
-
-    Args:
-        table: Measured costs.
-        factors: Correction of each choice that was timed.
-        others: Correction of the choices that were not timed yet.
-        capacity: Cache capacity of the present text, in positions.
-    """
-
-    table: BlockCosts
-    present: BlockCosts = field(init=False)
-    factors: dict[Choice, float] = field(default_factory=dict)
-    others: float = 1.0
-    capacity: int = MEASURED_AT
-
-    def __post_init__(self) -> None:
-        self.present = self.table
-
-    def set_length(self, tokens: int) -> None:
-        """Set the length of the text, in tokens."""
-        if capacity_for(tokens) != self.capacity:
-            self.present, self.capacity = self.table.at_length(tokens), capacity_for(tokens)
-
-    def block(self, choice: Choice) -> float:
-        """Return the seconds of a block at the present length of the text."""
-        return self.present.block(choice) * self.factors.get(choice, self.others)
-
-    def observe(self, choice: Choice, seconds: float) -> None:
-        """Correct the figures by the time that a block took, in seconds."""
-        factor = seconds / self.present.block(choice)
-        known = self.factors.get(choice, self.others)
-        if factor < LARGEST_CORRECTION * known:
-            self.factors[choice] = known + (1 - CORRECTION_MEMORY) * (factor - known)
-            self.others += (1 - CORRECTION_MEMORY) * (factor - self.others)

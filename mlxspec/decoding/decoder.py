@@ -7,7 +7,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +28,6 @@ from mlxspec.models.tokens import encode_prompt
 
 BLOCKS_IN_FLIGHT = 2
 LONGEST_DRAFT = 64  # a block is unrolled when it is compiled
-LARGEST_SHARE_AWAY = 0.1  # of the time of a block; where the caller took more, it says nothing about the block
 
 Progress = Callable[[int, int], None]  # done, in all
 
@@ -100,7 +98,7 @@ class SpeculativeDecoder:
     @property
     def calibrated(self) -> bool:
         """Whether everything that the policy has to know of this device is known."""
-        return self._policy is not None or calibration.known_costs(self.compiled) is not None
+        return self._policy is not None or calibration.is_final(self.compiled)
 
     def calibrate(self, progress: Progress = lambda done, total: None, anew: bool = False) -> None:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
@@ -135,8 +133,8 @@ class SpeculativeDecoder:
             prompt: token ids; what they share with the last text is not computed again.
             max_tokens: of the answer; −1 continues until an EOS or a full context.
             progress: is called with the tokens of the prompt that were read, and all of them.
-            seed: takes the place of the sampling's. With a seed, costs are not corrected by the clock, so that the
-                same calls on a new decoder repeat the text.
+            seed: takes the place of the sampling's. The same calls on a new decoder repeat the text, as long as the
+                stored costs of the pair are the same.
 
         Raises:
             InvalidRequestError: at once for a prompt that is empty or leaves no room in the context; later if another
@@ -145,32 +143,34 @@ class SpeculativeDecoder:
         prompt = [int(token) for token in prompt]
         budget = answer_budget(prompt, max_tokens, self.pair.context_length, self.compiled.target.vocab_size)
         seed = self.sampling.seed if seed is None else seed
+        if seed is not None:
+            Sampling(seed=seed)  # checks its range
+        key = mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
         self._stream += 1
-        return self._run(prompt, budget, progress, seed, self._stream)
+        return self._run(prompt, budget, progress, key, self._stream)
 
     def _run(
-        self, prompt: list[int], budget: float, progress: Progress, seed: int | None, stream: int
+        self, prompt: list[int], budget: float, progress: Progress, key: mx.array, stream: int
     ) -> Generator[Block, None, None]:
         self._check_owner(stream)
         self.calibrate()
-        self._prefill(prompt, progress, seed, budget)
-        eos, start, clock = self.pair.eos_token_ids, time.perf_counter(), BlockClock()
+        self._prefill(prompt, progress, key, budget)
+        eos, start = self.pair.eos_token_ids, time.perf_counter()
         in_flight: deque[InFlight] = deque()
         while self.stats.tokens < budget:
-            while self._may_launch(in_flight, budget):
-                in_flight.append(self._launch(in_flight, budget))
+            while choice := self._next_choice(in_flight, budget):
+                in_flight.append(self._launch(choice, in_flight))
             block = in_flight.popleft()
-            (*tokens, accepted), seconds = clock.read(block)  # the one host read of a block
+            *tokens, accepted = cast(list[int], block.result.tolist())  # the one host read of a block
             tokens = tokens[: int(min(accepted + 1, budget - self.stats.tokens))]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
             self._tokens += tokens
-            self.policy.observe(block.choice, tokens, accepted, self._unread(), seconds if seed is None else None)
+            self.policy.observe(block.choice, tokens, accepted, self._unread())
             self.stats.add(len(tokens), block.choice, accepted)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
-            with clock.stopped():
-                yield Block(tokens, block.choice.length, accepted)
+            yield Block(tokens, block.choice.length, accepted)
             if end is not None:
                 return
             self._check_owner(stream)
@@ -227,28 +227,45 @@ class SpeculativeDecoder:
 
     def _check_owner(self, stream: int) -> None:
         if self._stream != stream:
-            raise InvalidRequestError("this stream has ended: another one was started on the same decoder")
+            raise InvalidRequestError(
+                "this stream has ended: another one was started on the same decoder, or it was reset"
+            )
 
     def _uncommit(self, count: int) -> None:
         """Take back the last ``count`` tokens, which a stop string cut off."""
         self.stats.tokens -= count
         del self._tokens[len(self._tokens) - count :]
 
-    def _may_launch(self, in_flight: "deque[InFlight]", budget: float) -> bool:
-        """Return whether to queue one more block: not if the answer will probably end before it.
+    def _next_choice(self, in_flight: "deque[InFlight]", budget: float) -> Choice | None:
+        """Return the next block to queue, None if it has to wait.
 
-        Another proposer has to wait until the blocks in flight are read: it reads their tokens.
+        It waits if the answer will probably end with the block in flight, or if another proposer is to draft: that one
+        reads the tokens of the blocks in flight first.
         """
-        if not in_flight:
-            return True
         missing = budget - self.stats.tokens
-        if len(in_flight) == BLOCKS_IN_FLIGHT or self.policy.expected_tokens(in_flight[0].choice) > missing - 0.5:
-            return False
-        return self._choose(missing - len(in_flight)).proposer == self._proposer
+        if in_flight:
+            ending = self.policy.expected_tokens(in_flight[0].choice) > missing - 0.5
+            if len(in_flight) == BLOCKS_IN_FLIGHT or ending:
+                return None
+        choice = self.policy.choose(missing - len(in_flight))
+        self._check_choice(choice)
+        return None if in_flight and choice.proposer != self._proposer else choice
 
-    def _launch(self, in_flight: "deque[InFlight]", budget: float) -> "InFlight":
+    def _check_choice(self, choice: Choice) -> None:
+        """Raise InvalidRequestError for a choice that no block of this pair can be."""
+        if choice.proposer not in self.compiled.proposers:
+            raise InvalidRequestError(
+                f"the policy chose {choice.proposer!r} to draft, and this pair has only "
+                f"{', '.join(self.compiled.proposers)}; give the pair such a drafter or choose another"
+            )
+        if not 0 <= choice.length <= LONGEST_DRAFT or (choice.length == 0) != (choice.proposer == NONE):
+            raise InvalidRequestError(
+                f"the policy chose to draft {choice.length} tokens by {choice.proposer!r}; choose 1 to {LONGEST_DRAFT} "
+                f"tokens, or PLAIN"
+            )
+
+    def _launch(self, choice: Choice, in_flight: "deque[InFlight]") -> "InFlight":
         """Queue one block behind those in flight; nothing waits for its result."""
-        choice = self._choose(budget - self.stats.tokens - len(in_flight))
         if choice.proposer != self._proposer:
             self._change_proposer(choice.proposer)
         length = len(self._tokens) + sum(block.choice.length + 1 for block in in_flight) + choice.length + 1
@@ -256,17 +273,7 @@ class SpeculativeDecoder:
         # be copied instead of written in place.
         result, self._state = self.compiled[choice](self._take_state(length))
         mx.async_eval(result, self._state)
-        return InFlight(choice, result, follows=len(in_flight) > 0)
-
-    def _choose(self, missing: float) -> Choice:
-        """Return the next block. Raises InvalidRequestError if the policy wants a drafter that the pair lacks."""
-        choice = self.policy.choose(missing)
-        if choice.proposer not in self.compiled.proposers:
-            raise InvalidRequestError(
-                f"the policy chose {choice.proposer!r} to draft, and this pair has only "
-                f"{', '.join(self.compiled.proposers)}; give the pair such a drafter or choose another"
-            )
-        return choice
+        return InFlight(choice, result)
 
     def _take_state(self, length: int) -> State:
         """Take the state out of the decoder, with room for ``length`` tokens."""
@@ -292,12 +299,12 @@ class SpeculativeDecoder:
         """Return the tokens that the model drafter would have to read if it were to draft next."""
         return 0 if self._proposer == MODEL else self._idle.unread(MODEL, len(self._tokens))
 
-    def _prefill(self, prompt: list[int], progress: Progress, seed: int | None, budget: float) -> None:
+    def _prefill(self, prompt: list[int], progress: Progress, key: mx.array, budget: float) -> None:
         """Bring the caches to the prompt. What they share with it is reused; an idle drafter reads nothing."""
         mx.reset_peak_memory()
         start = time.perf_counter()
         # Caches of other weights are of no use.
-        reused = self._reusable(prompt) if self.compiled.weights.note() and self._state else 0
+        reused = self._reusable(prompt) if self._state and not self.compiled.weights.changed() else 0
         kept: list[Any] = []
         if self._state is not None:
             old = self._detach()
@@ -306,7 +313,9 @@ class SpeculativeDecoder:
             del old
         self._idle.truncate(reused)
         self.policy.start(prompt, budget, self._idle.unread(MODEL, len(prompt)))
-        proposer = self._choose(budget).proposer
+        first = self.policy.choose(budget)
+        self._check_choice(first)
+        proposer = first.proposer
         passes = 1 + self.compiled.proposers[proposer].reads
         new, done = len(prompt) - reused, 0
 
@@ -321,7 +330,7 @@ class SpeculativeDecoder:
             committed=mx.array(len(prompt), mx.int32),
             target=self.compiled.target.prefill(unread, kept, reused, advanced),
             drafter=self._idle.take(proposer, prompt, advanced),
-            key=mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed),
+            key=key,
         )
         mx.eval(state)
         self._state, self._proposer, self._tokens = state, proposer, list(prompt)
@@ -351,34 +360,6 @@ class InFlight(NamedTuple):
 
     choice: Choice
     result: mx.array  # [γ+2]
-    follows: bool  # whether it was queued behind another one
-
-
-class BlockClock:
-    """Reads results, and tells what a block took where the reads show it.
-
-    The device works on one block between two reads, if that block was queued behind the one before it and the caller
-    did not keep the host from queuing the next.
-    """
-
-    def __init__(self) -> None:
-        self.last: float | None = None  # when the last result was there
-        self.away = 0.0  # seconds since then that the caller took
-
-    def read(self, block: InFlight) -> tuple[list[int], float | None]:
-        """Wait for a block. Return its result, and the seconds that it took, None if unknown."""
-        result = cast(list[int], block.result.tolist())
-        now = time.perf_counter()
-        seconds = now - self.last if self.last is not None and block.follows else None
-        self.last = now
-        return result, seconds if seconds is not None and self.away < LARGEST_SHARE_AWAY * seconds else None
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Note how long the caller keeps the host."""
-        start = time.perf_counter()
-        yield
-        self.away = time.perf_counter() - start
 
 
 def check_options(draft_length: int | str, verification: str) -> None:

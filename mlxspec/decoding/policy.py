@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from mlxspec.decoding.acceptance import LONGEST, MENU, Acceptance, LookupReplay, Yield
-from mlxspec.decoding.costs import BlockCosts, RunningCosts
+from mlxspec.decoding.cache import capacity_for
+from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
 
 MARGIN = 0.97  # drafting has to win by 3 %: costs are not known better, and drafting in vain is the worse mistake
-PROBE_SHARE = 0.008  # of the time, spent on finding out whether a drafter that did not pay pays by now
+PROBE_BLOCKS = 2  # of a probe: the second is queued before the first is observed
+PROBE_SHARE = 0.015  # of the time, spent on finding out whether an idle draft model has become useful
 READ_SHARE = 0.008  # of the time, spent on what the drafter has to read before a probe
 PROBE_DOUBT = 0.5  # what earlier evidence weighs from then on: it is old, and a probe is short
 TYPICAL_ANSWER = 128.0  # tokens, before any answer was seen
@@ -36,9 +38,7 @@ class DraftPolicy(Protocol):
     def expected_tokens(self, choice: Choice) -> float:
         """Return the tokens that a block is expected to yield."""
 
-    def observe(
-        self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int, seconds: float | None = None
-    ) -> None:
+    def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
         """Learn from a block.
 
         Args:
@@ -46,7 +46,6 @@ class DraftPolicy(Protocol):
             tokens: what it committed.
             accepted: how many drafted tokens were accepted.
             unread: tokens that the model drafter would have to read by now, 0 while it drafts.
-            seconds: what it took, if that is known.
         """
 
 
@@ -66,9 +65,7 @@ class Fixed:
     def expected_tokens(self, choice: Choice) -> float:
         return self.acceptance.expected()[min(choice.length, LONGEST)]
 
-    def observe(
-        self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int, seconds: float | None = None
-    ) -> None:
+    def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
         self.acceptance.observe(choice.length, accepted)
 
 
@@ -89,7 +86,8 @@ class Automatic:
     """
 
     def __init__(self, costs: BlockCosts, proposers: Sequence[str], ngram: int = 3):
-        self.costs = RunningCosts(costs)
+        self.table = costs
+        self.costs = costs  # at the present length of the text
         self.acceptance = Acceptance()
         self.replay = LookupReplay(ngram) if LOOKUP in proposers else None
         self.yields: dict[str, Yield] = {MODEL: self.acceptance} if MODEL in proposers else {}
@@ -100,16 +98,17 @@ class Automatic:
         self.regret = 0.0  # seconds lost by not having changed yet
         self.savings = 0.0  # seconds that may be spent on a probe
         self.probing = False
-        self.answered, self.typical = 0, TYPICAL_ANSWER
+        self.answered, self.missing = 0, 0.0  # tokens of this answer, and the most that may follow
+        self.typical_answer = TYPICAL_ANSWER
 
     def start(self, prompt: Sequence[int], max_tokens: float, unread: int) -> None:
         if self.answered:
-            self.typical += (self.answered - self.typical) / 2
-        self.answered, self.probing, self.length = 0, False, len(prompt)
-        self.costs.set_length(self.length)
+            self.typical_answer += (self.answered - self.typical_answer) / 2
+        self.answered, self.missing, self.probing, self.length = 0, max_tokens, False, 0
+        self.grow(len(prompt))
         if self.replay:
             self.replay.start(prompt)
-        tokens, rates = min(max_tokens, self.typical), self.rates()
+        tokens, rates = min(max_tokens, self.typical_answer), self.rates()
         self.change(min(rates, key=lambda choice: tokens / rates[choice] + self.reading(choice, unread)))
 
     def choose(self, missing: float) -> Choice:
@@ -126,14 +125,10 @@ class Automatic:
     def expected_tokens(self, choice: Choice) -> float:
         return self.yields[choice.proposer].expected()[choice.length] if choice.length else 1.0
 
-    def observe(
-        self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int, seconds: float | None = None
-    ) -> None:
+    def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
         self.answered += len(tokens)
-        self.length += len(tokens)
-        self.costs.set_length(self.length)
-        if seconds is not None:
-            self.costs.observe(choice, seconds)
+        self.missing -= len(tokens)
+        self.grow(len(tokens))
         if self.replay:
             self.replay.extend(tokens)
         if choice.proposer == MODEL:
@@ -150,7 +145,7 @@ class Automatic:
         if best != self.choice and self.regret >= self.price(best, rates, unread):
             self.change(best)
         elif MODEL in self.yields and self.choice.proposer != MODEL:
-            self.savings += PROBE_SHARE * spent + min(len(tokens) * self.costs.present.draft_read, READ_SHARE * spent)
+            self.savings += PROBE_SHARE * spent + min(len(tokens) * self.costs.draft_read, READ_SHARE * spent)
             self.probe_if_affordable(rates, unread)
 
     def rates(self) -> dict[Choice, float]:
@@ -162,30 +157,37 @@ class Automatic:
                 found[choice] = MARGIN * expected[choice.length] / self.costs.block(choice)
         return found
 
+    def grow(self, tokens: int) -> None:
+        """Account for a text that is longer by ``tokens``: its blocks cost more."""
+        self.length += tokens
+        if tokens == self.length or capacity_for(self.length) != capacity_for(self.length - tokens):
+            self.costs = self.table.at_length(self.length)
+
     def change(self, choice: Choice) -> None:
         self.choice, self.regret = choice, 0.0
 
     def price(self, choice: Choice, rates: dict[Choice, float], unread: int) -> float:
         """Return the seconds that a change costs once. To leave the model costs the probe that would bring it back."""
         leaving = self.choice.proposer == MODEL != choice.proposer
-        once = self.probe_seconds(probe_of(rates)) if leaving else self.reading(choice, unread)
-        return once + (self.costs.present.trace if choice.length else 0.0)
+        once = self.vain_seconds(probe_of(rates)) if leaving else self.reading(choice, unread)
+        return once + (self.costs.trace if choice.length else 0.0)
 
     def reading(self, choice: Choice, unread: int) -> float:
         """Return the seconds that the model takes to read what it missed, if it is to draft."""
-        return unread * self.costs.present.draft_read if choice.proposer == MODEL else 0.0
+        return unread * self.costs.draft_read if choice.proposer == MODEL else 0.0
 
     def probe_if_affordable(self, rates: dict[Choice, float], unread: int) -> None:
-        if max((n + 1) / self.costs.block(Choice(MODEL, n)) for n in MENU[1:]) <= rates[self.choice]:
-            return
         probe = probe_of(rates)
-        if self.savings >= self.probe_seconds(probe) + self.reading(probe, unread):
+        hopeless = max((n + 1) / self.costs.block(Choice(MODEL, n)) for n in MENU[1:]) <= rates[self.choice]
+        if hopeless or self.missing < PROBE_BLOCKS * (probe.length + 1):
+            return
+        if self.savings >= PROBE_BLOCKS * self.vain_seconds(probe) + self.reading(probe, unread):
             self.savings, self.probing = 0.0, True
             self.acceptance.fade(PROBE_DOUBT)
             self.change(probe)
 
-    def probe_seconds(self, probe: Choice) -> float:
-        """Return what a probe costs more than plain decoding if it is in vain, the reading excepted."""
+    def vain_seconds(self, probe: Choice) -> float:
+        """Return the seconds that a block takes longer than plain decoding, lost if none of its draft is accepted."""
         return max(0.0, self.costs.block(probe) - self.costs.block(PLAIN))
 
 

@@ -64,7 +64,7 @@ def calibrated(
     name = drafter_of(auto.compiled)
     auto.calibrate(anew=True)
     assert isinstance(auto.policy, Automatic)
-    costs = auto.policy.costs.table
+    costs = auto.policy.table
     decoders: dict[int | str, SpeculativeDecoder] = {
         length: SpeculativeDecoder(pair, sampling, length, verification) for length in MENU
     }

@@ -19,9 +19,9 @@ from mlxspec.decoding.calibration import (
     calibrate,
     costs_file,
     costs_of,
-    known_costs,
+    is_final,
     names,
-    stored_figures,
+    stored,
 )
 from mlxspec.decoding.compiled import CompiledBlocks
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
@@ -45,7 +45,7 @@ def figures(models, tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(calibration, "cache_folder", lambda: folder)
         calibrate(blocks_of(models))
-        return stored_figures(blocks_of(models))
+        return stored(blocks_of(models))[0]
 
 
 def blocks_of(models, sampling=None, verification="block") -> CompiledBlocks:
@@ -59,11 +59,20 @@ def whole(figures, **others) -> dict[str, float]:
 def keep(models, figures) -> None:
     file = costs_file(blocks_of(models))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(figures if isinstance(figures, str) else json.dumps({"seconds": figures}))
+    rounds = dict.fromkeys([*COARSE, *FINE], 3)
+    file.write_text(figures if isinstance(figures, str) else json.dumps({"seconds": figures, "rounds": rounds}))
 
 
 def refuse_to_measure(monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "measured_figures", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(calibration, "measure", lambda *_: pytest.fail("measured again"))
+
+
+def measure_at_once(monkeypatch, known) -> None:
+    def measure(compiled, figures, rounds, progress):
+        figures |= known
+        rounds |= dict.fromkeys([*COARSE, *FINE], 3)
+
+    monkeypatch.setattr(calibration, "measure", measure)
 
 
 def test_costs_are_positive_and_grow_with_rows(figures):
@@ -78,7 +87,8 @@ def test_costs_are_positive_and_grow_with_rows(figures):
 def test_a_drafted_token_costs_what_one_more_of_them_takes():
     costs = costs_of(whole({"draft 1": 3.0, "draft 4": 9.0}))
     assert (costs.draft_once, costs.draft_step) == (1.0, 2.0)
-    assert costs_of(whole({"draft 1": 9.0, "draft 4": 8.0})).draft_step == 8.0 / MORE
+    disturbed = costs_of(whole({"draft 1": 9.0, "draft 4": 8.0}))
+    assert (disturbed.draft_once, disturbed.draft_step) == (0.0, 8.0 / MORE)
 
 
 def test_what_a_position_adds_comes_from_two_capacities_and_is_never_less_than_nothing():
@@ -99,46 +109,98 @@ def test_a_table_that_was_cut_short_is_cautious():
 
 
 def test_costs_are_measured_once_and_then_known(models, monkeypatch):
-    assert known_costs(blocks_of(models)) is None
+    assert not is_final(blocks_of(models))
+    monkeypatch.setattr(calibration, "FIRST_CAP", (60.0, 0))
     measured = calibrate(blocks_of(models))
     refuse_to_measure(monkeypatch)
-    assert known_costs(blocks_of(models)) == calibrate(blocks_of(models)) == measured
+    assert is_final(blocks_of(models))
+    assert calibrate(blocks_of(models)) == measured
 
 
-def test_measuring_goes_on_where_the_cap_cut_it_short(models, monkeypatch):
-    monkeypatch.setattr(calibration, "CAP_SECONDS", 0.0)
-    monkeypatch.setattr(calibration, "CAP_PASSES", 0)
+def test_later_processes_measure_what_is_missing_or_was_measured_too_rarely(models, monkeypatch):
+    monkeypatch.setattr(calibration, "ROUNDS", 0)  # as if the time had been over at once
     calibrate(blocks_of(models))
-    assert stored_figures(blocks_of(models)).keys() < {*COARSE, *FINE, "trace"}
-    monkeypatch.setattr(calibration, "CAP_SECONDS", 60.0)
+    figures, rounds = stored(blocks_of(models))
+    assert figures.keys() == {"rows 1", "trace"}
+    monkeypatch.setattr(calibration, "LATER_CAP", (60.0, 0))
+    monkeypatch.setattr(calibration, "ROUNDS", 2)
+    for expected in (2, 4):
+        calibrate(blocks_of(models))
+        figures, rounds = stored(blocks_of(models))
+        assert figures.keys() == {*COARSE, *FINE, "trace"}
+        assert set(rounds.values()) == {expected}
+    refuse_to_measure(monkeypatch)
     calibrate(blocks_of(models))
-    assert stored_figures(blocks_of(models)).keys() == {*COARSE, *FINE, "trace"}
 
 
-def test_measuring_takes_no_longer_than_the_cap(models, monkeypatch):
-    """With a model whose blocks take 0.1 s for each row: ten of its passes are more than the cap in seconds."""
-    monkeypatch.setattr(calibration, "CAP_SECONDS", 0.5)
-    clock, calls = [0.0], []
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-
-    def timed(self):
-        calls.append(self)
-        seconds = 0.1 * (self.rows or 1)
-        clock[0] += seconds
-        return seconds
-
-    original = calibration.timer_for
-
-    def timer_for(compiled, name):
-        timer = original(compiled, name)
-        timer.rows = int(name.split()[-1]) if "rows" in name else 0
-        return timer
-
-    monkeypatch.setattr(calibration, "timer_for", timer_for)
-    monkeypatch.setattr(Timer, "__call__", timed)
+def test_a_figure_that_is_measured_again_only_falls(models, monkeypatch):
+    keep(models, whole({}))  # seconds of 1, which everything here is faster than
+    file = costs_file(blocks_of(models))
+    file.write_text(json.dumps({"seconds": whole({"rows 2": 1e-9}), "rounds": {}}))
     calibrate(blocks_of(models))
-    assert len(calls) > 5
-    assert clock[0] <= 0.1 + 10 * 0.1
+    figures, _ = stored(blocks_of(models))
+    assert figures["rows 2"] == 1e-9
+    assert figures["rows 5"] < 1
+
+
+class SlowTimer:
+    """A timer of a model that takes 0.1 s for each row, on a clock of its own."""
+
+    now = 0.0
+
+    def __init__(self, name, first=0.1):
+        self.name, self.count, self.trace, self.first = name, 1, 0.01, first
+        self.seconds = 0.1 * (int(name.split()[-1]) if "rows" in name else 1)
+
+    def __call__(self):
+        SlowTimer.now += self.seconds + self.first
+        self.first = 0.0
+        return self.seconds
+
+
+@pytest.mark.parametrize("first", [0.0, 5.0])
+def test_measuring_takes_no_longer_than_the_cap(models, monkeypatch, first):
+    """The first block, which compiles kernels, is not counted, however long it takes."""
+    SlowTimer.now = 0.0
+    monkeypatch.setattr(calibration, "FIRST_CAP", (0.5, 10))
+    monkeypatch.setattr(time, "perf_counter", lambda: SlowTimer.now)
+    monkeypatch.setattr(calibration, "timer_for", lambda _, name: SlowTimer(name, first if name == "rows 1" else 0.0))
+    calibrate(blocks_of(models))
+    assert 0.5 < SlowTimer.now - first <= 0.2 + 10 * 0.1
+    assert stored(blocks_of(models))[0]["rows 1"] == 0.1
+
+
+def test_what_is_never_affordable_is_not_tried_again_and_again(models, monkeypatch):
+    SlowTimer.now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: SlowTimer.now)
+    monkeypatch.setattr(calibration, "timer_for", lambda _, name: SlowTimer(name))
+    monkeypatch.setattr(calibration, "FIRST_CAP", (0.0, 10))
+    monkeypatch.setattr(calibration, "LATER_CAP", (0.0, 10))
+    for _ in range(20):
+        calibrate(blocks_of(models))
+    assert is_final(blocks_of(models))
+    assert "rows 17" not in stored(blocks_of(models))[0]
+
+
+def test_an_interrupted_calibration_keeps_what_it_has_measured(models, monkeypatch):
+    def interrupted(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(blocks_of(models), interrupted)
+    assert len(stored(blocks_of(models))[0]) > 3
+
+
+def test_what_another_process_has_written_meanwhile_is_kept(models, figures, monkeypatch):
+    def measure(compiled, mine, rounds, progress):
+        keep(models, whole({"rows 3": 0.25}))  # the other process
+        mine |= {"rows 1": 0.5, "trace": 2.0}
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    calibrate(blocks_of(models))
+    found, _ = stored(blocks_of(models))
+    assert (found["rows 1"], found["rows 3"], found["trace"]) == (0.5, 0.25, 1.0)
 
 
 def test_progress_is_told_from_nothing_to_everything(models):
@@ -174,26 +236,29 @@ DAMAGED = {
     "rows for nothing": whole({"rows 1": 0.0}),
     "less than nothing": whole({"read": -1.0}),
     "not a number": whole({"trace": math.nan}),
+    "a number beyond all numbers": json.dumps({"seconds": whole({}), "rounds": {}}).replace("1.0", "1" + 400 * "0", 1),
+    "rounds that are words": json.dumps({"seconds": whole({}), "rounds": {"rows 1": "a"}}),
 }
 
 
 def test_the_figures_that_are_damaged_below_would_be_taken(models, monkeypatch):
     keep(models, whole({}))
     refuse_to_measure(monkeypatch)
-    assert known_costs(blocks_of(models)).draft_read == 1.0 / calibration.READ
+    assert calibrate(blocks_of(models)).draft_read == 1.0 / calibration.READ
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_measured_anew(models, figures, content, monkeypatch):
     keep(models, content)
-    monkeypatch.setattr(calibration, "measured_figures", lambda *_: figures)
-    assert known_costs(blocks_of(models)) is None
-    assert calibrate(blocks_of(models)) == costs_of(figures) == known_costs(blocks_of(models))
+    measure_at_once(monkeypatch, figures)
+    assert not is_final(blocks_of(models))
+    assert calibrate(blocks_of(models)) == costs_of(figures)
+    assert is_final(blocks_of(models))
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(models, figures, monkeypatch, tmp_path):
     (tmp_path / "a file").write_text("")
-    monkeypatch.setattr(calibration, "measured_figures", lambda *_: figures)
+    measure_at_once(monkeypatch, figures)
     monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path / "a file")
     assert calibrate(blocks_of(models)) == costs_of(figures)
 
@@ -216,7 +281,7 @@ def test_another_pair_sampling_or_rule_has_other_costs(models):
 
 
 def test_a_decoder_that_was_not_calibrated_calibrates_itself(models, figures, monkeypatch):
-    monkeypatch.setattr(calibration, "measured_figures", lambda *_: figures)
+    measure_at_once(monkeypatch, figures)
     decoder = SpeculativeDecoder(ModelPair(*models))
     assert not decoder.calibrated
     assert decoded(decoder, [1, 2], 20) == plain_greedy(models[0], [1, 2], 20)

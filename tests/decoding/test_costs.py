@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-import pytest
-
 from mlxspec.decoding.cache import CAPACITY_STEP, capacity_for
-from mlxspec.decoding.costs import LARGEST_CORRECTION, BlockCosts, RunningCosts
+from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
 
 TABLE = BlockCosts({1: 10.0, 3: 12.0, 5: 11.0, 9: 19.0}, draft_once=1.0, draft_step=0.5)
@@ -39,29 +37,3 @@ def test_a_longer_text_costs_what_each_position_adds():
     assert far.rows == {m: TABLE.rows[m] + more * (0.25 + (m - 1) * 0.125) for m in TABLE.rows}
     assert far.draft_step == 0.5 + more * 0.5
     assert TABLE.at_length(5) == TABLE
-
-
-def test_a_timed_block_corrects_its_own_figure_and_those_that_were_never_timed():
-    """A machine that is slower than when it was calibrated does not make the lengths look fast that were not tried."""
-    running, timed = RunningCosts(TABLE), (Choice(MODEL, 2), Choice(MODEL, 4))
-    for choice, factor in zip(timed * 100, (1.5, 1.3) * 100, strict=True):
-        running.observe(choice, factor * TABLE.block(choice))
-    assert running.block(timed[0]) == pytest.approx(1.5 * TABLE.block(timed[0]), rel=0.01)
-    assert running.block(timed[1]) == pytest.approx(1.3 * TABLE.block(timed[1]), rel=0.01)
-    assert running.block(Choice(MODEL, 8)) == pytest.approx(1.4 * TABLE.block(Choice(MODEL, 8)), rel=0.05)
-
-
-def test_a_correction_stays_valid_when_the_text_grows():
-    running = RunningCosts(replace(TABLE, position=0.1))
-    for _ in range(100):
-        running.observe(PLAIN, 19.0)
-    running.set_length(3 * CAPACITY_STEP)
-    assert running.block(PLAIN) == pytest.approx(1.9 * (10 + 0.1 * 2 * CAPACITY_STEP), rel=0.01)
-    running.set_length(1)
-    assert running.block(PLAIN) == pytest.approx(19, rel=0.01)
-
-
-def test_a_block_that_was_disturbed_corrects_nothing():
-    running = RunningCosts(TABLE)
-    running.observe(PLAIN, 10.0 * LARGEST_CORRECTION)
-    assert running.block(PLAIN) == 10

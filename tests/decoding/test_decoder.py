@@ -365,6 +365,23 @@ def test_caches_of_other_weights_are_not_reused():
     assert decoder.stats.prompt_tokens_reused == 0
 
 
+def test_caches_of_other_weights_are_not_reused_after_a_calibration():
+    target, drafter = random_llama(vocab_size=200, scale=4), random_llama(1, vocab_size=200)
+    decoder = SpeculativeDecoder(ModelPair(target, drafter))
+    prompt = list(range(40))
+    decoded(decoder, prompt, 10)
+    target.update(random_llama(5, vocab_size=200, scale=4).parameters())
+    decoder.calibrate(anew=True)
+    assert decoded(decoder, prompt, 40) == plain_greedy(target, prompt, 40)
+    assert decoder.stats.prompt_tokens_reused == 0
+
+
+def test_a_seed_out_of_range_is_refused_before_anything_runs():
+    decoder = SpeculativeDecoder(ModelPair(random_llama()))
+    with pytest.raises(mlxspec.InvalidRequestError, match="seed is -1"):
+        decoder.blocks([1], 5, seed=-1)
+
+
 def test_a_decoder_that_nobody_refers_to_frees_its_caches_at_once():
     target = random_llama(vocab_size=50)
     gc.disable()
