@@ -13,8 +13,8 @@ from mlxspec.decoding.verification import Verify
 class State(NamedTuple):
     """What one block hands to the next.
 
-    The target's cache covers ``committed − 1`` tokens, the drafter's at least ``committed − len(recent)``. What a
-    rejected draft left behind those is masked out, then overwritten: to rewind is to count fewer tokens.
+    The target's cache covers ``committed − 1`` tokens, the drafter's at least ``committed − len(recent)``. Entries of
+    rejected tokens are masked, then overwritten. To rewind, count fewer tokens.
     """
 
     recent: mx.array  # the last two committed tokens, one while there is only one; int32

@@ -69,7 +69,7 @@ class CompiledGraph:
     """A function of arrays, compiled with the weights of ``models`` as inputs.
 
     As inputs, because a compiled function keeps the arrays that it closes over as they were when it was traced: a
-    drafter that is trained further would go on drafting with its old weights.
+    drafter that is trained further would keep drafting with its old weights.
 
     Args:
         function: from arrays (and trees of them) to arrays.

@@ -1,6 +1,6 @@
-"""Speculative decoding: keep two blocks in flight, read each result once, cut what comes out of it.
+"""Speculative decoding: keep two blocks in flight, read each result once, truncate at EOS or max_tokens.
 
-The block itself is in ``block.py``; who drafts how many tokens is decided in ``policy.py``.
+The block itself is in ``block.py``. Who drafts how many tokens is decided in ``policy.py``.
 """
 
 import os
@@ -50,12 +50,13 @@ class SpeculativeDecoder:
     One stream at a time: starting another ends the first.
 
     Args:
-        pair: target and drafters.
-        sampling: how tokens are drawn; greedy by default. Compiled into the blocks, hence fixed.
-        draft_length: tokens drafted per block, 0 for plain decoding; or "auto": choose the pair's drafter, its
-            ``lookup`` or no draft for each block, and the length, by measured cost and acceptance (``policy.py``).
-        verification: the rule, "block", "token" or "match".
-        policy: decides in the place of ``draft_length``.
+        pair: Target and drafters.
+        sampling: How tokens are drawn; greedy by default. Compiled into the blocks, hence fixed.
+        draft_length: Tokens drafted per block by the pair's drafter, 0 for plain decoding. Or "auto": for each block,
+            choose between the drafter, the pair's ``lookup`` and no draft, and the length, by measured cost and
+            acceptance (``policy.py``).
+        verification: The rule: "block", "token" or "match".
+        policy: A policy of your own. ``draft_length`` has no effect then.
 
     Raises:
         InvalidRequestError: an option is out of range.
@@ -97,18 +98,18 @@ class SpeculativeDecoder:
 
     @property
     def calibrated(self) -> bool:
-        """Whether everything that the policy has to know of this device is known."""
+        """Whether ``calibrate`` has nothing to measure."""
         return self._policy is not None or calibration.is_final(self.compiled)
 
     def calibrate(self, progress: Progress = lambda done, total: None, anew: bool = False) -> None:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
 
-        The figures are kept on disk, so this takes a few seconds once per pair and device. ``blocks`` calls it if
-        nobody has.
+        The figures are stored on disk. The first process of a pair takes a few seconds, the next ones refine the
+        figures for up to a second each. ``blocks`` calls this if it was not called before.
 
         Args:
-            progress: is called with the number of figures measured and of all figures.
-            anew: measure again what is known.
+            progress: Called with the number of figures done and of all figures to measure.
+            anew: Measure everything again.
         """
         if self._policy is None or (anew and isinstance(self._policy, Automatic)):
             costs = calibration.calibrate(self.compiled, progress, anew)
@@ -130,10 +131,10 @@ class SpeculativeDecoder:
         """Decode token ids. The concatenated ``Block.tokens`` are the answer, an EOS included.
 
         Args:
-            prompt: token ids; what they share with the last text is not computed again.
-            max_tokens: of the answer; −1 continues until an EOS or a full context.
-            progress: is called with the tokens of the prompt that were read, and all of them.
-            seed: takes the place of the sampling's. The same calls on a new decoder repeat the text, as long as the
+            prompt: Token ids. What they share with the last text is not computed again.
+            max_tokens: Limit of the answer; −1 continues until an EOS or a full context.
+            progress: Called with the number of prompt tokens read and of all prompt tokens.
+            seed: Replaces the seed of the sampling. The same calls on a new decoder repeat the text, as long as the
                 stored costs of the pair are the same.
 
         Raises:
@@ -265,7 +266,7 @@ class SpeculativeDecoder:
             )
 
     def _launch(self, choice: Choice, in_flight: "deque[InFlight]") -> "InFlight":
-        """Queue one block behind those in flight; nothing waits for its result."""
+        """Queue one block after those in flight. Nothing waits for its result."""
         if choice.proposer != self._proposer:
             self._change_proposer(choice.proposer)
         length = len(self._tokens) + sum(block.choice.length + 1 for block in in_flight) + choice.length + 1
@@ -290,7 +291,7 @@ class SpeculativeDecoder:
         return state
 
     def _change_proposer(self, name: str) -> None:
-        """Set the present proposer's state aside and get that of another, which reads what it missed."""
+        """Set the state of the present proposer aside and take that of another, which reads what it missed."""
         state = self._detach()
         self._idle.put_back(self._proposer, state.drafter, max(0, len(self._tokens) - 2))
         self._state, self._proposer = state._replace(drafter=self._idle.take(name, self._tokens)), name
@@ -300,7 +301,7 @@ class SpeculativeDecoder:
         return 0 if self._proposer == MODEL else self._idle.unread(MODEL, len(self._tokens))
 
     def _prefill(self, prompt: list[int], progress: Progress, key: mx.array, budget: float) -> None:
-        """Bring the caches to the prompt. What they share with it is reused; an idle drafter reads nothing."""
+        """Prefill the prompt, reusing the shared prefix. An idle draft model is not prefilled."""
         mx.reset_peak_memory()
         start = time.perf_counter()
         # Caches of other weights are of no use.

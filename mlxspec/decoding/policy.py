@@ -1,7 +1,7 @@
 """Who drafts the next block, and how many tokens: whatever yields the most tokens per second.
 
-A policy decides from what was committed before. It never sees the draft that it decides about, so the emitted text
-stays distributed as the target's own whatever it decides.
+A policy uses only blocks that the host has already read. It never sees the draft whose length it decides, so no
+decision can change the distribution of the text.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from mlxspec.decoding.cache import capacity_for
 from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
 
-MARGIN = 0.97  # drafting has to win by 3 %: costs are not known better, and drafting in vain is the worse mistake
-PROBE_BLOCKS = 2  # of a probe: the second is queued before the first is observed
-PROBE_SHARE = 0.015  # of the time, spent on finding out whether an idle draft model has become useful
-READ_SHARE = 0.008  # of the time, spent on what the drafter has to read before a probe
-PROBE_DOUBT = 0.5  # what earlier evidence weighs from then on: it is old, and a probe is short
-TYPICAL_ANSWER = 128.0  # tokens, before any answer was seen
+MARGIN = 0.97  # drafting must be 3 % faster than plain decoding, because costs are only known to about 3 %
+PROBE_BLOCKS = 2  # blocks of a probe: the second is queued before the first is observed
+PROBE_SHARE = 0.015  # share of the time for finding out whether an idle draft model has become useful
+READ_SHARE = 0.008  # share of the time for what the draft model has to read before a probe
+PROBE_DOUBT = 0.5  # weight of earlier evidence once a probe starts, so that a short probe can outvote it
+TYPICAL_ANSWER = 128.0  # tokens of an answer, before any was seen
 
 
 class DraftPolicy(Protocol):
@@ -27,25 +27,29 @@ class DraftPolicy(Protocol):
         """Begin a new answer.
 
         Args:
-            prompt: its token ids.
-            max_tokens: the most tokens that the answer may have.
-            unread: tokens of the prompt that the model drafter would have to read before it drafts.
+            prompt: Token ids of the prompt.
+            max_tokens: Limit of the answer, which may be infinite.
+            unread: Tokens of the prompt that the draft model would have to read before it drafts.
         """
 
     def choose(self, missing: float) -> Choice:
-        """Return the next block of an answer that may have ``missing`` more tokens. Changes nothing."""
-
-    def expected_tokens(self, choice: Choice) -> float:
-        """Return the tokens that a block is expected to yield."""
-
-    def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
-        """Learn from a block.
+        """Return the next block. May be called more than once for a block, so it must not change anything.
 
         Args:
-            choice: what the block was.
-            tokens: what it committed.
-            accepted: how many drafted tokens were accepted.
-            unread: tokens that the model drafter would have to read by now, 0 while it drafts.
+            missing: Tokens that the answer may still have.
+        """
+
+    def expected_tokens(self, choice: Choice) -> float:
+        """Return the expected tokens of a block. No block is queued behind one that will probably end the answer."""
+
+    def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
+        """Learn from a block. The next one may be queued already.
+
+        Args:
+            choice: The choice of that block.
+            tokens: The tokens that it committed.
+            accepted: Number of drafted tokens that were accepted.
+            unread: Tokens that the draft model would have to read by now. 0 while it drafts.
         """
 
 
@@ -70,19 +74,19 @@ class Fixed:
 
 
 class Automatic:
-    """Chooses from ``MENU`` by measured cost and estimated acceptance; keeps what it learned across answers.
+    """Chooses from ``MENU`` by measured cost and estimated acceptance. Keeps what it learned across answers.
 
-    Changing the choice costs something once: a new length is traced, a drafter reads what it missed. This is the
-    ski-rental problem, and the rule is its classic answer: change when staying has lost, by these estimates, as much
-    as the change costs. Then never more than twice the unavoidable is lost.
+    Switching has a cost that is paid once: a new length is traced, an idle draft model reads what it missed. When to
+    switch is the ski-rental problem, and the rule is its classic answer: switch when staying has lost, by the
+    estimates, as much as the switch costs.
 
-    While the model does not draft, nothing is learned of it. So a small share of the time is saved up for probes,
-    unless even a drafter that is always right would lose. How prompt lookup would do is known without trying it.
+    While the draft model is idle, the policy learns nothing about it. So it saves a small share of the time for probes,
+    unless even full acceptance would be slower. How prompt lookup would do is known without using it.
 
     Args:
-        costs: what blocks cost on this device.
-        proposers: the names of the drafters to choose from, besides drafting nothing.
-        ngram: of prompt lookup.
+        costs: Costs of blocks on this device.
+        proposers: Names of the proposers to choose from, besides none.
+        ngram: Longest suffix that prompt lookup searches for, in tokens.
     """
 
     def __init__(self, costs: BlockCosts, proposers: Sequence[str], ngram: int = 3):
@@ -109,12 +113,12 @@ class Automatic:
         if self.replay:
             self.replay.start(prompt)
         tokens, rates = min(max_tokens, self.typical_answer), self.rates()
-        self.change(min(rates, key=lambda choice: tokens / rates[choice] + self.reading(choice, unread)))
+        self.switch(min(rates, key=lambda choice: tokens / rates[choice] + self.reading(choice, unread)))
 
     def choose(self, missing: float) -> Choice:
         if self.choice.length < missing:
             return self.choice
-        # The answer ends before a whole block. A shorter draft may do; each token that it leaves costs a plain block.
+        # The answer ends before a whole block. A shorter draft may be faster; each remaining token costs a plain block.
         shorter = [Choice(self.choice.proposer, n) for n in MENU[1:] if n <= self.choice.length]
         plain = self.costs.block(PLAIN)
         return min(
@@ -138,12 +142,12 @@ class Automatic:
         if self.probing:
             if choice.proposer == MODEL:  # the probe, not a block that was in flight before it
                 self.probing = False
-                self.change(best)
+                self.switch(best)
             return
         spent = self.costs.block(choice)
         self.regret += spent * (1 - rates[self.choice] / rates[best])
         if best != self.choice and self.regret >= self.price(best, rates, unread):
-            self.change(best)
+            self.switch(best)
         elif MODEL in self.yields and self.choice.proposer != MODEL:
             self.savings += PROBE_SHARE * spent + min(len(tokens) * self.costs.draft_read, READ_SHARE * spent)
             self.probe_if_affordable(rates, unread)
@@ -158,22 +162,22 @@ class Automatic:
         return found
 
     def grow(self, tokens: int) -> None:
-        """Account for a text that is longer by ``tokens``: its blocks cost more."""
+        """Account for ``tokens`` more tokens of text: blocks cost more."""
         self.length += tokens
         if tokens == self.length or capacity_for(self.length) != capacity_for(self.length - tokens):
             self.costs = self.table.at_length(self.length)
 
-    def change(self, choice: Choice) -> None:
+    def switch(self, choice: Choice) -> None:
         self.choice, self.regret = choice, 0.0
 
     def price(self, choice: Choice, rates: dict[Choice, float], unread: int) -> float:
-        """Return the seconds that a change costs once. To leave the model costs the probe that would bring it back."""
+        """Return the seconds that a switch costs once. Leaving the draft model is priced as the block to come back."""
         leaving = self.choice.proposer == MODEL != choice.proposer
         once = self.vain_seconds(probe_of(rates)) if leaving else self.reading(choice, unread)
         return once + (self.costs.trace if choice.length else 0.0)
 
     def reading(self, choice: Choice, unread: int) -> float:
-        """Return the seconds that the model takes to read what it missed, if it is to draft."""
+        """Return the seconds that the draft model takes to read what it missed, if it is to draft."""
         return unread * self.costs.draft_read if choice.proposer == MODEL else 0.0
 
     def probe_if_affordable(self, rates: dict[Choice, float], unread: int) -> None:
@@ -184,7 +188,7 @@ class Automatic:
         if self.savings >= PROBE_BLOCKS * self.vain_seconds(probe) + self.reading(probe, unread):
             self.savings, self.probing = 0.0, True
             self.acceptance.fade(PROBE_DOUBT)
-            self.change(probe)
+            self.switch(probe)
 
     def vain_seconds(self, probe: Choice) -> float:
         """Return the seconds that a block takes longer than plain decoding, lost if none of its draft is accepted."""
@@ -192,5 +196,5 @@ class Automatic:
 
 
 def probe_of(rates: dict[Choice, float]) -> Choice:
-    """Return the fastest block that the model drafts for."""
+    """Return the fastest block with the draft model."""
     return max((choice for choice in rates if choice.proposer == MODEL), key=lambda choice: rates[choice])

@@ -21,7 +21,7 @@ def test_there_are_nine_machines():
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_automatic_is_nearly_the_best_fixed_length_and_hardly_slower_than_plain_decoding(name):
-    cases = simulate_macs.simulate(name, PROFILES[name], runs=8)
+    cases = simulate_macs.simulate(name, PROFILES[name], runs=10)
     assert len(cases) == 4 * 9
     assert min(cases, key=lambda case: case.of_best).of_best >= 0.95
     assert min(cases, key=lambda case: case.of_plain).of_plain >= 0.98
