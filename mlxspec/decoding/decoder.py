@@ -305,7 +305,8 @@ class SpeculativeDecoder:
         mx.reset_peak_memory()
         start = time.perf_counter()
         # Caches of other weights are of no use.
-        reused = self._reusable(prompt) if self._state and not self.compiled.weights.changed() else 0
+        changed = self.compiled.weights.changed()  # noted here in any case, for the traces that follow
+        reused = self._reusable(prompt) if self._state and not changed else 0
         kept: list[Any] = []
         if self._state is not None:
             old = self._detach()

@@ -136,6 +136,8 @@ class Automatic:
         if self.replay:
             self.replay.extend(tokens)
         if choice.proposer == MODEL:
+            if self.probing:
+                self.acceptance.fade(PROBE_DOUBT)
             self.acceptance.observe(choice.length, accepted)
         rates = self.rates()
         best = max(rates, key=lambda one: rates[one])
@@ -187,7 +189,6 @@ class Automatic:
             return
         if self.savings >= PROBE_BLOCKS * self.vain_seconds(probe) + self.reading(probe, unread):
             self.savings, self.probing = 0.0, True
-            self.acceptance.fade(PROBE_DOUBT)
             self.switch(probe)
 
     def vain_seconds(self, probe: Choice) -> float:

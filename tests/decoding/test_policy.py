@@ -315,11 +315,11 @@ def test_a_choice_that_no_block_can_be_is_named(choice):
 
 
 def test_no_probe_begins_that_the_answer_has_no_room_for():
-    policy = Automatic(costs(0.1), [MODEL])
+    policy = Automatic(costs(0.4), [MODEL])
     simulated(policy, 0.0, 300)
-    assert policy.choice == PLAIN
     policy.savings = 1e9
     policy.start([1], 3, 0)
+    assert policy.choice == PLAIN
     policy.observe(PLAIN, [0], 0, 0)
     assert policy.choice == PLAIN
     policy.start([1], 1000, 0)
