@@ -187,14 +187,14 @@ def measure(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, progress
         progress(0, len(wanted))
         seconds, passes = LATER_CAP if figures else FIRST_CAP
         if not figures:  # outside the limit: it compiles kernels that decoding needs too
-            figures["rows 1"] = min(timers["rows 1"](), timers["rows 1"]())
-            figures["trace"] = timers["rows 1"].trace
+            figures["rows 1"] = timers["rows 1"]()
+            figures["trace"] = timers["rows 1"].trace or 0.0
         start, cap = time.perf_counter(), max(seconds, passes * figures["rows 1"])
         for group, end in ((COARSE, start + cap / 2), (FINE, start + cap)):
             for number in range(ROUNDS):
                 for name in (name for name in group if name in timers):
                     timer = timers[name]
-                    expected = expected_seconds(figures, name) * timer.count
+                    expected = expected_seconds(figures, name) * (timer.count + (timer.trace is None))
                     if expected > cap / 2:
                         rounds[name] = ENOUGH  # never affordable: it stays interpolated
                     elif time.perf_counter() + expected < end:
@@ -220,27 +220,28 @@ class Timer:
     Args:
         step: The function to time.
         state: Creates the first state.
-        traced: Whether the first call has to trace the step.
     """
 
-    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any], traced: bool = True):
-        self.step, self.state, self.untraced = step, state, traced
+    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any]):
+        self.step, self.state = step, state
         self.count = 1  # steps that are timed together
-        self.trace = 0.0  # seconds that tracing took
+        self.trace: float | None = None  # seconds that the first step took to trace, before it was evaluated
 
     def __call__(self) -> float:
-        """Return the seconds of one step. Tracing in the first call is not counted."""
+        """Return the seconds of one step. A step before the first one is not counted: it traces and compiles."""
+        if self.trace is None:
+            start = time.perf_counter()
+            result, state = self.step(self.state())
+            self.trace = time.perf_counter() - start
+            mx.eval(result, state)
         state = self.state()
         mx.eval(state)
-        first, self.untraced = self.untraced, False
         start = time.perf_counter()
         for _ in range(self.count):
             result, state = self.step(state)
-            if first and not self.trace:
-                self.trace = time.perf_counter() - start
             mx.async_eval(result, state)
         mx.eval(result)
-        seconds = (time.perf_counter() - start - first * self.trace) / self.count
+        seconds = (time.perf_counter() - start) / self.count
         self.count = QUEUED if seconds < SHORT else 1
         return seconds
 
@@ -250,7 +251,7 @@ def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     capacity = LONG if name.startswith("long ") else CAPACITY_STEP
     number = int(name.split()[-1]) if name != "read" else 0
     if name == "read":
-        return Timer(reading(compiled), lambda: None, traced=False)
+        return Timer(reading(compiled), lambda: None)
     if "draft" in name:
         return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity))
     choice = Choice(LOOKUP, number - 1) if number > 1 else PLAIN
