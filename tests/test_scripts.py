@@ -138,6 +138,20 @@ def test_the_promises_of_the_automatic_draft_length_are_measured(stories_folder,
     assert words in run_script("measure_auto.py", *small, what, *options, "--rounds", 1)
 
 
+@pytest.mark.slow
+def test_the_cost_of_tracing_is_measured(stories_folder):
+    out = run_script("measure_tracing.py", "--model", stories_folder, "--tokens", 400)
+    assert "5 layers: a trace takes" in out
+    assert "6 lengths at 2 capacities" in out
+
+
+@pytest.mark.slow
+def test_the_simulated_macs_are_printed_as_a_table():
+    out = run_script("simulate_macs.py", "--runs", 1, "--worst", 2)
+    assert out.count("\n| M") >= 8
+    assert "324 cases" in out
+
+
 @pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("*.toml")), ids=lambda path: path.name)
 def test_a_recipe_can_be_read(recipe):
     assert Recipe.read(recipe).trainings
