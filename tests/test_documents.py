@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_a_command_of_the_readme_works(command, tmp_path):
     if run_by_ci(command):
         pytest.skip("run by .ci/run")
     needs_the_hub = any(name in command for name in KNOWN_MODELS)
-    command = command.replace("mlxspec ", f"{Path(sys.executable).with_name('mlxspec')} ", 1)
+    installed = shlex.quote(str(Path(sys.executable).with_name("mlxspec")))
+    command = command.replace("mlxspec ", f"{installed} ", 1)
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run(
         command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=offline, input=""
@@ -83,7 +85,7 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
     }
     assert [command.split()[2] for command in TRAINING] == [*sizes, "run", "run", "plot"]
     for command in TRAINING:
-        arguments = command.replace("llama2-7b-chat", str(DEMO / "target")).split()[1:]
+        arguments = [word.replace("llama2-7b-chat", str(DEMO / "target")) for word in command.split()[1:]]
         outcome = mlxspec_command(*arguments, *sizes.get(arguments[1], "").split())
         assert outcome.status == 0, outcome.err
 
