@@ -36,14 +36,14 @@ from mlxspec.models.quantizing import cache_folder
 
 FORMAT = 5  # version of the file format; figures in another version are measured again
 FIRST_CAP = (3.5, 10)  # time limit of the first process: the longer of so many seconds and so many target passes
-LATER_CAP = (1.0, 3)  # time limit of a process that refines the table
+LATER_CAP = (1.0, 3)  # time limit of a process that only repeats what was measured
 ROUNDS, ENOUGH = 6, 3  # rounds of a process, if the time allows; rounds after which a figure is final
 QUEUED, SHORT = 3, 0.03  # blocks queued at once, as in decoding, if a block takes less than SHORT seconds
 LONG = 4 * CAPACITY_STEP  # a capacity for measuring the cost of a longer text
 ROOM = CAPACITY_STEP // 2  # free positions after the text on which blocks are timed
 READ = 128  # tokens that the draft model reads at once
 FEW, MORE = 1, 4  # draft lengths that give the cost of a drafted token
-# The figures that decide most come first. COARSE gets half of the time, FINE all the time that is left.
+# The figures that decide most come first. COARSE gets one round, and more within half of the time; FINE the rest.
 COARSE = ("rows 1", "draft 4", "rows 2", "rows 5", "rows 9", "rows 17", "draft 1", "read")
 FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "rows 13")
 
@@ -185,21 +185,22 @@ def measure(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, progress
     timers = {name: timer_for(compiled, name) for name in wanted}
     with compiled.weights.protected():
         progress(0, len(wanted))
-        seconds, passes = LATER_CAP if figures else FIRST_CAP
+        seconds, passes = LATER_CAP if figures.keys() >= set(wanted) else FIRST_CAP
         if not figures:  # outside the limit: it compiles kernels that decoding needs too
             figures["rows 1"] = timers["rows 1"]()
             figures["trace"] = timers["rows 1"].trace or 0.0
         start, cap = time.perf_counter(), max(seconds, passes * figures["rows 1"])
-        for group, end in ((COARSE, start + cap / 2), (FINE, start + cap)):
+        for group, share in ((COARSE, 0.5), (FINE, 1.0)):
             for number in range(ROUNDS):
+                end = start + (share if number else 1.0) * cap
                 for name in (name for name in group if name in timers):
                     timer = timers[name]
                     expected = expected_seconds(figures, name) * (timer.count + (timer.trace is None))
-                    if expected > cap / 2:
-                        rounds[name] = ENOUGH  # never affordable: it stays interpolated
-                    elif time.perf_counter() + expected < end:
+                    if time.perf_counter() + expected < end:
                         figures[name] = min(timer(), figures.get(name, math.inf))
                         rounds[name] = rounds.get(name, 0) + 1
+                    elif not number and expected > cap:
+                        rounds[name] = rounds.get(name, 0) + 1  # too costly for ENOUGH processes: it stays interpolated
                     if not number:
                         progress(wanted.index(name) + 1, len(wanted))
         traces = [timer.trace for name, timer in timers.items() if name.startswith("rows") and timer.trace]

@@ -122,6 +122,7 @@ def test_later_processes_measure_what_is_missing_or_was_measured_too_rarely(mode
     calibrate(blocks_of(models))
     figures, rounds = stored(blocks_of(models))
     assert figures.keys() == {"rows 1", "trace"}
+    monkeypatch.setattr(calibration, "FIRST_CAP", (60.0, 0))
     monkeypatch.setattr(calibration, "LATER_CAP", (60.0, 0))
     monkeypatch.setattr(calibration, "ROUNDS", 2)
     for expected in (2, 4):
@@ -180,6 +181,27 @@ def test_what_is_never_affordable_is_not_tried_again_and_again(models, monkeypat
         calibrate(blocks_of(models))
     assert is_final(blocks_of(models))
     assert "rows 17" not in stored(blocks_of(models))[0]
+
+
+def test_a_busy_moment_does_not_leave_a_pair_without_figures_for_good(models, monkeypatch):
+    """A first process in which a block took 100 times as long; the next ones measure what it could not."""
+    monkeypatch.setattr(time, "perf_counter", lambda: SlowTimer.now)
+
+    def busy(factor):
+        def timer_for(_, name):
+            timer = SlowTimer(name)
+            timer.seconds *= factor
+            return timer
+
+        return timer_for
+
+    for factor in (100, 0.1, 0.1):
+        SlowTimer.now = 0.0
+        monkeypatch.setattr(calibration, "timer_for", busy(factor))
+        calibrate(blocks_of(models))
+    figures, _ = stored(blocks_of(models))
+    assert {"rows 1", "rows 2", "rows 5", "rows 9", "rows 17", "draft 4"} <= figures.keys()
+    assert figures["rows 1"] == pytest.approx(0.01)
 
 
 def test_an_interrupted_calibration_keeps_what_it_has_measured(models, monkeypatch):
