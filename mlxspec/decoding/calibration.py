@@ -79,7 +79,7 @@ def calibrate(
 
 def costs_of(figures: Figures) -> BlockCosts:
     """Return the table of costs. Rows and drafts that were not measured are estimated from the others."""
-    rows = {int(name.split()[1]): seconds for name, seconds in figures.items() if name.startswith("rows ")}
+    rows = {number_in(name): seconds for name, seconds in figures.items() if name.startswith("rows ")}
     more = figures.get("draft 4", MORE * rows[1])  # if unknown, as costly as the target
     few = min(figures.get("draft 1", more / MORE), more)
     step = (more - few) / (MORE - FEW) if more > few else more / MORE
@@ -95,6 +95,12 @@ def costs_of(figures: Figures) -> BlockCosts:
         position_row=max(0.0, five - one) / 4,
         position_draft=max(0.0, figures.get("long draft 4", 0.0) - more) / MORE / positions,
     )
+
+
+def number_in(name: str) -> int:
+    """Return the number of rows or of drafted tokens in the name of a figure, 0 if it has none."""
+    last = name.split()[-1]
+    return int(last) if last.isdigit() else 0
 
 
 def names(compiled: CompiledBlocks) -> list[str]:
@@ -209,10 +215,10 @@ def measure(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, progress
 
 def expected_seconds(figures: Figures, name: str) -> float:
     """Return an estimate of a figure, in seconds, from the figures measured before it."""
-    costs, number = costs_of(figures), int(name.split()[-1]) if name != "read" else 0
+    costs, number = costs_of(figures), number_in(name)
     if "draft" in name:
         return costs.draft_once + number * costs.draft_step
-    return costs.verify(number) if number else costs.verify(1)
+    return costs.verify(max(1, number))  # reading takes less than a pass of the target
 
 
 class Timer:
@@ -250,7 +256,7 @@ class Timer:
 def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     """Return the timer of a figure."""
     capacity = LONG if name.startswith("long ") else CAPACITY_STEP
-    number = int(name.split()[-1]) if name != "read" else 0
+    number = number_in(name)
     if name == "read":
         return Timer(reading(compiled), lambda: None)
     if "draft" in name:

@@ -104,8 +104,8 @@ class SpeculativeDecoder:
     def calibrate(self, progress: Progress = lambda done, total: None, anew: bool = False) -> None:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
 
-        The figures are stored on disk. The first process of a pair takes a few seconds, the next ones refine the
-        figures for up to a second each. ``blocks`` calls this if it was not called before.
+        The figures are stored on disk. The first process of a pair takes a few seconds. The next ones measure what is
+        missing and repeat the rest for up to a second each. ``blocks`` calls this if it was not called before.
 
         Args:
             progress: Called with the number of figures done and of all figures to measure.

@@ -44,7 +44,7 @@ class Index:
         vocab_size: Size of the vocabulary.
         tokenizer: Fingerprint of the tokenizer.
         shards: The shards.
-        learnt: Number of tokens to learn, those with mask 1.
+        learned: Number of tokens with mask 1, which a drafter learns.
         complete: Whether the writer has finished.
         notes: What the writer wants to remember, such as its progress.
     """
@@ -52,7 +52,7 @@ class Index:
     vocab_size: int
     tokenizer: str
     shards: list[Shard] = field(default_factory=list)
-    learnt: int = 0
+    learned: int = 0
     complete: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -83,6 +83,8 @@ class Index:
             if content.pop("format") != FORMAT:
                 raise TrainingError(f"{folder} holds shards of another format; delete it and create them again")
             shards = [Shard(**shard) for shard in content.pop("shards")]
+            if "learnt" in content:  # as versions before 2026-11-26 wrote it
+                content["learned"] = content.pop("learnt")
             return cls(shards=shards, **content)
         except OSError as error:
             raise TrainingError(f"{folder} holds no token shards ({error.strerror}); create them first") from None
@@ -148,7 +150,7 @@ class ShardWriter:
                 self._hashes[part].update(data.tobytes())
         self.index.shards[-1].tokens += tokens.size
         self.index.shards[-1].documents += 1
-        self.index.learnt += int(content[1].sum())
+        self.index.learned += int(content[1].sum())
 
     def commit(self, **notes: Any) -> None:
         """Make everything added so far, and ``notes``, durable."""

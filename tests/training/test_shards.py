@@ -1,5 +1,6 @@
 """Token ids on disk: what was committed is there, and the order is a function of seed and step."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab
     assert len(shards.index.shards) > 5
     assert [doc.ids.tolist() for doc in shards.documents()] == docs
     assert all(doc.mask.tolist() == [0] + [1] * (len(doc.ids) - 1) for doc in shards.documents())
-    assert shards.index.learnt == sum(len(doc) - 1 for doc in docs)
+    assert shards.index.learned == sum(len(doc) - 1 for doc in docs)
 
 
 def test_rows_hold_whole_documents_and_padding_that_is_not_learned(tmp_path):
@@ -159,3 +160,14 @@ def test_unfinished_empty_and_foreign_shards_are_refused(tmp_path):
         ShardWriter(tmp_path / "a", 512, "other tokens")
     with pytest.raises(TrainingError, match="below 512"), ShardWriter(tmp_path / "b", 512, "tokens") as writer:
         writer.add([512], [1])
+
+
+def test_an_index_of_an_earlier_version_is_read(tmp_path):
+    with ShardWriter(tmp_path / "shards", 100, "a tokenizer") as writer:
+        writer.add(np.array([1, 2, 3]), np.array([False, True, True]))
+        writer.finish()
+    file = tmp_path / "shards" / "index.json"
+    content = json.loads(file.read_text())
+    content["learnt"] = content.pop("learned")
+    file.write_text(json.dumps(content))
+    assert TokenShards(tmp_path / "shards").index.learned == 2
