@@ -109,7 +109,7 @@ class Ours:
 
 
 def forward_pass(model: nn.Module, rows: int) -> Callable[[int], None]:
-    """Return an engine that is one forward pass over ``rows`` tokens behind 128 others."""
+    """Return an engine that is one forward pass over ``rows`` tokens after 128 others."""
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 128), mx.int32), cache=cache))
 

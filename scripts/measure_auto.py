@@ -238,7 +238,7 @@ def lookup(pairs: Pairs, rounds: int, tokens: int, steps: int):
 @click.option("--long", "longer", default=4000, show_default=True, help="Tokens of the long prompt.")
 @click.pass_obj
 def context(pairs: Pairs, rounds: int, longer: int):
-    """Tokens/s behind a long prompt over tokens/s behind 200 tokens, for mlxspec and mlx-lm plain."""
+    """Tokens/s after a long prompt over tokens/s after 200 tokens, for mlxspec and mlx-lm plain."""
     target, drafter = pairs.target("stories", 24), pairs.noised(0.07)
     prompts = {n: [1] + [(7 * i) % 500 + 3 for i in range(n - 1)] for n in (200, longer)}
 

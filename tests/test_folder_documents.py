@@ -1,4 +1,4 @@
-"""The documents that lie beside the code name only what exists."""
+"""The documents in the folders of the package name only what exists."""
 
 import re
 from pathlib import Path

@@ -40,7 +40,7 @@ class DraftPolicy(Protocol):
         """
 
     def expected_tokens(self, choice: Choice) -> float:
-        """Return the expected tokens of a block. No block is queued behind one that will probably end the answer."""
+        """Return the expected tokens of a block. No block is queued after one that will probably end the answer."""
 
     def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
         """Learn from a block. The next one may be queued already.

@@ -17,10 +17,7 @@ import huggingface_hub
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, in_one_line
 from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
-from mlxspec.training.corpus import BadLines, corpus_files
-from mlxspec.training.corpus import Document as Record
-from mlxspec.training.corpus import prompt_messages as asked
-from mlxspec.training.corpus import read_documents as records
+from mlxspec.training.corpus import BadLines, Document, corpus_files, prompt_messages, read_documents
 
 OWN = Path(__file__).parent / "prompts"
 MOST_SKIPPED = 1000  # prompts that do not fit, before a task is given up
@@ -163,17 +160,17 @@ def file_contents(file: Path) -> dict[str, list[Content]]:
     if '"turns"' in next((line for line in lines if line.strip()), ""):
         return spec_bench(file, lines)
     bad = BadLines()
-    contents = [content_of(record) for record in records(corpus_files([file]), bad)]
-    if bad.told:
-        raise InvalidRequestError(f"{bad.told[0]}; fix or remove this line")
+    contents = [content_of(record) for record in read_documents(corpus_files([file]), bad)]
+    if bad.examples:
+        raise InvalidRequestError(f"{bad.examples[0]}; fix or remove this line")
     if not contents:
         raise InvalidRequestError(f"{file} contains no prompts; write one JSON object per line")
     return {file.name.removesuffix(".jsonl"): contents}
 
 
-def content_of(record: Record) -> Content:
+def content_of(record: Document) -> Content:
     try:
-        return record.content if isinstance(record.content, str) else asked(record.content, None)
+        return record.content if isinstance(record.content, str) else prompt_messages(record.content, None)
     except MlxspecError as error:
         raise InvalidRequestError(f"{record.where}: {error}; fix or remove this line") from None
 

@@ -41,11 +41,6 @@ class BadLines:
     skipped: int = 0
     examples: list[str] = field(default_factory=list)
 
-    @property
-    def told(self) -> list[str]:
-        """The old name of ``examples``, which evaluation/tasks.py still uses."""
-        return self.examples
-
     def skip(self, where: str, reason: str) -> None:
         """Count a skipped line."""
         self.skipped += 1

@@ -1,4 +1,4 @@
-"""The parts of a block add up to it, and the speed at each draft length is measured beside its prediction."""
+"""The parts of a block add up to it, and the speed at each draft length is measured, and predicted."""
 
 import mlx.core as mx
 import pytest
