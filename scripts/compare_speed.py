@@ -85,7 +85,7 @@ def peer(
 
 
 class Ours:
-    """mlxspec's decoding. Unseeded, as it is used: with a seed, "auto" does not correct its costs by the clock."""
+    """mlxspec's decoding, seeded by the number of the round."""
 
     def __init__(
         self,
@@ -104,7 +104,9 @@ class Ours:
         found = []
         for prompt in self.prompts:
             self.decoder.forget()  # mlx-lm reuses nothing of the last prompt either
-            found += [token for block in self.decoder.blocks(prompt, self.tokens) for token in block.tokens]
+            found += [
+                token for block in self.decoder.blocks(prompt, self.tokens, seed=number) for token in block.tokens
+            ]
         return found
 
 

@@ -102,15 +102,12 @@ def calibrated(
 def answering(
     decoder: SpeculativeDecoder, prompts: Sequence[list[int]], max_tokens: int
 ) -> Callable[[int], DecodingStats]:
-    """Return an engine that answers the prompts and returns the statistics of all answers together.
-
-    Unseeded, as decoding is by default: with a seed, "auto" does not correct its costs by the clock.
-    """
+    """Return an engine that answers the prompts and returns the statistics of all answers together."""
 
     def run(number: int) -> DecodingStats:
         total = DecodingStats()
         for prompt in prompts:
-            for _ in decoder.blocks(prompt, max_tokens):
+            for _ in decoder.blocks(prompt, max_tokens, seed=number):
                 pass
             total += decoder.stats
         decoder.forget()
