@@ -25,6 +25,10 @@ class InvalidRequestError(MlxspecError):
     """A prompt, a sampling option or a setting is outside its range."""
 
 
+class NumericalError(MlxspecError):
+    """A model computes NaN or infinity where numbers are needed."""
+
+
 class TrainingError(MlxspecError):
     """A corpus, recipe or training run cannot continue. What was saved before remains."""
 

@@ -5,12 +5,13 @@ on arrays over a buffer of fixed capacity. Entries beyond the length are masked 
 window is a mask too. The buffer keeps every position, so it can always be rewound.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxspec.errors import UnsupportedModelError
+from mlxspec.errors import UnsupportedModelError, in_one_line
 from mlxspec.models.attention import attention_windows, model_type
 
 Buffers = list[tuple[mx.array, mx.array]]  # for each layer: keys and values, [1, H, capacity, D]
@@ -47,7 +48,13 @@ class KVCache:
         self.end = end
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [1, H, L, D] after the valid positions. Return the buffers, only up to ``end`` if that is known."""
+        """Write [1, H, L, D] after the valid positions. Return the buffers, only up to ``end`` if that is known.
+
+        A value that is not finite is stored as 0, and NaN in its key instead. A mask hides a key from a row, but not a
+        value: 0 · NaN is NaN, and would reach rows before its own. Rows that attend to the key become NaN all the same.
+        """
+        keys = keys + (values * 0).sum(axis=-1, keepdims=True).astype(keys.dtype)  # adds 0, or NaN
+        values = mx.where(mx.isfinite(values), values, 0)
         if self.keys is None or self.values is None:
             self.keys = mx.zeros((*keys.shape[:2], self.capacity, keys.shape[-1]), keys.dtype)
             self.values = mx.zeros((*values.shape[:2], self.capacity, values.shape[-1]), values.dtype)
@@ -62,8 +69,8 @@ class KVCache:
     @property
     def buffers(self) -> tuple[mx.array, mx.array]:
         """The keys and values after the pass."""
-        assert self.keys is not None, "every layer of a model uses its cache"
-        assert self.values is not None
+        if self.keys is None or self.values is None:
+            raise UnsupportedModelError("a layer does not use its cache")
         return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:
@@ -118,11 +125,12 @@ class CachedModel:
         try:
             # Traced and never evaluated. It costs no forward pass and fails where the compiled block would.
             logits, buffers = mx.compile(lambda token, length: self(token, None, length))(mx.array([0]), mx.array(0))
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
+        except Exception as error:  # a model's code may raise anything
+            if raised_in_mlxspec(error) and not isinstance(error, UnsupportedModelError):
+                raise
             raise UnsupportedModelError(
                 f"{model_type(model)} cannot run on a cache whose length is an array, which a rewind without the host "
-                f"needs: {reason}"
+                f"needs: {in_one_line(error)}; use another model"
             ) from error
         self.vocab_size = logits.shape[-1]
         self.shapes = [[(buffer.shape, buffer.dtype) for buffer in layer] for layer in buffers]
@@ -177,3 +185,9 @@ class CachedModel:
             length += chunk.size
             advanced(chunk.size)
         return buffers
+
+
+def raised_in_mlxspec(error: Exception) -> bool:
+    """Return whether the code that raised an error is mlxspec's own, such as a bug in this file."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("mlxspec.")

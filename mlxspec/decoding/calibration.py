@@ -104,9 +104,27 @@ def number_in(name: str) -> int:
 
 
 def names(compiled: CompiledBlocks) -> list[str]:
-    """Return the names of the figures that a pair needs. The ones that decide most come first."""
+    """Return the names of the figures that a pair needs and can show. The ones that decide most come first."""
     model = MODEL in compiled.drafters
-    return [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
+    needed = [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
+    shortest = {"rows 1": -math.inf, "read": READ}  # a text needs the two recent tokens; "rows 1" is always needed
+    return [name for name in needed if text_length(compiled, name) >= shortest.get(name, 2)]
+
+
+def text_length(compiled: CompiledBlocks, name: str) -> int:
+    """Return the length of the text, in tokens, after which a figure is measured.
+
+    It leaves room for the steps that are timed together, in the capacity and in the context of the model that runs.
+    """
+    drafter = "draft" in name or name == "read"
+    context = compiled.pair.drafter_context_length if drafter else compiled.pair.context_length
+    length = capacity_of(name) - ROOM
+    return length if context is None else min(length, context - QUEUED * max(1, number_in(name)))
+
+
+def capacity_of(name: str) -> int:
+    """Return the capacity of the caches, in positions, at which a figure is measured."""
+    return LONG if name.startswith("long ") else CAPACITY_STEP
 
 
 def unfinished(compiled: CompiledBlocks, rounds: Rounds) -> list[str]:
@@ -255,23 +273,22 @@ class Timer:
 
 def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     """Return the timer of a figure."""
-    capacity = LONG if name.startswith("long ") else CAPACITY_STEP
-    number = number_in(name)
+    capacity, number, length = capacity_of(name), number_in(name), max(2, text_length(compiled, name))
     if name == "read":
         return Timer(reading(compiled), lambda: None)
     if "draft" in name:
-        return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity))
+        return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity, length))
     choice = Choice(LOOKUP, number - 1) if number > 1 else PLAIN
     lookup = compiled.proposers.get(LOOKUP) or LookupProposer(PromptLookup(), compiled.target.vocab_size)
     proposer = lookup if number > 1 else compiled.proposers[NONE]
     known = choice.proposer in compiled.proposers  # then decoding uses what was traced here
     block = compiled[choice] if known else compiled.block(proposer, choice)
-    return Timer(block, lambda: block_state(compiled, proposer, capacity))
+    return Timer(block, lambda: block_state(compiled, proposer, capacity, length))
 
 
-def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int) -> State:
-    """Return the state before a block, for a text of zeros. The caches are not filled."""
-    length = capacity - ROOM
+def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int, length: int | None = None) -> State:
+    """Return the state before a block, for a text of ``length`` zeros. The caches are not filled."""
+    length = capacity - ROOM if length is None else length
     drafter = proposer.start([], [0] * length, 0, lambda tokens: None)
     recent, committed = mx.zeros(2, mx.int32), mx.array(length, mx.int32)
     return State(recent, committed, compiled.target.empty(capacity), drafter, mx.random.key(0))
@@ -297,10 +314,11 @@ def model_proposer(compiled: CompiledBlocks) -> ModelProposer:
     return cast(ModelProposer, compiled.proposers[MODEL])
 
 
-def draft_state(compiled: CompiledBlocks, capacity: int) -> tuple[Any, ...]:
-    """Return the state before a draft of the draft model."""
+def draft_state(compiled: CompiledBlocks, capacity: int, length: int | None = None) -> tuple[Any, ...]:
+    """Return the state before a draft of the draft model, for a text of ``length`` zeros."""
+    length = capacity - ROOM if length is None else length
     buffers = model_proposer(compiled).run.empty(capacity)
-    return mx.zeros(2, mx.int32), mx.array(capacity - ROOM, mx.int32), buffers, mx.random.key(0)
+    return mx.zeros(2, mx.int32), mx.array(length, mx.int32), buffers, mx.random.key(0)
 
 
 def reading(compiled: CompiledBlocks) -> Callable[[Any], tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 The block itself is in ``block.py``. Who drafts how many tokens is decided in ``policy.py``.
 """
 
+import math
 import os
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+from mlx_lm.generate import wired_limit
 
 from mlxspec.decoding import calibration
 from mlxspec.decoding.block import State
@@ -21,8 +23,8 @@ from mlxspec.decoding.policy import Automatic, DraftPolicy, Fixed
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.text import AnswerText, Segment
-from mlxspec.decoding.verification import RULES
-from mlxspec.errors import InvalidRequestError
+from mlxspec.decoding.verification import FAILED, RULES
+from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.tokens import encode_prompt
 
@@ -36,7 +38,7 @@ Progress = Callable[[int, int], None]  # done, in all
 class Block:
     """What one target pass yielded: ``accepted`` of ``drafted`` tokens, and one of the target's own.
 
-    ``tokens`` are accepted + 1; fewer where max_tokens, the context or an EOS cuts the block.
+    ``tokens`` are accepted + 1; fewer where max_tokens, the context, an EOS or a target that fails cuts the block.
     """
 
     tokens: list[int]
@@ -113,7 +115,8 @@ class SpeculativeDecoder:
         """
         if self._policy is None or (anew and isinstance(self._policy, Automatic)):
             costs = calibration.calibrate(self.compiled, progress, anew)
-            self._policy = Automatic(costs, self.compiled.drafters, ngram=self._ngram())
+            reach = self.pair.drafter_context_length or math.inf
+            self._policy = Automatic(costs, self.compiled.drafters, self._ngram(), reach)
 
     def forget(self) -> None:
         """Free the caches, as if nothing had been decoded. What the policy has learned is kept."""
@@ -140,6 +143,7 @@ class SpeculativeDecoder:
         Raises:
             InvalidRequestError: at once for a prompt that is empty or leaves no room in the context; later if another
                 stream is started on this decoder.
+            NumericalError: after the last block, if the target computes NaN where the next token would be drawn.
         """
         prompt = [int(token) for token in prompt]
         budget = answer_budget(prompt, max_tokens, self.pair.context_length, self.compiled.target.vocab_size)
@@ -155,6 +159,12 @@ class SpeculativeDecoder:
     ) -> Generator[Block, None, None]:
         self._check_owner(stream)
         self.calibrate()
+        with wired_limit(self.pair.target):
+            yield from self._decode(prompt, budget, progress, key, stream)
+
+    def _decode(
+        self, prompt: list[int], budget: float, progress: Progress, key: mx.array, stream: int
+    ) -> Generator[Block, None, None]:
         self._prefill(prompt, progress, key, budget)
         eos, start = self.pair.eos_token_ids, time.perf_counter()
         in_flight: deque[InFlight] = deque()
@@ -166,12 +176,20 @@ class SpeculativeDecoder:
             tokens = tokens[: int(min(accepted + 1, budget - self.stats.tokens))]
             end = next((i for i, token in enumerate(tokens, 1) if token in eos), None)
             tokens = tokens[:end]
+            if failed := tokens[-1:] == [FAILED]:
+                tokens.pop()
             self._tokens += tokens
             self.policy.observe(block.choice, tokens, accepted, self._unread())
             self.stats.add(len(tokens), block.choice, accepted)
             self.stats.decode_seconds = time.perf_counter() - start
             self.stats.peak_memory_bytes = mx.get_peak_memory()
+            self.stats.dropped_blocks = len(in_flight)
             yield Block(tokens, block.choice.length, accepted)
+            if failed:
+                raise NumericalError(
+                    f"the target computes NaN or infinity instead of probabilities after {len(self._tokens)} tokens; "
+                    "load it in a wider precision (dtype), or check its weights"
+                )
             if end is not None:
                 return
             self._check_owner(stream)
@@ -211,19 +229,23 @@ class SpeculativeDecoder:
     def _segments(self, blocks: Generator[Block, None, None], text: AnswerText, stream: int) -> Iterator[Segment]:
         consumed: list[int] = []
         drafted = False
-        for block in blocks:
-            for i, token in enumerate(block.tokens):
-                consumed.append(token)
-                drafted = i < block.accepted
-                shown = text.add(token)
-                if text.ended:
-                    self._check_owner(stream)
-                    self._uncommit(len(block.tokens) - i - 1)
-                    blocks.close()
-                    break
-                if shown:
-                    yield Segment(shown, consumed, drafted)
-                    consumed = []
+        try:
+            for block in blocks:
+                for i, token in enumerate(block.tokens):
+                    consumed.append(token)
+                    drafted = i < block.accepted
+                    shown = text.add(token)
+                    if text.ended:
+                        self._check_owner(stream)
+                        self._uncommit(len(block.tokens) - i - 1)
+                        blocks.close()
+                        break
+                    if shown:
+                        yield Segment(shown, consumed, drafted)
+                        consumed = []
+        except NumericalError:
+            yield Segment(text.finish(), consumed, drafted)
+            raise
         yield Segment(text.finish(), consumed, drafted, "stop" if text.ended else "length")
 
     def _check_owner(self, stream: int) -> None:
@@ -248,12 +270,27 @@ class SpeculativeDecoder:
             ending = self.policy.expected_tokens(in_flight[0].choice) > missing - 0.5
             if len(in_flight) == BLOCKS_IN_FLIGHT or ending:
                 return None
-        choice = self.policy.choose(missing - len(in_flight))
-        self._check_choice(choice)
+        length = self._longest(in_flight)
+        if not self._fits(PLAIN, length):
+            return None  # how long the text really is will be known when the block in flight is read
+        choice = self._choose(missing - len(in_flight), length)
         return None if in_flight and choice.proposer != self._proposer else choice
 
-    def _check_choice(self, choice: Choice) -> None:
-        """Raise InvalidRequestError for a choice that no block of this pair can be."""
+    def _longest(self, in_flight: "deque[InFlight]") -> int:
+        """Return the length of the text, in tokens, if all drafts in flight are accepted."""
+        return len(self._tokens) + sum(block.choice.length + 1 for block in in_flight)
+
+    def _choose(self, missing: float, length: int) -> Choice:
+        """Return the policy's choice for the next block, or ``PLAIN`` where a model would be asked beyond its context.
+
+        Args:
+            missing: Tokens that the answer may still have.
+            length: Length of the text, in tokens.
+
+        Raises:
+            InvalidRequestError: No block of this pair can be what the policy chose.
+        """
+        choice = self.policy.choose(missing)
         if choice.proposer not in self.compiled.proposers:
             raise InvalidRequestError(
                 f"the policy chose {choice.proposer!r} to draft, and this pair has only "
@@ -264,12 +301,21 @@ class SpeculativeDecoder:
                 f"the policy chose to draft {choice.length} tokens by {choice.proposer!r}; choose 1 to {LONGEST_DRAFT} "
                 f"tokens, or PLAIN"
             )
+        return choice if self._fits(choice, length) else PLAIN
+
+    def _fits(self, choice: Choice, length: int) -> bool:
+        """Return whether a block after ``length`` tokens of text stays within the contexts of its models, in every row.
+
+        A model with a table of positions would read memory beyond the table.
+        """
+        contexts = [self.pair.context_length, self.pair.drafter_context_length if choice.proposer == MODEL else None]
+        return all(context is None or length + choice.length <= context for context in contexts)
 
     def _launch(self, choice: Choice, in_flight: "deque[InFlight]") -> "InFlight":
         """Queue one block after those in flight. Nothing waits for its result."""
         if choice.proposer != self._proposer:
             self._change_proposer(choice.proposer)
-        length = len(self._tokens) + sum(block.choice.length + 1 for block in in_flight) + choice.length + 1
+        length = self._longest(in_flight) + choice.length + 1
         # Nothing may refer to the old state when the new one is evaluated: a buffer that something else holds would
         # be copied instead of written in place.
         result, self._state = self.compiled[choice](self._take_state(length))
@@ -315,9 +361,7 @@ class SpeculativeDecoder:
             del old
         self._idle.truncate(reused)
         self.policy.start(prompt, budget, self._idle.unread(MODEL, len(prompt)))
-        first = self.policy.choose(budget)
-        self._check_choice(first)
-        proposer = first.proposer
+        proposer = self._choose(budget, len(prompt)).proposer
         passes = 1 + self.compiled.proposers[proposer].reads
         new, done = len(prompt) - reused, 0
 
@@ -411,21 +455,29 @@ def generate(
     sampling: Sampling | None = None,
     draft_length: int | str = "auto",
     verification: str = "block",
-    **stream_options: Any,
+    stop: Sequence[str] = (),
+    system: str | None = None,
+    raw: bool = False,
+    progress: Progress = lambda done, total: None,
+    seed: int | None = None,
 ) -> Generation:
     """Answer one prompt. For several, keep a ``SpeculativeDecoder``: its blocks are compiled once.
 
     Args:
-        pair: target and drafters.
-        prompt: text or token ids.
-        max_tokens: of the answer.
-        sampling: as for ``SpeculativeDecoder``, like the two that follow.
-        draft_length: tokens drafted per block, or "auto".
-        verification: the rule.
-        stream_options: those of ``SpeculativeDecoder.stream``: stop, system, raw, progress, seed.
+        pair: Target and drafters.
+        prompt: Text or token ids.
+        max_tokens: Limit of the answer, as for ``SpeculativeDecoder.blocks``.
+        sampling: As for ``SpeculativeDecoder``, like the two that follow.
+        draft_length: Tokens drafted per block, or "auto".
+        verification: The rule.
+        stop: As for ``SpeculativeDecoder.stream``, like the four that follow.
+        system: A system prompt.
+        raw: Leave out the chat template.
+        progress: Called with the number of prompt tokens read and of all prompt tokens.
+        seed: Replaces the seed of the sampling.
     """
     decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
-    segments = list(decoder.stream(prompt, max_tokens, **stream_options))
+    segments = list(decoder.stream(prompt, max_tokens, stop, system, raw, progress, seed))
     return Generation(
         text="".join(segment.text for segment in segments),
         tokens=[token for segment in segments for token in segment.tokens],

@@ -4,6 +4,7 @@ A policy uses only blocks that the host has already read. It never sees the draf
 decision can change the distribution of the text.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -87,11 +88,13 @@ class Automatic:
         costs: Costs of blocks on this device.
         proposers: Names of the proposers to choose from, besides none.
         ngram: Longest suffix that prompt lookup searches for, in tokens.
+        reach: Context of the draft model, in tokens. It does not draft in a longer text.
     """
 
-    def __init__(self, costs: BlockCosts, proposers: Sequence[str], ngram: int = 3):
+    def __init__(self, costs: BlockCosts, proposers: Sequence[str], ngram: int = 3, reach: float = math.inf):
         self.table = costs
         self.costs = costs  # at the present length of the text
+        self.reach = reach
         self.acceptance = Acceptance()
         self.replay = LookupReplay(ngram) if LOOKUP in proposers else None
         self.yields: dict[str, Yield] = {MODEL: self.acceptance} if MODEL in proposers else {}
@@ -141,6 +144,10 @@ class Automatic:
             self.acceptance.observe(choice.length, accepted)
         rates = self.rates()
         best = max(rates, key=lambda one: rates[one])
+        if self.choice not in rates:  # the text has outgrown the draft model
+            self.probing = False
+            self.switch(best)
+            return
         if self.probing:
             if choice.proposer == MODEL:  # the probe, not a block that was in flight before it
                 self.probing = False
@@ -150,7 +157,7 @@ class Automatic:
         self.regret += spent * (1 - rates[self.choice] / rates[best])
         if best != self.choice and self.regret >= self.price(best, rates, unread):
             self.switch(best)
-        elif MODEL in self.yields and self.choice.proposer != MODEL:
+        elif self.can_draft(MODEL) and self.choice.proposer != MODEL:
             self.savings += PROBE_SHARE * spent + min(len(tokens) * self.costs.draft_read, READ_SHARE * spent)
             self.probe_if_affordable(rates, unread)
 
@@ -158,10 +165,16 @@ class Automatic:
         """Return the tokens per second of each choice, with ``MARGIN`` against drafting."""
         found = {PLAIN: 1 / self.costs.block(PLAIN)}
         for name, estimate in self.yields.items():
+            if not self.can_draft(name):
+                continue
             expected = estimate.expected()
             for choice in (Choice(name, length) for length in MENU[1:]):
                 found[choice] = MARGIN * expected[choice.length] / self.costs.block(choice)
         return found
+
+    def can_draft(self, name: str) -> bool:
+        """Return whether a proposer is there, and can draft after the present text."""
+        return name in self.yields and (name != MODEL or self.length + LONGEST <= self.reach)
 
     def grow(self, tokens: int) -> None:
         """Account for ``tokens`` more tokens of text: blocks cost more."""

@@ -17,11 +17,13 @@ class DecodingStats:
     """Counts and times of one answer. Times are in seconds.
 
     ``drafted`` and ``accepted`` count what was verified. If max_tokens, EOS or a stop string cuts a block, they include
-    the tokens after the cut. ``blocks`` is the number of target passes.
+    the tokens after the cut. ``blocks`` is the number of target passes. ``dropped_blocks`` were queued too, but never
+    read, because the answer had ended.
     """
 
     tokens: int = 0
     blocks: int = 0
+    dropped_blocks: int = 0
     drafted: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)  # how often draft position i was accepted
@@ -72,7 +74,7 @@ class DecodingStats:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "DecodingStats":
         """Return the statistics that ``to_dict`` stored."""
-        return cls(**{f.name: content[f.name] for f in fields(cls)})
+        return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
 
     @property
     def block_efficiency(self) -> float:

@@ -11,7 +11,8 @@ Every rule is a pure function
 
 The emitted text is ``tokens[:accepted]``, then ``next_token``. It has the target's own distribution for every q.
 γ = 0 and "all accepted" are not special cases: q is padded with a row of zeros, so the residual after the last drafted
-token is p itself.
+token is p itself. A drafter that computes NaN is no special case either: a row of q that is not finite counts as a row
+of zeros, as if the draft had ended before it.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,9 @@ import mlx.core as mx
 from mlxspec.decoding.sampling import Sampling, draw
 
 Rule = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
-Verify = Rule  # the same, but with the target's logits [γ+1, V] instead of p
+Verify = Rule  # the same, but with the target's logits [γ+1, V] instead of p; next_token may be ``FAILED``
+
+FAILED = -1  # in place of a token: the target computed no distribution that one could be drawn from
 
 
 def token(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
@@ -29,6 +32,7 @@ def token(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
     Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2.
     """
+    q = finite_rows(q)
     accepted = leading_count(uniforms[:-1] < probability_ratios(p, q, tokens))
     return accepted, draw(residual(p, q, accepted, weight=1), uniforms[-1])
 
@@ -42,12 +46,12 @@ def block(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
     Source: Sun et al. 2024, arXiv 2403.10444, algorithm 2.
     """
-    draft_length = tokens.shape[0]
+    draft_length, q = tokens.shape[0], finite_rows(q)
     weight = block_weights(probability_ratios(p, q, tokens))  # [γ+1]
     mass = mx.maximum(weight[:, None] * p - padded(q), 0).sum(axis=-1)[1:]
     denominator = mass + 1 - weight[1:]
     # 0/0 counts as 1. The residual is empty only where P·p equals q, and then nothing has to be corrected.
-    threshold = mx.where(denominator > 0, mass / mx.maximum(denominator, 1e-30), 1)  # [γ]
+    threshold = mx.where(denominator == 0, 1, mass / denominator)  # [γ]
     lengths = mx.where(uniforms[:-1] < threshold, mx.arange(1, draft_length + 1), 0)
     accepted = mx.max(mx.concatenate([mx.zeros(1, mx.int32), lengths]))
     return accepted, draw(residual(p, q, accepted, weight=weight[accepted]), uniforms[-1])
@@ -71,8 +75,12 @@ def greedy(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
     Args:
         logits: The target's logits [γ+1, V].
         tokens: The drafted tokens [γ].
+
+    Returns:
+        As a rule does. next_token is ``FAILED`` if its logits contain NaN, or only −∞.
     """
-    own = mx.argmax(logits, axis=-1).astype(mx.int32)
+    largest = mx.max(logits, axis=-1)  # NaN if one of them is
+    own = mx.where(largest > -mx.inf, mx.argmax(logits, axis=-1).astype(mx.int32), FAILED)
     accepted = leading_count(own[:-1] == tokens)
     return accepted, own[accepted]
 
@@ -86,10 +94,18 @@ def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
     It applies the rule, except at temperature 0 and at γ = 0. There all rules give the same result, which a shorter
     function computes.
 
+    Rows of the target's logits may contain NaN or infinity. The rules then work on V + 1 symbols: such a row gives the
+    last symbol, "failed", probability 1. No drafter proposes it. So a row that fails ends the text where plain decoding
+    would, with the same probability, and rows that the text does not reach have no effect.
+
     Args:
         name: Key of ``RULES``.
         sampling: Turns the target's logits into p.
         draft_length: Draft length γ.
+
+    Returns:
+        A function of (logits [γ+1, V], q [γ, V], tokens [γ], uniforms [γ+1]). Its next_token is ``FAILED`` if it would
+        have to be drawn from a row that is not a distribution.
     """
     rule = RULES[name]
 
@@ -97,22 +113,37 @@ def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
         return greedy(logits, tokens)
 
     def draw_one(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-        return mx.array(0, mx.int32), draw(sampling.probs(logits)[0], uniforms[0])
+        token = draw(with_failed(sampling.probs(logits[0])), uniforms[0])
+        return mx.array(0, mx.int32), mx.where(token < logits.shape[-1], token, FAILED)
 
     def verify(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-        return rule(sampling.probs(logits), q, tokens, uniforms)
+        vocab_size = logits.shape[-1]
+        q = mx.concatenate([q, mx.zeros((draft_length, 1))], axis=-1)
+        accepted, next_token = rule(with_failed(sampling.probs(logits)), q, tokens, uniforms)
+        return accepted, mx.where(next_token < vocab_size, next_token, FAILED)
 
     if sampling.temperature == 0:
         return verify_greedy
     return verify if draft_length else draw_one
 
 
+def with_failed(p: mx.array) -> mx.array:
+    """Append the symbol "failed". Its probability is 1 in rows that are not a distribution: [..., V] -> [..., V+1]."""
+    is_distribution = p.sum(axis=-1, keepdims=True) > 0  # false for NaN
+    return mx.concatenate([mx.where(is_distribution, p, 0), (~is_distribution).astype(p.dtype)], axis=-1)
+
+
+def finite_rows(q: mx.array) -> mx.array:
+    """Replace each row of q that contains NaN or infinity by zeros: [γ, V] -> [γ, V]."""
+    return mx.where(mx.isfinite(q.sum(axis=-1, keepdims=True)), q, 0)
+
+
 def probability_ratios(p: mx.array, q: mx.array, tokens: mx.array) -> mx.array:
-    """Return p(x)/q(x) of each drafted token: [γ]. A drafted token has q > 0, since it was drawn from q."""
+    """Return p(x)/q(x) of each drafted token: [γ]. It is 0 where q is 0, which no draw from q gives."""
     at = tokens[:, None]
     p_drafted = mx.take_along_axis(p[:-1], at, axis=-1)[:, 0]
     q_drafted = mx.take_along_axis(q, at, axis=-1)[:, 0]
-    return p_drafted / q_drafted
+    return mx.where(q_drafted > 0, p_drafted / q_drafted, 0)
 
 
 def block_weights(ratios: mx.array) -> mx.array:

@@ -27,12 +27,15 @@ class ModelPair:
     tokenizer: Any = None
     context_length: int | None = None
     lookup: PromptLookup | None = None
+    drafter_context_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):
             self.lookup = None
         if self.context_length is None:
             self.context_length = context_length(self.target)
+        if self.drafter_context_length is None and isinstance(self.drafter, nn.Module):
+            self.drafter_context_length = context_length(self.drafter)
         if self.tokenizer is not None and not isinstance(self.tokenizer, TokenizerWrapper):
             self.tokenizer = TokenizerWrapper(self.tokenizer)
 
