@@ -27,6 +27,27 @@ class RandomContextModel:
         return self.rows[prefix]
 
 
+class FailingModel:
+    """A model that computes no distribution after some prefixes.
+
+    As a drafter it returns a row of zeros there. As a target it gives probability 1 to one more symbol, "failed", after
+    which nothing else follows.
+    """
+
+    def __init__(self, model, seed: str, is_target: bool):
+        self.model, self.seed, self.is_target = model, seed, is_target
+        self.failed = model.vocab_size
+        self.vocab_size = model.vocab_size + 1
+
+    def fails(self, prefix):
+        return self.failed in prefix or random.Random(f"{self.seed}{prefix}").random() < 0.3
+
+    def __call__(self, prefix):
+        if not self.fails(prefix):
+            return [*self.model(prefix), ZERO]
+        return [ZERO] * self.failed + [ONE if self.is_target else ZERO]
+
+
 def rows(target, drafter, drafted):
     p = [target(drafted[:i]) for i in range(len(drafted) + 1)]
     q = [drafter(drafted[:i]) for i in range(len(drafted))]
@@ -34,7 +55,7 @@ def rows(target, drafter, drafted):
 
 
 def ratios(p, q, drafted):
-    return [p[i][x] / q[i][x] for i, x in enumerate(drafted)]
+    return [p[i][x] / q[i][x] if q[i][x] else ZERO for i, x in enumerate(drafted)]
 
 
 def positive(weights):
@@ -114,7 +135,8 @@ def emitted_joint(rule, target, drafter, draft_length, **variant):
     for drafted in itertools.product(vocab, repeat=draft_length):
         chance = ONE
         for i, x in enumerate(drafted):
-            chance *= drafter(drafted[:i])[x]
+            row = drafter(drafted[:i])
+            chance *= row[x] if any(row) else ONE * (x == 0)  # what is drawn from no distribution does not matter
         if not chance:
             continue
         for (n, y), outcome in outcomes(rule, *rows(target, drafter, drafted), drafted, **variant).items():
