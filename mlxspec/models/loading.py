@@ -10,7 +10,7 @@ import mlx.nn as nn
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
+from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import AddedToken
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, ModelLoadError, in_one_line
@@ -72,7 +72,6 @@ def load(
     drafter_folder = None if is_model_free(proposer) else model_folder(proposer)
     folders = [folder for folder in (target_folder, drafter_folder) if folder]
     check_memory([(folder, read_config(folder)) for folder in folders], context, dtype)
-    maybe_set_recommended_wired_limit()
 
     tokenizer = read_tokenizer(target_folder, str(target))
     context_length = declared_context(read_config(target_folder))

@@ -2,6 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlxspec.decoding.cache import CAPACITY_STEP, CachedModel, KVCache, capacity_for, with_room
+from mlxspec.errors import UnsupportedModelError
 from tests.conftest import random_llama
 
 
@@ -63,3 +64,30 @@ def test_prefill_in_chunks_gives_the_keys_of_one_pass():
     last, _ = model(mx.array(tokens[-1:]), buffers, mx.array(1199))
     assert told == [512, 512, 175]
     assert mx.allclose(last[0], whole[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [mx.nan, mx.inf, -mx.inf], ids=str)
+def test_a_value_that_is_not_finite_reaches_the_rows_that_attend_to_it_and_no_others(bad, dtype):
+    cache = KVCache((mx.zeros((1, 1, 8, 2), dtype), mx.zeros((1, 1, 8, 2), dtype)), mx.array(3), None)
+    mask = cache.make_mask(3)
+    values = mx.ones((1, 1, 3, 2), dtype)
+    values[0, 0, 1, 0] = bad
+    keys, values = cache.update_and_fetch(mx.ones((1, 1, 3, 2), dtype), values)
+    queries = mx.ones((1, 1, 3, 2), dtype)
+    rows = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)[0, 0]
+    assert mx.isfinite(rows[0]).all()
+    assert not mx.isfinite(rows[1:]).any()
+
+
+def test_a_bug_of_our_own_is_not_reported_as_a_model_that_cannot_be_rewound(monkeypatch):
+    monkeypatch.setattr("mlxspec.decoding.cache.KVCache", None)
+    with pytest.raises(TypeError, match="not callable"):
+        CachedModel(random_llama())
+
+
+def test_a_model_that_leaves_a_layers_cache_unused_is_refused(monkeypatch):
+    model = random_llama()
+    monkeypatch.setattr(type(model.model.layers[1].self_attn), "__call__", lambda self, x, mask=None, cache=None: x)
+    with pytest.raises(UnsupportedModelError, match="does not use its cache"):
+        CachedModel(model)

@@ -314,6 +314,50 @@ def test_abandoning_a_stream_leaves_the_decoder_usable():
         assert decoded(decoder, list(range(10)), 50) == plain_greedy(target, list(range(10)), 50)
 
 
+@pytest.mark.parametrize("drafter", ["itself", "none"])
+def test_the_old_cache_is_freed_before_an_unrelated_prompt_is_read(drafter):
+    target = random_llama(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=4)
+    decoder = SpeculativeDecoder(ModelPair(target, target if drafter == "itself" else None), None, 2)
+    peaks = []
+    for prompt in ([1] * 3000, [2] * 3000, [3] * 3000):
+        decoded(decoder, prompt, 3)
+        peaks.append(decoder.stats.peak_memory_bytes)
+    cache = sum(array.nbytes for layer in decoder._state.target for array in layer)
+    assert max(peaks[1:]) < peaks[0] + cache / 4
+
+
+def test_blocks_that_were_queued_and_never_read_are_counted():
+    target = random_llama(vocab_size=50)
+    decoder = SpeculativeDecoder(ModelPair(target, target), None, 3)
+    blocks = decoder.blocks([1, 2, 3], 200)
+    next(blocks)
+    blocks.close()
+    assert decoder.stats.blocks == 1
+    assert decoder.stats.dropped_blocks == 1
+    decoded(decoder, [1, 2, 3], 200)
+    assert decoder.stats.dropped_blocks == 0
+
+
+def test_the_wired_limit_of_the_process_is_raised_while_tokens_are_decoded_and_only_then(monkeypatch):
+    limits = [0]
+
+    def set_limit(limit):
+        limits.append(limit)
+        return limits[-2]
+
+    device_info = {**mx.device_info(), "max_recommended_working_set_size": 2**30}
+    monkeypatch.setattr(mx, "device_info", lambda: device_info)
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    pair = mlxspec.load()
+    decoder = SpeculativeDecoder(pair, draft_length=2)
+    assert limits == [0]
+    blocks = decoder.blocks([1, 2, 3], 20)
+    next(blocks)
+    assert limits == [0, 2**30]
+    blocks.close()
+    assert limits == [0, 2**30, 0]
+
+
 def test_a_stream_that_another_one_replaced_says_so():
     target = random_llama(vocab_size=50)
     decoder = SpeculativeDecoder(ModelPair(target, target), None, 2)
