@@ -15,6 +15,19 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 VOCAB = 40
 
 
+def collected(stream, words: str) -> list:
+    """What a stream yields before it fails."""
+    found: list = []
+
+    def read() -> None:
+        for item in stream:
+            found.append(item)
+
+    with pytest.raises(NumericalError, match=words):
+        read()
+    return found
+
+
 class OneToken(nn.Module):
     """A drafter that is sure of one token, whatever the text."""
 
@@ -92,11 +105,8 @@ def test_a_target_that_computes_nan_stops_with_an_error_after_the_tokens_before_
     weight = target.model.embed_tokens.weight
     target.model.embed_tokens.weight = mx.where((mx.arange(VOCAB) == fatal)[:, None], mx.nan, weight).astype(dtype)
     decoder = SpeculativeDecoder(ModelPair(target, sound), sampling, draft_length)
-    found = []
-    with pytest.raises(NumericalError, match=f"after {len(prompt) + len(expected)} tokens"):
-        for block in decoder.blocks(prompt, 100):
-            found += block.tokens
-    assert found == expected
+    found = collected(decoder.blocks(prompt, 100), f"after {len(prompt) + len(expected)} tokens")
+    assert [token for block in found for token in block.tokens] == expected
     assert decoder.stats.tokens == len(expected)
     assert decoded(decoder, prompt, len(expected)) == expected  # the decoder remains usable
 
@@ -111,11 +121,8 @@ def test_text_that_was_decoded_before_the_target_failed_is_shown(stories_folder)
     pair.target.lm_head.weight = mx.array(weight)
     pair.target.args.tie_word_embeddings = False
     pair.target.model.embed_tokens.weight = mx.where((mx.arange(weight.shape[0]) == fatal)[:, None], mx.nan, weight)
-    shown = ""
-    with pytest.raises(NumericalError):
-        for segment in SpeculativeDecoder(pair).stream([1], 100):
-            shown += segment.text
-    assert shown == pair.tokenizer.decode(kept)
+    segments = collected(SpeculativeDecoder(pair).stream([1], 100), "computes NaN")
+    assert "".join(segment.text for segment in segments) == pair.tokenizer.decode(kept)
 
 
 class FailingDrafter(nn.Module):
