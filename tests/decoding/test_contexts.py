@@ -118,7 +118,7 @@ def test_a_gpt2_of_full_size_drafts_for_a_prompt_far_beyond_its_table():
     args = gpt2.ModelArgs(model_type="gpt2", n_ctx=1024, n_embd=768, n_head=12, n_layer=2, n_positions=1024,
                           layer_norm_epsilon=1e-5, vocab_size=VOCAB)  # fmt: skip
     drafter, target = gpt2.Model(args), random_llama(vocab_size=VOCAB, scale=4, max_position_embeddings=40_000)
-    prompt = [(7 * n) % VOCAB for n in range(30_000)]
+    prompt = [(7 * n) % VOCAB for n in range(12_000)]
     pair = ModelPair(target, drafter, drafter_context_length=1024)
     for length in (4, "auto"):
         assert decoded(SpeculativeDecoder(pair, None, length), prompt, 20) == plain_greedy(target, prompt, 20)
