@@ -53,8 +53,9 @@ class KVCache:
         A value that is not finite is stored as 0, and NaN in its key instead. A mask hides a key from a row, but not a
         value: 0 · NaN is NaN, and would reach rows before its own. Rows that attend to the key become NaN all the same.
         """
-        keys = keys + (values * 0).sum(axis=-1, keepdims=True).astype(keys.dtype)  # adds 0, or NaN
-        values = mx.where(mx.isfinite(values), values, 0)
+        spoiled = values * 0  # 0, or NaN
+        keys = keys + (spoiled if keys.shape == values.shape else spoiled.sum(axis=-1, keepdims=True))
+        values = mx.where(spoiled == 0, values, 0)
         if self.keys is None or self.values is None:
             self.keys = mx.zeros((*keys.shape[:2], self.capacity, keys.shape[-1]), keys.dtype)
             self.values = mx.zeros((*values.shape[:2], self.capacity, values.shape[-1]), values.dtype)

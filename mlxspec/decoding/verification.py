@@ -113,8 +113,8 @@ def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
         return greedy(logits, tokens)
 
     def draw_one(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-        token = draw(with_failed(sampling.probs(logits[0])), uniforms[0])
-        return mx.array(0, mx.int32), mx.where(token < logits.shape[-1], token, FAILED)
+        p = sampling.probs(logits[0])
+        return mx.array(0, mx.int32), mx.where(mx.isnan(p[0]), FAILED, draw(p, uniforms[0]))
 
     def verify(logits: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
         vocab_size = logits.shape[-1]
@@ -128,9 +128,12 @@ def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
 
 
 def with_failed(p: mx.array) -> mx.array:
-    """Append the symbol "failed". Its probability is 1 in rows that are not a distribution: [..., V] -> [..., V+1]."""
-    is_distribution = p.sum(axis=-1, keepdims=True) > 0  # false for NaN
-    return mx.concatenate([mx.where(is_distribution, p, 0), (~is_distribution).astype(p.dtype)], axis=-1)
+    """Append the symbol "failed". Its probability is 1 in rows of NaN: [n, V] -> [n, V+1].
+
+    A softmax over logits that contain NaN or +∞, or only −∞, is NaN everywhere.
+    """
+    failed = mx.isnan(p[:, :1])
+    return mx.concatenate([mx.where(failed, 0, p), failed.astype(p.dtype)], axis=-1)
 
 
 def finite_rows(q: mx.array) -> mx.array:
