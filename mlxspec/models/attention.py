@@ -1,9 +1,14 @@
 """The kind of attention a model has, as shown by the caches that mlx-lm creates for it."""
 
+import re
+
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlxspec.errors import UnsupportedModelError
+from mlxspec.models.config import CONTEXT_NAMES, declared_context
+
+POSITION_TABLE = re.compile(r"wpe|pos")  # in the names of modules
 
 
 def attention_windows(model: nn.Module) -> list[int | None]:
@@ -28,8 +33,19 @@ def attention_windows(model: nn.Module) -> list[int | None]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the maximum number of positions in the model's config, or None if the config does not state it."""
-    return getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    """Return the maximum number of positions that the model's config declares, or None."""
+    args = getattr(model, "args", None)
+    return declared_context({name: getattr(args, name, None) for name in (*CONTEXT_NAMES, "rope_scaling")})
+
+
+def position_table(model: nn.Module) -> int | None:
+    """Return the number of rows of a learned table of positions, beyond which nothing may be read, or None."""
+    tables = [
+        module.weight.shape[0]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and POSITION_TABLE.search(name.split(".")[-1])
+    ]
+    return min(tables, default=None)
 
 
 def model_type(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Load a ``ModelPair`` from hub ids or folders. Code found in a model folder is never executed."""
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import AddedToken
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, ModelLoadError, in_one_line
+from mlxspec.files import write_json
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.catalog import KNOWN_MODELS
 from mlxspec.models.checks import check_folder, check_numbers, check_safetensors, read_object
+from mlxspec.models.config import completed, declared_context
 from mlxspec.models.drafter import PromptLookup
-from mlxspec.models.memory import check_memory, declared_context
+from mlxspec.models.memory import check_memory
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.quantizing import quantized_copy
@@ -28,6 +31,7 @@ from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "weights*.npz"]
+INDEX, QUANT_CONFIG = "model.safetensors.index.json", "hf_quant_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 NO_CODE = {"trust_remote_code": False}  # explicit, or else transformers may ask on the terminal
 LLAMA2_CHAT = re.compile(r"llama-?2-\d+b-chat", re.IGNORECASE)
@@ -39,6 +43,7 @@ def load(
     dtype: mx.Dtype | None = None,
     quantize: str | None = None,
     context: int | None = None,
+    context_length: int | None = None,
 ) -> ModelPair:
     """Load a target and its drafter.
 
@@ -74,12 +79,15 @@ def load(
     check_memory([(folder, read_config(folder)) for folder in folders], context, dtype)
 
     tokenizer = read_tokenizer(target_folder, str(target))
-    context_length = declared_context(read_config(target_folder))
+    if context_length is not None and context_length < 2:
+        raise InvalidRequestError(f"context_length is {context_length}; use 2 or more")
+    drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     target_model = read_model(target_folder, dtype)
     draft_model = read_model(drafter_folder, dtype) if drafter_folder else prompt_lookup(proposer)
-    return ModelPair(target_model, draft_model, tokenizer, context_length, lookup)
+    context_length = context_length or declared_context(read_config(target_folder))
+    return ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)
 
 
 def parse_drafter(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
@@ -183,13 +191,26 @@ def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         if is_old_config(config):
             return read_old_model(config, files)
-        check_numbers(config, folder / "config.json", tensors=sum(check_safetensors(file) for file in files))
-        return load_model(folder, lazy=True)
+        tensors = [name for file in files for name in check_safetensors(file)]
+        check_numbers(config, folder / "config.json", len(tensors))
+        return load_with_mlx_lm(folder, completed(config, tensors), files)
     except MlxspecError:
         raise
     except Exception as error:  # a malformed folder makes the model's code raise anything
         kind = config.get("model_type", "Llama in the old MLX layout")
         raise ModelLoadError(f"{folder} cannot be read as a {kind}: {in_one_line(error)}") from error
+
+
+def load_with_mlx_lm(folder: Path, config: dict[str, Any], files: list[Path]) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model lazily from exactly these files. mlx-lm would take every model*.safetensors that the folder has."""
+    with tempfile.TemporaryDirectory() as scratch:
+        view = Path(scratch)
+        write_json(view / "config.json", config)
+        for number, file in enumerate(files):
+            (view / f"model-{number:05d}.safetensors").symlink_to(file.resolve())
+        if (folder / QUANT_CONFIG).exists():
+            (view / QUANT_CONFIG).symlink_to((folder / QUANT_CONFIG).resolve())
+        return load_model(view, lazy=True)  # the files stay open until their weights are read
 
 
 def preferred_dtype(model: nn.Module) -> mx.Dtype:
@@ -213,7 +234,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
-    """Return the files that hold the weights. Raises ModelLoadError if there are none."""
+    """Return the files that hold the weights: those that the index names, if there is one.
+
+    Raises:
+        ModelLoadError: There are none, or the index is malformed or names a file that is missing.
+    """
+    if not is_old_config(config) and (folder / INDEX).exists():
+        return indexed_files(folder)
     pattern = "weights*.npz" if is_old_config(config) else "model*.safetensors"
     files = sorted(folder.glob(pattern))
     if not files:
@@ -221,6 +248,18 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         advice = f"; rename {others}, which mlx-lm would not read either" if others else "; copy the weights into it"
         raise ModelLoadError(f"{folder} has no weights: no file is named {pattern}{advice}")
     return files
+
+
+def indexed_files(folder: Path) -> list[Path]:
+    """Return the files that the index of a folder names. Raises ModelLoadError as ``weight_files`` does."""
+    named = read_object(folder / INDEX).get("weight_map")
+    names = set(named.values()) if isinstance(named, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ModelLoadError(f"{folder / INDEX} does not name the files of the weights; copy or download it again")
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise ModelLoadError(f"{folder / INDEX} names {name}, which is missing; copy or download it")
+    return [folder / name for name in sorted(names)]
 
 
 def read_tokenizer(folder: Path, name: str = "") -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxspec.errors import ModelLoadError
+from mlxspec.models.config import declared_context
 
 WEIGHTS = ("model*.safetensors", "weights*.npz")
 DEFAULT_CONTEXT = 4096  # tokens whose keys and values are counted if the caller does not say how many
@@ -38,16 +39,6 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
             f"device has {gigabytes(limit)}; quantize the target (--quantize 4), use a smaller model, or fewer "
             "--max-tokens"
         )
-
-
-def declared_context(config: dict[str, Any]) -> int | None:
-    """Return the maximum number of positions that a config states under any of the usual names, or None."""
-    text_config = config.get("text_config")
-    for part in (config, text_config if isinstance(text_config, dict) else {}):
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(part.get(name), int) and part[name] > 0:
-                return part[name]
-    return None
 
 
 def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> int:

@@ -2,7 +2,8 @@
 
 mlx-lm no longer reads this layout, but the best known 4-bit Llama 2 Chat repository still uses it. Names and the order
 of the rows of q and k are those of Meta's release: rotary embedding rotates neighboring pairs instead of two halves.
-mlx-lm's Llama supports that as ``rope_traditional``, so the weights are used as they are.
+mlx-lm's Llama supports that as ``rope_traditional``, so the weights are used as they are. A config may state
+``"rope_traditional": false``: its rows are in the order of Hugging Face's checkpoints.
 """
 
 import re
@@ -37,7 +38,7 @@ LLAMA2_CONTEXT = 4096  # for configs that do not state it
 
 def is_old_config(config: dict[str, Any]) -> bool:
     """Return whether a config.json belongs to the layout of 2023."""
-    return "dim" in config and "n_layers" in config and "model_type" not in config
+    return "dim" in config and "n_layers" in config
 
 
 def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module, dict[str, Any]]:
@@ -94,7 +95,7 @@ def new_config(config: dict[str, Any], weights: dict[str, mx.array]) -> dict[str
         "vocab_size": vocab_size,
         "rms_norm_eps": config["norm_eps"],
         "rope_theta": config.get("rope_theta", 10000.0),
-        "rope_traditional": True,
+        "rope_traditional": config.get("rope_traditional", True),
         "max_position_embeddings": config.get("max_seq_len", LLAMA2_CONTEXT),
         "tie_word_embeddings": "lm_head.weight" not in weights,
     }

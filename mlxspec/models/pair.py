@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxspec.models.attention import context_length
+from mlxspec.models.attention import context_length, position_table
 from mlxspec.models.drafter import PromptLookup
 
 
@@ -18,8 +18,9 @@ class ModelPair:
         target: The target model.
         drafter: A draft model, prompt lookup, or None to decode without drafts.
         tokenizer: A tokenizer of mlx-lm or transformers, or None to work on token ids.
-        context_length: Maximum number of positions. By default that of the target's config, None for no limit.
+        context_length: Maximum number of positions of the target. None for what its config declares, or no limit.
         lookup: A second drafter, which ``draft_length="auto"`` may choose for text that repeats itself.
+        drafter_context_length: The same for the draft model. It does not draft beyond.
     """
 
     target: nn.Module
@@ -32,10 +33,9 @@ class ModelPair:
     def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):
             self.lookup = None
-        if self.context_length is None:
-            self.context_length = context_length(self.target)
-        if self.drafter_context_length is None and isinstance(self.drafter, nn.Module):
-            self.drafter_context_length = context_length(self.drafter)
+        self.context_length = limit_of(self.target, self.context_length)
+        if isinstance(self.drafter, nn.Module):
+            self.drafter_context_length = limit_of(self.drafter, self.drafter_context_length)
         if self.tokenizer is not None and not isinstance(self.tokenizer, TokenizerWrapper):
             self.tokenizer = TokenizerWrapper(self.tokenizer)
 
@@ -43,3 +43,10 @@ class ModelPair:
     def eos_token_ids(self) -> set[int]:
         """The tokens that end an answer. Empty without a tokenizer."""
         return set(getattr(self.tokenizer, "eos_token_ids", ()))
+
+
+def limit_of(model: nn.Module, given: int | None) -> int | None:
+    """Return the positions that a model may have: as given or else declared, and never more than its table has."""
+    declared = given or context_length(model)
+    limits = [limit for limit in (declared, position_table(model)) if limit]
+    return min(limits, default=None)

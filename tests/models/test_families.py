@@ -39,8 +39,8 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 8.0},
-    "gemma3_text": {**SLIDING, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8.0},
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {**SLIDING, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8},
     "phi3": {},
     "olmo2": {},
     "olmo3": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
@@ -58,16 +58,24 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def family(name: str):
-    config = {"model_type": name, **BASE, **FAMILIES[name]}
+def full_config(name: str) -> dict:
+    return {"model_type": name, **BASE, **FAMILIES[name]}
+
+
+def model_of(config: dict):
+    """A tiny random model with a config."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(1)
     model = module.Model(module.ModelArgs.from_dict(config))
     # Larger than they are initialised, or the text would be one token over and over; gemma2 saturates its soft caps.
-    scale = 2 if name == "gemma2" else 4
+    scale = 2 if config["model_type"] == "gemma2" else 4
     model.update(tree_map(lambda weight: scale * weight if weight.ndim > 1 else weight, model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def family(name: str):
+    return model_of(full_config(name))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

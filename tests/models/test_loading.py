@@ -84,6 +84,7 @@ def test_a_llama_2_chat_model_without_a_template_gets_metas(tmp_path, name, chat
 def test_weights_under_another_name_are_explained(tmp_path):
     shutil.copytree(DEMO / "target", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "weights.00.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").unlink()
     with pytest.raises(mlxspec.MlxspecError, match=r"rename weights\.00\.safetensors, which mlx-lm would not read"):
         mlxspec.load(tmp_path / "model")
 
