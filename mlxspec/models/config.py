@@ -46,6 +46,8 @@ def completed(config: dict[str, Any], tensors: Collection[str]) -> dict[str, Any
     for name in known - {*CONTEXT_NAMES[:1]}:  # a context that nobody declared limits nothing
         if complete.get(name) is None and defaults.get(name) is not None:
             complete[name] = defaults[name]
+    if "rope_scaling" in known:
+        complete.setdefault("rope_scaling", None)  # some models require the key
     return complete
 
 

@@ -33,7 +33,7 @@ def old_name(name: str) -> str:
     return f"{ {new: old for old, new in OUTER_NAMES.items()}[module] }.{kind}"
 
 
-def write_old_layout(source, folder, dtype, quantized):
+def write_old_layout(source, folder, dtype, quantized, pairs=True, **more):
     model, config = load_model(source)
     model.set_dtype(dtype)
     if quantized:
@@ -42,11 +42,12 @@ def write_old_layout(source, folder, dtype, quantized):
     weights = {}
     for name, array in tree_flatten(model.parameters()):
         projection = name.split(".")[-2]
-        weights[old_name(name)] = interleaved(array, heads[projection]) if projection in heads else array
+        reorder = pairs and projection in heads
+        weights[old_name(name)] = interleaved(array, heads[projection]) if reorder else array
     folder.mkdir()
     np.savez(folder / "weights.npz", **{name: np.array(array) for name, array in weights.items()})
     old_config = {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "norm_eps": 1e-5, "vocab_size": -1,
-                  "max_seq_len": 512}  # fmt: skip
+                  "max_seq_len": 512, **more}  # fmt: skip
     if quantized:
         old_config["quantization"] = {"group_size": GROUP, "bits": BITS}
     (folder / "config.json").write_text(json.dumps(old_config))
@@ -68,6 +69,20 @@ def test_it_generates_the_same_text_as_the_hugging_face_folder(tmp_path, stories
     same = decoded(SpeculativeDecoder(ModelPair(model, context_length=512)), [1], 300)
     assert decoded(SpeculativeDecoder(pair), [1], 300) == same
     assert pair.context_length == 512
+
+
+@pytest.mark.parametrize(("pairs", "more"), [
+    (False, {"rope_traditional": False}),
+    (True, {"rope_traditional": True}),
+    (True, {"model_type": "llama"}),
+    (True, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}),
+    (False, {"model_type": "llama", "rope_traditional": False}),
+])  # fmt: skip
+def test_every_key_that_its_converters_wrote_is_heeded(tmp_path, stories_folder, pairs, more):
+    model = write_old_layout(stories_folder, tmp_path / "old", mx.float32, False, pairs, **more)
+    pair = mlxspec.load(tmp_path / "old", "none")
+    same = decoded(SpeculativeDecoder(ModelPair(model, context_length=512)), [1], 100)
+    assert decoded(SpeculativeDecoder(pair), [1], 100) == same
 
 
 def test_its_bare_tokenizer_gives_the_same_prompt_and_text(tmp_path, stories_folder):
