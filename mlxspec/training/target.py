@@ -12,9 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxspec.files import fingerprint, fingerprint_files
+from mlxspec.models.config import declared_context
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
-from mlxspec.models.config import declared_context
 from mlxspec.models.quantizing import dequantized
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
