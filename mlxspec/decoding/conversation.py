@@ -7,26 +7,29 @@ from typing import Any
 from mlxspec.decoding.decoder import Progress, SpeculativeDecoder
 from mlxspec.decoding.text import Segment
 from mlxspec.errors import InvalidRequestError
-from mlxspec.models.tokens import Message, encode_conversation, encode_rendered, rendered_with_spans
+from mlxspec.models.tokens import EncodedText, Message, encode_formatted
 
 
 @dataclass
 class Conversation:
     """Turns of a user and a chat model; the decoder's caches are kept between them.
 
-    The tokens of an answer are kept as they were decoded. Encoding their text anew could give other tokens, and the
-    caches would have to be filled again from there.
+    Every turn, the whole conversation goes through the chat template and the tokenizer. The tokens of an answer are
+    kept as they were decoded, since their text could be encoded as other tokens, and the caches would have to be filled
+    again from there. What follows the answer is taken from the encoded conversation. Where the template formats an
+    earlier part otherwise than before, the encoded conversation replaces all of it.
     """
 
     decoder: SpeculativeDecoder
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)  # the conversation so far, as the model saw and said it
+    _prompt: list[int] = field(default_factory=list)  # the conversation up to the last answer, as the template has it
 
     def __post_init__(self):
         tokenizer = self.decoder.pair.tokenizer
         if tokenizer is None or not tokenizer.has_chat_template:
-            raise InvalidRequestError("this model has no chat template, so it cannot chat; use `mlxspec generate`")
+            raise InvalidRequestError("this model has no chat template, so it cannot chat; use a chat model")
 
     def say(self, text: str, max_tokens: int = -1, progress: Progress = lambda done, total: None) -> Iterator[Segment]:
         """Answer ``text``. If the caller stops listening, what was said until then is the answer.
@@ -36,15 +39,15 @@ class Conversation:
         if not text.strip():
             raise InvalidRequestError("the message is empty; say something")
         messages = [*self.messages, {"role": "user", "content": text}]
-        tokens = self._encoded(messages)
+        prompt, tokens = self._encoded(messages)
         segments = self.decoder.stream(tokens, max_tokens, progress=progress)
-        self.messages, self._tokens = messages, tokens
+        self.messages, self._prompt, self._tokens = messages, prompt, tokens
         return self._listen(segments)
 
     def reset(self, system: str | None = None) -> None:
         """Start anew, with another system prompt if one is given."""
         self.system = system if system is not None else self.system
-        self.messages, self._tokens = [], []
+        self.messages, self._prompt, self._tokens = [], [], []
 
     def _listen(self, segments: Iterator[Segment]) -> Iterator[Segment]:
         answer = {"role": "assistant", "content": ""}
@@ -55,31 +58,33 @@ class Conversation:
             self._tokens += segment.tokens
             yield segment
 
-    def _encoded(self, messages: list[Message]) -> list[int]:
-        """Token ids of the conversation: what the caches hold, and behind it what the template makes of the rest."""
+    def _encoded(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Return the encoded conversation, and the same with the answers as they were decoded."""
         tokenizer, system = self.decoder.pair.tokenizer, []
         if self.system is not None:
             system = [{"role": "system", "content": self.system}]
-        if self._tokens:
-            rest = tokens_after_answer(tokenizer, [*system, *messages], self._tokens[-1])
+        whole = encode_formatted(tokenizer, [*system, *messages])
+        if self._tokens and whole.ids[: len(self._prompt)] == self._prompt:
+            rest = tokens_after_answer(tokenizer, whole, self._tokens[-1])
             if rest is not None:
-                return [*self._tokens, *rest]
-        return encode_conversation(tokenizer, [*system, *messages])
+                return whole.ids, [*self._tokens, *rest]
+        return whole.ids, whole.ids
 
 
-def tokens_after_answer(tokenizer: Any, messages: list[Message], last_token: int) -> list[int] | None:
-    """What the template writes behind the last answer, less an EOS that was decoded already.
+def tokens_after_answer(tokenizer: Any, whole: EncodedText, last_token: int) -> list[int] | None:
+    """Return the tokens of a conversation behind its last answer, less an EOS that was decoded already.
 
-    None if the template rewrites messages, so that it cannot be said where the answer ends.
+    None if it cannot be said where the answer ends, since a token stands for its end and for what follows.
     """
-    rendered, spans = rendered_with_spans(tokenizer, messages)
-    if spans is None:
+    if whole.spans is None:
         return None
-    (_, start), (low, high) = spans[-2:]
+    (_, end), (following, _) = whole.spans[-2:]
+    places = enumerate(whole.offsets)
     if last_token in tokenizer.eos_token_ids:
-        eos = tokenizer.convert_ids_to_tokens(last_token)
-        at = rendered.find(eos, start, low)
-        if at < 0:
-            return None
-        start = at + len(eos)
-    return encode_rendered(tokenizer, rendered[start:], [(low - start, high - start)])
+        eos = (i for i, place in places if whole.ids[i] == last_token and place[1] > end and place[0] < following)
+        at = next(eos, None)
+        return None if at is None else whole.ids[at + 1 :]
+    at = next(i for i, place in places if place[0] >= end)
+    # Some tokenizers leave white space out of a token's place.
+    joined = at > 0 and (whole.offsets[at - 1][1] > end or whole.text[end - 1].isspace())
+    return None if joined else whole.ids[at:]

@@ -1,17 +1,24 @@
 """Encode prompts and conversations, and compare tokenizers.
 
-A user's text never becomes a control token: "</s>" or "<|im_start|>" in a prompt is encoded letter by letter. Only a
-``raw`` prompt, where the caller supplies the complete template, may spell control tokens.
+Text is encoded as transformers does it. A conversation is formatted as a whole by the chat template, and encoded as a
+whole. One thing is added: a user's text never becomes a control token. "</s>" or "<|im_start|>" in a prompt is encoded
+letter by letter. Only a ``raw`` prompt, where the caller supplies the complete template, may spell control tokens.
 """
 
-import re
-from typing import Any
+import json
+import secrets
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from tokenizers import Encoding, Tokenizer
 
 from mlxspec.errors import InvalidRequestError, TokenizerMismatchError, in_one_line
 
 Message = dict[str, str]  # role and content
 Span = tuple[int, int]  # start and end in a string
 MARK = "\ue000"  # a private-use character, which templates leave unchanged
+LETTER, SYMBOL = "ꔀ", "⁂"  # which no normalizer changes and no control token contains
 
 # Meta's template, for Llama 2 Chat repositories that have none.
 LLAMA2_TEMPLATE = (
@@ -25,6 +32,31 @@ LLAMA2_TEMPLATE = (
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids, and where they come from.
+
+    Attributes:
+        text: The text, for a conversation the output of the chat template.
+        ids: The token ids.
+        offsets: The part of the text that each token stands for.
+        spans: The part of the text that each message is. None if the chat template rewrites messages.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[Span]
+    spans: list[Span] | None
+
+
+class ControlToken(NamedTuple):
+    """A control token in a text."""
+
+    start: int
+    end: int
+    name: str
 
 
 def check_same_tokens(target: Any, drafter: Any) -> None:
@@ -44,7 +76,7 @@ def check_same_tokens(target: Any, drafter: Any) -> None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-    """Encode one prompt, through the chat template if the tokenizer has one, else as plain text after BOS.
+    """Encode one prompt, through the chat template if the tokenizer has one, else as plain text.
 
     Args:
         tokenizer: mlx-lm's tokenizer.
@@ -66,97 +98,272 @@ def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: b
     if system is not None:
         raise InvalidRequestError(
             "a system prompt needs a chat template, and "
-            + ("--raw turns it off; leave one out" if raw else "this tokenizer has none; put the text into the prompt")
+            + ("a raw prompt skips it; use one of them" if raw else "this tokenizer has none; put it into the prompt")
         )
     check_unicode(prompt)
-    starts_with_bos = raw and tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    return list(
-        tokenizer.encode(prompt, add_special_tokens=not starts_with_bos, split_special_tokens=not raw, verbose=False)
-    )
+    if not raw:
+        return encode_texts(tokenizer, [prompt])[0]
+    starts_with_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return encode(tokenizer, [prompt], add_special_tokens=not starts_with_bos)[0].ids
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Encode plain texts as the tokenizer does by default, with BOS if it puts one. What they spell is text."""
+    control = control_tokens(tokenizer)
+    return [
+        without_names(tokenizer, frozenset(control.items())).tokenizer.encode(text).ids
+        if control_places(tokenizer, text, encoding, control)
+        else encoding.ids
+        for text, encoding in zip(texts, encode(tokenizer, texts, add_special_tokens=True), strict=True)
+    ]
 
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Encode a conversation up to the start of the next answer, through the tokenizer's chat template.
+    """Return the ids of a conversation up to the start of the next answer, as ``encode_formatted`` does."""
+    return encode_formatted(tokenizer, messages).ids
+
+
+def encode_formatted(tokenizer: Any, messages: list[Message], answered: bool = False) -> EncodedText:
+    """Encode a conversation through the tokenizer's chat template.
+
+    Where no message spells a control token, the ids are those of transformers' ``apply_chat_template``. Where one
+    does, the rest of the text still gets the same ids.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        messages: The conversation.
+        answered: The last message is an answer, and nothing follows it. By default the text ends where the next answer
+            starts.
+
+    Returns:
+        The ids, with their place in the formatted text.
 
     Raises:
-        InvalidRequestError: A message is not Unicode, or the template rejects the conversation.
+        InvalidRequestError: A message is not Unicode, the template rejects the conversation, or it rewrites a message
+            so that a control token in it cannot be told from the template's own.
     """
-    rendered, spans = rendered_with_spans(tokenizer, messages)
+    text = render(tokenizer, messages, answered)
+    frame = render(tokenizer, [{**message, "content": MARK} for message in messages], answered)
+    spans = message_spans(text, frame, messages)
+    control = control_tokens(tokenizer, frame)
+    if any(name in message["role"] for message in messages for name in control):
+        raise InvalidRequestError("the role of a message spells a control token of this model; rename the role")
+    encoding, around = encode(tokenizer, [text, frame])
+    found = control_places(tokenizer, text, encoding, control)
     if spans is not None:
-        return encode_rendered(tokenizer, rendered, spans)
-    if any(name in message["content"] for name in control_tokens(tokenizer) for message in messages):
+        own = [place for place in found if not any(place.start < end and start < place.end for start, end in spans)]
+        if len(own) < len(found):
+            # Next to a control token that is text, the tokenizer may take others for control tokens than it did here.
+            blank = blanked(text, spans)
+            own += control_places(tokenizer, blank, encode(tokenizer, [blank])[0], control)
+            return EncodedText(text, *encode_with_own(tokenizer, text, own, control), spans)
+    elif [place.name for place in found] != [
+        place.name for place in control_places(tokenizer, frame, around, control)
+    ] or any(name in message["content"] for message in messages for name in control):
         raise InvalidRequestError(
             "a message spells a control token of this model, and its chat template rewrites messages, so the text "
             "cannot be distinguished from a control token; remove it from the message"
         )
-    return encode_rendered(tokenizer, rendered, [])
+    return EncodedText(text, encoding.ids, encoding.offsets, spans)
 
 
-def render(tokenizer: Any, messages: list[Message]) -> str:
+def render(tokenizer: Any, messages: list[Message], answered: bool = False) -> str:
     """Return the conversation as the chat template formats it, up to the start of the next answer."""
     for message in messages:
         check_unicode(message["content"])
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
     except Exception as error:  # a template may raise anything to reject a conversation
         raise InvalidRequestError(
             f"the model's chat template rejects this conversation: {in_one_line(error)}; change the messages"
         ) from None
 
 
-def encode_rendered(tokenizer: Any, rendered: str, user_spans: list[Span]) -> list[int]:
-    """Encode the output of a chat template.
+def encode(tokenizer: Any, texts: list[str], add_special_tokens: bool = False) -> list[Encoding]:
+    """Encode texts as transformers does, control tokens included. The texts are distributed over the cores."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+
+def control_tokens(tokenizer: Any, frame: str | None = None) -> dict[str, int]:
+    """Return the ids of the control tokens by their text.
+
+    These are the special tokens, and the other added tokens that the chat template writes. White space is none: some
+    tokenizers have added tokens for line breaks.
 
     Args:
         tokenizer: mlx-lm's tokenizer.
-        rendered: The output.
-        user_spans: The parts of it that users wrote, in which nothing becomes a control token.
+        frame: What the template writes around the messages of a conversation. None for a short conversation.
+    """
+    frame = template_frame(tokenizer) if frame is None else frame
+    written = {*encode(tokenizer, [frame])[0].ids}
+    source = str(tokenizer.chat_template or "")
+    return {
+        str(token): i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or ((i in written or str(token) in source) and str(token).replace("▁", " ").strip())
+    }
+
+
+def template_frame(tokenizer: Any) -> str:
+    """Return what the chat template writes around the messages of a short conversation; nothing without a template."""
+    roles = ["system", "user", "assistant", "user"] if tokenizer.has_chat_template else []
+    for first in range(len(roles)):
+        try:
+            return render(tokenizer, [{"role": role, "content": MARK} for role in roles[first:]])
+        except InvalidRequestError:
+            continue
+    return ""
+
+
+def control_places(tokenizer: Any, text: str, encoding: Encoding, control: dict[str, int]) -> list[ControlToken]:
+    """Return the control tokens that a text spells, according to its encoding. BOS may be there without being spelled.
+
+    An unknown character becomes the unknown token and does not spell it.
+    """
+    names = {token: name for name, token in control.items()}
+    found = []
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in names:
+            # A token may take what is around it, and may be spelled otherwise before normalization.
+            name, part = names[token], text[start:end]
+            spelled = name if name in part else "" if token == tokenizer.unk_token_id else part.strip()
+            if spelled:
+                start += part.index(spelled)
+                found.append(ControlToken(start, start + len(spelled), name))
+    return found
+
+
+def blanked(text: str, spans: list[Span]) -> str:
+    """Return a text in which messages are blank: letters remain letters, and white space remains."""
+    chars = list(text)
+    for start, end in spans:
+        chars[start:end] = [
+            char if char.isspace() else LETTER if char.isalnum() or char == "_" else SYMBOL for char in text[start:end]
+        ]
+    return "".join(chars)
+
+
+@dataclass(frozen=True)
+class WithoutNames:
+    """A tokenizer whose control tokens have secret names, so that no text spells one.
+
+    Attributes:
+        tokenizer: It has the same ids, and the same rules about the surroundings of added tokens.
+        secret: The secret names by the usual ones.
+    """
+
+    tokenizer: Tokenizer
+    secret: dict[str, str]
+
+
+@lru_cache(maxsize=4)
+def without_names(tokenizer: Any, control: frozenset[tuple[str, int]]) -> WithoutNames:
+    """Rename the control tokens of a copy of the tokenizer. It takes about a second for a large vocabulary.
+
+    The vocabulary and the merges are without the names too, since a model may form a control token from its letters.
+    A secret name begins and ends as the usual one does: whether a token next to it is a word of its own depends on it.
+    """
+    key = secrets.token_hex(16)
+    secret = {name: f"{name[0]}{key}{token:08x}{name[-1]}" for name, token in control}
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["content"] = secret.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {secret.get(name, name): token for name, token in model["vocab"].items()}
+    else:
+        model["vocab"] = [[secret.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") in secret:
+        model["unk_token"] = secret[model["unk_token"]]
+    if "merges" in model:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & secret.keys()]
+    renamed = Tokenizer.from_str(json.dumps(content))
+    renamed.no_truncation()
+    renamed.no_padding()
+    return WithoutNames(renamed, secret)
+
+
+def encode_with_own(
+    tokenizer: Any, text: str, own: list[ControlToken], control: dict[str, int]
+) -> tuple[list[int], list[Span]]:
+    """Encode a text in which the template's own control tokens are the only ones.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        text: The text.
+        own: Places that may be the template's own control tokens. The tokenizer's rules decide: a token that has to
+            stand alone as a word, for instance, is none next to a letter.
+        control: The ids of all control tokens.
 
     Returns:
-        The token ids.
+        The ids and their places in the text.
     """
-    control = control_tokens(tokenizer)
-    if not any(name in rendered[low:high] for name in control for low, high in user_spans):
-        return list(tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
-    names = re.compile("|".join(re.escape(name) for name in sorted(control, key=len, reverse=True)))
-    tokens: list[int] = []
-    start = 0
+    renamed = without_names(tokenizer, frozenset(control.items()))
+    secret_control = {renamed.secret[name]: token for name, token in control.items()}
+    own = sorted({*own})
+    own = [place for i, place in enumerate(own) if i == 0 or place.start >= own[i - 1].end]
+    while True:
+        changed, done = "", 0
+        origin: list[int] = []  # of each character of the changed text, in the text
+        starts: dict[int, ControlToken] = {}
+        for place in own:
+            changed += text[done : place.start]
+            starts[len(changed)] = place
+            changed += (secret := renamed.secret[place.name])
+            origin += [*range(done, place.start), place.start, *[place.end] * (len(secret) - 1)]
+            done = place.end
+        changed += text[done:]
+        origin += range(done, len(text) + 1)
+        encoding = renamed.tokenizer.encode(changed, add_special_tokens=False)
+        found = control_places(tokenizer, changed, encoding, secret_control)
+        taken = [starts[place.start] for place in found if place.start in starts]
+        if len(taken) == len(own):
+            return encoding.ids, [(origin[start], origin[end]) for start, end in encoding.offsets]
+        own = taken
 
-    def add_text(end: int) -> None:
-        if text := rendered[start:end]:
-            tokens.extend(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
-    for match in names.finditer(rendered):
-        if not any(low < match.end() and match.start() < high for low, high in user_spans):
-            add_text(match.start())
-            tokens.append(control[match[0]])
-            start = match.end()
-    add_text(len(rendered))
-    return tokens
+def message_spans(text: str, frame: str, messages: list[Message]) -> list[Span] | None:
+    """Return the part of a formatted conversation that each message is.
 
+    Args:
+        text: The conversation as the chat template formats it.
+        frame: The same conversation with MARK in place of each message.
+        messages: The conversation.
 
-def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the special tokens by their text."""
-    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def rendered_with_spans(tokenizer: Any, messages: list[Message]) -> tuple[str, list[Span] | None]:
-    """Return the conversation as the chat template formats it, and the span of each message in it.
-
-    The spans are found by rendering the template once more with a mark in place of each message. They are None if the
-    template changes messages by more than stripping white space.
+    Returns:
+        The spans, or None if the template changes messages by more than white space around them, and leaving out their
+        beginning, as templates of reasoning models do.
     """
-    rendered = render(tokenizer, messages)
-    frame = render(tokenizer, [{**message, "content": MARK} for message in messages]).split(MARK)
-    position, spans = len(frame[0]), []
-    texts = [message["content"] for message in messages]
-    for text, behind in zip(texts, frame[1:], strict=False):
-        shown = next((one for one in (text, text.strip()) if rendered.startswith(one + behind, position)), None)
-        if shown is None:
-            return rendered, None
-        spans.append((position, position + len(shown)))
-        position += len(shown) + len(behind)
-    return rendered, spans if position == len(rendered) and len(spans) == len(messages) else None
+    before, *behinds = frame.split(MARK)
+    if len(behinds) != len(messages) or not text.startswith(before):
+        return None
+    spans, position = [], len(before)
+    for message, behind in zip(messages, behinds, strict=True):
+        length = shown_length(text, position, message["content"], behind)
+        if length is None:
+            return None
+        spans.append((position, position + length))
+        position += length + len(behind)
+    return spans if position == len(text) else None
+
+
+def shown_length(text: str, position: int, content: str, behind: str) -> int | None:
+    """Return how many characters a message takes at a position of the text, None if it is not there."""
+    for shown in (content, content.strip()):
+        if text.startswith(shown + behind, position):
+            return len(shown)
+    for shown in (content, content.strip()):
+        end = position + len(shown)
+        while (end := text.rfind(behind, position, end + len(behind) - 1)) >= 0:
+            # Most candidates differ in the last characters.
+            if shown.endswith(text[max(position, end - 20) : end]) and shown.endswith(text[position:end]):
+                return end - position
+    return None
 
 
 def check_unicode(text: str) -> None:
@@ -168,6 +375,6 @@ def check_unicode(text: str) -> None:
 
 
 def end_token(tokenizer: Any) -> int | None:
-    """Return the token that ends an answer: the tokenizer's EOS, or the smallest id if it names several others."""
+    """Return the token that ends a text: the tokenizer's EOS, or the smallest id if it names several others."""
     named = getattr(tokenizer, "eos_token_id", None)
     return named if named in tokenizer.eos_token_ids else min(tokenizer.eos_token_ids, default=None)

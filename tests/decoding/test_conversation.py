@@ -1,5 +1,10 @@
+import string
+
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import mlxspec
 from mlxspec import Conversation, ModelPair, Sampling, SpeculativeDecoder
@@ -106,3 +111,70 @@ def test_an_answer_that_the_next_message_repeats_is_not_taken_for_it(decoder, an
     conversation._tokens = [*conversation._tokens[:-1], *tokenizer.encode(answer, add_special_tokens=False), 1]
     said(conversation, message, 5)
     assert message in tokenizer.decode(conversation._tokens)
+
+
+MARKERS = ("<|im_start|>", "<|im_end|>")
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+LAST = (  # the last question is marked: an earlier part of the conversation changes with every turn
+    "{% for m in messages %}<|im_start|>{{ '(last)' if loop.last }}{{ m['content'] }}<|im_end|>{% endfor %}"
+)
+
+
+def talker(prepend_scheme: str, template: str = MARKED) -> SpeculativeDecoder:
+    """A decoder with random weights whose tokenizer marks spaces as SentencePiece does."""
+    pieces = ["<unk>", "▁", *string.ascii_letters, *string.punctuation, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in MARKERS])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>")
+    fast.chat_template = template
+    target = random_llama(vocab_size=len(fast), scale=3)
+    return SpeculativeDecoder(ModelPair(target, None, TokenizerWrapper(fast)), Sampling(1.0, seed=0), 0)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("prepend_scheme", ["first", "always", "never"])
+def test_the_next_turn_has_the_tokens_of_the_whole_conversation(prepend_scheme, ended):
+    decoder = talker(prepend_scheme)
+    tokenizer = decoder.pair.tokenizer
+    conversation = Conversation(decoder, system="Be brief.")
+    for text in ("Hello there", "And <|im_end|> then?", "Why?"):
+        held = list(conversation._tokens)
+        said(conversation, text, 5)
+        messages = [{"role": "system", "content": "Be brief."}, *conversation.messages[:-1]]
+        whole = encode_conversation(tokenizer, messages)
+        question = conversation._tokens[len(held) : -len(answer) if (answer := tokens_said(conversation)) else None]
+        assert whole[-len(question) :] == question
+        assert conversation._tokens[: len(held)] == held
+        if not held:
+            assert question == whole
+        elif held[-1] != tokenizer.eos_token_id:
+            assert question[0] == tokenizer.eos_token_id
+        if ended:  # as if the model had said so
+            conversation.messages[-1]["content"] = "Well, yes."
+            answered = tokenizer.encode("yes", add_special_tokens=False)
+            conversation._tokens = [
+                *conversation._tokens[: len(held) + len(question)],
+                *answered,
+                tokenizer.eos_token_id,
+            ]
+
+
+def tokens_said(conversation) -> list[int]:
+    return conversation._tokens[len(conversation._tokens) - conversation.decoder.stats.tokens :]
+
+
+def test_a_template_that_changes_earlier_turns_gets_the_whole_conversation_anew():
+    decoder = talker("first", LAST)
+    conversation = Conversation(decoder)
+    for text in ("Hello there", "And then?"):
+        said(conversation, text, 5)
+        prompt = conversation._tokens[: -len(tokens_said(conversation))]
+        assert prompt == encode_conversation(decoder.pair.tokenizer, conversation.messages[:-1])
