@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import import_protobuf
 
 from mlxspec.errors import ModelLoadError
 
@@ -20,10 +20,22 @@ BPE = 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
 
 
-def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Build the tokenizer of a SentencePiece file. Raises ModelLoadError if the file holds no BPE model."""
-    # The schema that transformers uses: protobuf allows only one in a process.
-    model = import_protobuf().ModelProto()
+def fast_tokenizer(file: Path, prepend_scheme: str | None = None, **options: Any) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a SentencePiece file.
+
+    Args:
+        file: The file.
+        prepend_scheme: Where a space is put before a text, as the tokenizers library names it: "first", only where the
+            whole text begins; "never". None for SentencePiece's way, by the file: also after each added token, which
+            ends a text.
+        options: Arguments of PreTrainedTokenizerFast, such as ``eos_token``. The special tokens are the file's by
+            default, and a text begins with BOS.
+
+    Raises:
+        ModelLoadError: The file holds no BPE model.
+    """
+    # transformers reads such files with this module too; protobuf allows only one schema of a name in a process.
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf defines it at run time
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(file))  # checks the whole file
         model.ParseFromString(file.read_bytes())
@@ -41,28 +53,22 @@ def fast_tokenizer(file: Path) -> PreTrainedTokenizerFast:
             byte_fallback=model.trainer_spec.byte_fallback,
         )
     )
-    tokenizer.normalizer = normalizer(model.normalizer_spec)
+    tokenizer.normalizer = normalizer(model.normalizer_spec, marks_spaces=prepend_scheme is None)
+    if prepend_scheme is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme, split=False)
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            *without_dummy_prefix(model.normalizer_spec),
+            *([] if prepend_scheme == "never" else without_dummy_prefix(model.normalizer_spec)),
         ]
     )
     add_special(tokenizer, model)
-    bos, eos = (piece_or_none(model, i) for i in (model.trainer_spec.bos_id, model.trainer_spec.eos_id))
-    if bos is not None:
-        bos_id = model.trainer_spec.bos_id
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
-    unknown = model.pieces[model.trainer_spec.unk_id].piece
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unknown,
-        clean_up_tokenization_spaces=False,
-    )
+    named = {f"{name}_token": piece_or_none(model, getattr(model.trainer_spec, f"{name}_id"))
+             for name in ("bos", "eos", "unk", "pad")}  # fmt: skip
+    usual = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**named, **usual, **options})
 
 
 def merges(model: Any) -> list[tuple[str, str]]:
@@ -80,17 +86,20 @@ def merges(model: Any) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(pairs)]
 
 
-def normalizer(spec: Any) -> normalizers.Normalizer:
-    """Return SentencePiece's normalization rules as a normalizer of the tokenizers library."""
+def normalizer(spec: Any, marks_spaces: bool) -> normalizers.Normalizer:
+    """Return SentencePiece's normalization rules as a normalizer of the tokenizers library.
+
+    Those for spaces are left out if something else marks them.
+    """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), "")]
         steps += [normalizers.Replace(Regex(" +"), " ")]
-    if spec.add_dummy_prefix:
+    if spec.add_dummy_prefix and marks_spaces:
         steps.append(normalizers.Prepend(SPACE))
-    if spec.escape_whitespaces:
+    if spec.escape_whitespaces and marks_spaces:
         steps.append(normalizers.Replace(" ", SPACE))
     return normalizers.Sequence(steps)
 

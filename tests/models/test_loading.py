@@ -1,5 +1,6 @@
 """From names to models in memory: the hub's cache, offline, and what a folder may hold."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,11 @@ import time
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from transformers import LlamaTokenizer
 
 import mlxspec
 from mlxspec import InvalidRequestError, PromptLookup
-from mlxspec.models.loading import DEMO, parse_drafter
+from mlxspec.models.loading import DEMO, parse_drafter, read_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE
 
 
@@ -132,3 +134,63 @@ def test_lookup_behind_a_name_adds_it_to_that_drafter():
     for name in ("+lookup", "auto+lookup", "none+lookup", "lookup+lookup"):
         with pytest.raises(InvalidRequestError, match=r'name a model before "\+lookup"'):
             mlxspec.load(drafter=name)
+
+
+IM_END = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+BARE = {  # what is next to a bare tokenizer.model
+    "nothing": {},
+    "no BOS": {"tokenizer_config": {"add_bos_token": False}},
+    "EOS at the end": {"tokenizer_config": {"add_bos_token": False, "add_eos_token": True}},
+    "an EOS of its own": {"tokenizer_config": {"eos_token": "<|im_end|>"}, "added_tokens": {"<|im_end|>": 512}},
+    "the EOS is an object": {
+        "tokenizer_config": {"eos_token": {"__type": "AddedToken", **IM_END}, "unk_token": "<unk>", "bos_token": None},
+        "added_tokens": {"<|im_end|>": 513, "<|im_start|>": 512},
+    },
+    "a space only where a text begins": {"tokenizer_config": {"legacy": False}, "added_tokens": {"<|im_end|>": 512}},
+    "no space where a text begins": {"tokenizer_config": {"add_prefix_space": False}},
+    "special_tokens_map.json": {
+        "special_tokens_map": {
+            "eos_token": IM_END,
+            "pad_token": "<pad>",
+            "additional_special_tokens": ["<|im_start|>"],
+        },
+        "added_tokens": {"<|im_end|>": 512, "<pad>": 514, "<|im_start|>": 513},
+    },
+    "added_tokens_decoder": {
+        "tokenizer_config": {
+            "eos_token": "<|im_end|>",
+            "added_tokens_decoder": {
+                "512": {**IM_END, "special": True},
+                "513": {**IM_END, "content": "<tool>", "special": False, "lstrip": True},
+            },
+        },
+        "special_tokens_map": {"eos_token": "</s>"},
+    },
+}
+
+
+@pytest.mark.parametrize("case", list(BARE))
+def test_a_bare_tokenizer_is_what_the_files_next_to_it_say_as_for_transformers(tmp_path, stories_folder, case):
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copyfile(stories_folder / name, tmp_path / name)
+    for name, content in BARE[case].items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    config = BARE[case].get("tokenizer_config", {})
+    theirs = LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=config.get("add_bos_token", True))
+    ours = read_tokenizer(tmp_path)
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for text in ("Once upon", "Hi<|im_end|>", "a <tool>", "b<|im_start|>", "c<pad>"):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+    if config.get("legacy") is False:
+        assert ours.encode("a<|im_end|>b") == theirs.encode("a<|im_end|>b")
+    assert ours.eos_token_ids >= {theirs.eos_token_id}
+
+
+def test_an_added_token_that_does_not_fit_the_model_is_named(tmp_path, stories_folder):
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copyfile(stories_folder / name, tmp_path / name)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 600}')
+    with pytest.raises(mlxspec.MlxspecError, match=r"'<\|im_end\|>' .* cannot have the id 600"):
+        read_tokenizer(tmp_path)
