@@ -17,7 +17,7 @@ import huggingface_hub
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, in_one_line
 from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
-from mlxspec.training.corpus import BadLines, Document, corpus_files, prompt_messages, read_documents
+from mlxspec.training.corpus import BadLines, Document, corpus_files, prompt_of, read_documents
 
 OWN = Path(__file__).parent / "prompts"
 MOST_SKIPPED = 1000  # prompts that do not fit, before a task is given up
@@ -170,7 +170,7 @@ def file_contents(file: Path) -> dict[str, list[Content]]:
 
 def content_of(record: Document) -> Content:
     try:
-        return record.content if isinstance(record.content, str) else prompt_messages(record.content, None)
+        return prompt_of(record.content)
     except MlxspecError as error:
         raise InvalidRequestError(f"{record.where}: {error}; fix or remove this line") from None
 

@@ -1,8 +1,9 @@
 """Text and chat files: documents for pretraining, and prompts for the target.
 
 Sources are files, folders or glob patterns; files may be gzipped. A ``.txt`` file is one document, or several of one
-megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt" or "messages". Files are
-read line by line, so they may be larger than memory.
+megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt", "prompt" and "completion",
+or "messages". A line is bad if a part of its content would be left out. Files are read line by line, so they may be
+larger than memory.
 """
 
 import glob
@@ -15,13 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
-from mlxspec.models.tokens import Message, encode_conversation, encode_prompt, end_token
+from mlxspec.models.tokens import (
+    Message,
+    encode_conversation,
+    encode_formatted,
+    encode_prompt,
+    encode_texts,
+    end_token,
+)
 from mlxspec.training.shards import Index, ShardWriter
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_BAD_SHARE = 0.01  # of the lines
 MAX_EXAMPLES = 5  # bad lines that are reported one by one
 ENCODE_BATCH = 256  # documents; the tokenizer distributes them over the cores
+# The fields of a line, and of a message, that hold text in common formats. Others, such as "id", are no content.
+CONTENT = ("text", "prompt", "completion", "messages", "response", "instruction", "input", "output", "context",
+           "question", "answer", "chosen", "rejected", "conversations", "turns", "tools", "functions",
+           "documents")  # fmt: skip
+MESSAGE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "tool_responses")
+FORMATS = 'use one of "text", "prompt", "prompt" with "completion", and "messages"'
 LONGEST_TEXT = 2**20  # bytes of a document from a .txt file, and roughly of a batch of documents to encode
 
 Progress = Callable[[int, int, int], None]  # bytes read, total bytes, tokens so far
@@ -163,23 +177,40 @@ def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines)
 
 
 def parse_line(line: bytes) -> str | list[Message]:
-    """Return the content of a line. Raises ValueError, with the reason, for a malformed line."""
+    """Return the content of a line. A prompt with a completion is a conversation, as in mlx-lm.
+
+    Raises ValueError, with the reason, for a malformed line, and for one with content that would be left out.
+    """
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
-    for name in ("text", "prompt"):
-        if name in entry:
-            if not isinstance(entry[name], str) or not entry[name].strip():
-                raise ValueError(f'"{name}" is empty or not a string')
-            entry[name].encode()  # raises for half a surrogate pair
-            return entry[name]
-    messages = entry.get("messages")
+    names = [name for name in CONTENT if name in entry and (entry[name] or name in ("text", "prompt", "messages"))]
+    if names in (["text"], ["prompt"]):
+        return text_of(entry, names[0])
+    if names == ["prompt", "completion"]:
+        prompt, completion = (text_of(entry, name) for name in names)
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if names != ["messages"]:
+        has = " and ".join(f'"{name}"' for name in names)
+        raise ValueError(f"has {has}; {FORMATS}" if names else f"has no text; {FORMATS}")
+    messages = entry["messages"]
     if not isinstance(messages, list) or not messages:
-        raise ValueError('has neither "text" nor "prompt" nor "messages"')
+        raise ValueError('"messages" is empty or not a list')
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError('a message lacks "role" or "content"')
+        if unused := next((name for name in MESSAGE_CONTENT if message.get(name)), None):
+            raise ValueError(f'a message has "{unused}", which would be left out')
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def text_of(entry: dict[str, Any], name: str) -> str:
+    """Return a field that holds text. Raises ValueError, with the reason, if it holds none."""
+    text = entry[name]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'"{name}" is empty or not a string')
+    text.encode()  # raises for half a surrogate pair
+    return text
 
 
 def tokenize_corpus(
@@ -192,8 +223,9 @@ def tokenize_corpus(
 ) -> tuple[Index, BadLines]:
     """Tokenize text files into shards.
 
-    Each document gets a BOS and an EOS token. All of its tokens but the BOS are learned. Conversations go through the
-    chat template.
+    A text is encoded as a prompt is in use: by the tokenizer's own rules, with BOS only if the tokenizer puts one.
+    Conversations go through the chat template. Then comes EOS, if it is not there, since a document ends where an
+    answer would. All tokens of a document but the first are learned: nothing precedes the first one.
 
     Args:
         sources: Files, folders or patterns.
@@ -243,31 +275,37 @@ def group_documents(stream: Iterable[Document]) -> Iterator[list[Document]]:
 def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
     """Yield the token ids of each document. Texts are encoded in one call, so that the tokenizer runs in parallel."""
     texts = [document.content for document in some if isinstance(document.content, str)]
-    encode = tokenizer._tokenizer  # mlx-lm's wrapper takes one text at a time
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    batch = iter(encode(texts, **options)["input_ids"] if texts else [])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = end_token(tokenizer)
-    eos = [] if end is None else [end]
+    batch = iter(encode_texts(tokenizer, texts))
     for document in some:
         if isinstance(document.content, str):
-            yield [*bos, *next(batch), *eos]
+            yield ended(next(batch), tokenizer)
             continue
-        *before, last = document.content
+        answered = document.content[-1]["role"] == "assistant"
         try:
-            if last["role"] != "assistant":
-                yield encode_conversation(tokenizer, document.content)
-            else:
-                answer = tokenizer.encode(last["content"], add_special_tokens=False, split_special_tokens=True)
-                yield [*encode_conversation(tokenizer, before), *answer, *eos]
+            tokens = encode_formatted(tokenizer, document.content, answered).ids
+            yield ended(tokens, tokenizer) if answered else tokens
         except InvalidRequestError as error:
             bad.skip(document.where, str(error))
+
+
+def ended(tokens: list[int], tokenizer: Any) -> list[int]:
+    """Return a document up to its last EOS, which is added if only white space would not follow it.
+
+    A chat template may write line breaks after the EOS of an answer. A model does not get to write them.
+    """
+    last = next((i for i in range(len(tokens) - 1, -1, -1) if tokens[i] in tokenizer.eos_token_ids), -1)
+    if last >= 0 and not tokenizer.decode(tokens[last + 1 :]).strip():
+        return tokens[: last + 1]
+    end = end_token(tokenizer)
+    return tokens if end is None else [*tokens, end]
 
 
 def read_prompts(
     sources: Iterable[str | Path], tokenizer: Any, system: str | None, words: int = 0
 ) -> tuple[list[list[int]], BadLines]:
     """Read prompts from files. The prompt of a conversation is everything before its last answer.
+
+    The answer itself, a "completion" included, is not used: the target writes its own.
 
     Args:
         sources: Files, folders or patterns.
@@ -284,11 +322,12 @@ def read_prompts(
     bad, prompts = BadLines(), []
     for document in read_documents(corpus_files(sources), bad):
         try:
-            if isinstance(document.content, str):
-                text = " ".join(document.content.split()[:words]) if words else document.content
+            content = prompt_of(document.content, system)
+            if isinstance(content, str):
+                text = " ".join(content.split()[:words]) if words else content
                 prompts.append(encode_prompt(tokenizer, text, system))
             else:
-                prompts.append(encode_conversation(tokenizer, prompt_messages(document.content, system)))
+                prompts.append(encode_conversation(tokenizer, content))
         except InvalidRequestError as error:
             bad.skip(document.where, str(error))
     if not bad.read:
@@ -335,16 +374,25 @@ def split_prompts(
     return training, unseen
 
 
-def prompt_messages(messages: list[Message], system: str | None) -> list[Message]:
-    """Return a conversation up to its last user message, after a system prompt if it has none.
+def prompt_of(content: str | list[Message], system: str | None = None) -> str | list[Message]:
+    """Return what the target is to answer: a text, or a conversation up to its last user message.
+
+    A conversation of one user message is the same as its text, which needs no chat template.
+
+    Args:
+        content: Content of a document.
+        system: System prompt for a conversation that has none.
 
     Raises:
-        InvalidRequestError: Nothing is left.
+        InvalidRequestError: Nothing is left of a conversation.
     """
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if system is not None and messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    if isinstance(content, str):
+        return content
+    messages = content[:-1] if content[-1]["role"] == "assistant" else content
     if not messages:
         raise InvalidRequestError("the conversation contains no user message")
+    if [message["role"] for message in messages] == ["user"]:
+        return messages[0]["content"]
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     return messages

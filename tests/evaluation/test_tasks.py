@@ -72,7 +72,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(tokenizer, lines)
     ("entries", "words"),
     [
         (['{"prompt": "a"}', "{", '{"prompt": "b"}'], r"mine.jsonl:2: .*fix or remove this line"),
-        (['{"prompt": "a"}', '{"other": 1}'], r'mine.jsonl:2: has neither "text" nor "prompt"'),
+        (['{"prompt": "a"}', '{"other": 1}'], r'mine.jsonl:2: has no text; use one of "text", "prompt"'),
         (
             ['{"category": "qa", "turns": ["x"]}', '{"category": "qa", "turns": []}'],
             r"mine.jsonl:2: not a line of Spec-Be",

@@ -9,9 +9,11 @@ import pytest
 import mlxspec
 from mlxspec.errors import TrainingError
 from mlxspec.models.loading import DEMO, read_tokenizer
+from mlxspec.models.tokens import encode_prompt
 from mlxspec.training import corpus
 from mlxspec.training.corpus import BadLines, corpus_files, read_documents, read_prompts, tokenize_corpus
 from mlxspec.training.shards import TokenShards
+from tests.conftest import shared
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_text_lines_and_gzipped_files_are_documents(tmp_path):
     assert corpus_files([tmp_path / "*.jsonl*", tmp_path]) == [*files[1:], files[0]]
 
 
-def test_a_corpus_becomes_tokens_with_bos_and_eos_all_learned_but_the_bos(tmp_path, tokenizer):
+def test_a_corpus_becomes_tokens_with_the_tokenizers_bos_and_eos_all_learned_but_the_first(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"A dog, number {n}. </s>"}) + "\n" for n in range(300))
     )
@@ -121,3 +123,92 @@ def test_the_first_words_of_texts_can_be_prompts(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "One day a dog went away."}\n')
     prompts, _ = read_prompts([tmp_path / "a.jsonl"], tokenizer, None, words=3)
     assert tokenizer.decode(prompts[0][1:]) == "One day a"
+
+
+def documents_of(tmp_path, tokenizer, *lines):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenize_corpus([tmp_path / "a.jsonl"], tokenizer, len(tokenizer), "x", tmp_path / "out")
+    return [ids.tolist() for ids, _ in TokenShards(tmp_path / "out").documents()]
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return read_tokenizer(shared("models/SmolLM2-135M-Instruct-4bit"))
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path, tokenizer, smollm):
+    for one in (tokenizer, smollm):
+        assert documents_of(tmp_path, one, {"text": "A dog."}) == [[*one.encode("A dog."), one.eos_token_id]]
+        (tmp_path / "out").rename(tmp_path / f"out-{len(one)}")
+
+
+def test_a_text_that_the_tokenizer_ends_with_eos_gets_no_second(tmp_path, stories_folder):
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / name).write_bytes((stories_folder / name).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    ending = read_tokenizer(tmp_path)
+    (document,) = documents_of(tmp_path, ending, {"text": "A dog."})
+    assert document == ending.encode("A dog.")
+    assert document.count(ending.eos_token_id) == 1
+
+
+def test_control_tokens_that_a_text_or_a_message_spells_are_text(tmp_path, smollm):
+    text = "a<|im_end|>\n<|im_start|>system\nb"
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    plain, conversation = documents_of(tmp_path, smollm, {"text": text}, {"messages": chat})
+    assert smollm.decode(plain[:-1]) == text
+    assert [token for token in plain if token in (1, 2)] == [2]
+    assert [token for token in conversation if token in (1, 2)] == [1, 2] * 3  # system, user, assistant
+
+
+def test_a_conversation_is_encoded_as_a_whole_and_ends_with_the_eos_of_its_template(tmp_path, smollm):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    (document,) = documents_of(tmp_path, smollm, {"messages": chat})
+    whole = smollm.apply_chat_template(chat)
+    assert document == whole[:-1]
+    assert smollm.decode(whole[-2:]) == "<|im_end|>\n"
+
+
+def test_an_answer_is_encoded_as_what_follows_the_question(tmp_path, stories_folder):
+    stories = read_tokenizer(stories_folder)
+    stories.chat_template, stories.has_chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}", True
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    (document,) = documents_of(tmp_path, stories, {"messages": chat})
+    assert document == [*stories.encode("[Hi][Hello.]", add_special_tokens=False), stories.eos_token_id]
+
+
+def test_a_prompt_with_a_completion_is_a_conversation(tmp_path, smollm):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    documents = documents_of(tmp_path, smollm, {"prompt": "Hi", "completion": "Hello."}, {"messages": chat})
+    assert documents[0] == documents[1]
+
+
+def test_the_prompt_of_a_completion_is_answered_without_a_template_too(tmp_path, tokenizer, smollm):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hi", "completion": "Hello."}')
+    for one in (tokenizer, smollm):
+        prompts, _ = read_prompts([tmp_path / "a.jsonl"], one, None)
+        assert prompts == [encode_prompt(one, "Hi")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"text": "a", "messages": [{"role": "user", "content": "b"}]}, 'has "text" and "messages"; use one of'),
+        ({"prompt": "a", "response": "b"}, 'has "prompt" and "response"; use one of'),
+        ({"instruction": "a", "input": "b", "output": "c"}, 'has "instruction" and "input" and "output"; use one of'),
+        ({"prompt": "a", "completion": ["b"]}, '"completion" is empty or not a string'),
+        ({"completion": "a"}, 'has "completion"; use one of'),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 'has "messages" and "tools"; use one of'),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, 'a message has "tool_calls"'),
+        ({"messages": []}, '"messages" is empty or not a list'),
+        ({"id": 1}, "has no text; use one of"),
+    ],
+)
+def test_a_line_of_which_a_part_would_be_left_out_is_bad(line, reason):
+    with pytest.raises(ValueError, match=reason):
+        corpus.parse_line(json.dumps(line).encode())
+
+
+def test_fields_that_are_empty_or_no_content_do_not_matter():
+    line = {"text": "a", "id": 3, "source": "web", "input": "", "messages_count": 2, "completion": None}
+    assert corpus.parse_line(json.dumps(line).encode()) == "a"
