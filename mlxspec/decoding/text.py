@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # how an incomplete character decodes
+LONGEST_CHARACTER = 4  # bytes in UTF-8, and so the most tokens that one character may take
+LONGEST_WAIT = 16  # tokens without text, after which the window moves on
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,16 @@ class Segment:
 
 
 class AnswerText:
-    """The text of an answer, token by token, until an EOS or a stop string ends it."""
+    """The text of an answer, token by token, until an EOS or a stop string ends it.
+
+    Special tokens are not shown, but a stop string may be one or contain one.
+    """
 
     def __init__(self, tokenizer: Any, eos_token_ids: set[int], stops: Sequence[str]):
         self._text = StreamingText(tokenizer)
         self._stops = StopStrings(stops)
         self._eos_token_ids = eos_token_ids
+        self._special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._rest = ""
         self.ended = False
 
@@ -38,7 +45,10 @@ class AnswerText:
         if token in self._eos_token_ids:
             self.ended = True
             return ""
-        shown = self._stops.add(self._text.add(token))
+        if token in self._special:
+            shown = self._stops.add(self._special[token], hidden=True)
+        else:
+            shown = self._stops.add(self._text.add(token))
         if not self._stops.found:
             return shown
         self.ended, self._rest = True, shown
@@ -55,30 +65,40 @@ class StreamingText:
     """Decodes one token at a time; the pieces add up to what the tokenizer makes of all tokens at once.
 
     A piece is what the newest tokens add to the decoding of a short window before them, so that a tokenizer's rules
-    about leading spaces see the same context in both. Pieces that end inside a character are held back. (Bytes that
-    are no characters at all may come out as other replacement characters than in one piece: some tokenizers judge a
-    run of bytes as a whole.)
+    about leading spaces see the same context in both. A character is held back until it is complete, but for no longer
+    than the longest character takes: bytes that are no characters are shown as replacement characters. (They may come
+    out as others than in one piece: some tokenizers judge a run of bytes as a whole.)
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._shown = 0  # tokens of the window whose text is out
+        self._shown = 0  # characters of the window's text
+        self._new = 0  # tokens since text was last shown
+        self._incomplete = 0  # tokens since a character began
 
     def add(self, token: int) -> str:
         self._window.append(token)
-        text, before = self._decode(self._window), self._decode(self._window[: self._shown])
-        if len(text) <= len(before) or text.endswith(REPLACEMENT):
+        self._new += 1
+        text = self._decode()
+        whole = text.rstrip(REPLACEMENT)
+        grows = len(whole) > self._shown
+        self._incomplete = 0 if whole == text else 1 if grows else self._incomplete + 1
+        if self._incomplete == LONGEST_CHARACTER:  # it would be complete by now
+            whole, self._incomplete = text, 0
+        if len(whole) <= self._shown and self._new < LONGEST_WAIT:
             return ""
-        self._window, self._shown = self._window[self._shown :], len(self._window) - self._shown
-        return text[len(before) :]
+        piece = whole[self._shown :]
+        self._window, self._new = self._window[-self._new :], 0
+        self._shown = len(self._decode()) - (len(text) - len(whole))
+        return piece
 
     def finish(self) -> str:
         """What is still held back, half a character shown as a replacement character."""
-        return self._decode(self._window)[len(self._decode(self._window[: self._shown])) :]
+        return self._decode()[self._shown :]
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True) if self._window else ""
 
 
 class StopStrings:
@@ -91,26 +111,43 @@ class StopStrings:
             raise InvalidRequestError("a stop string is empty; give at least one character")
         self._stops = list(stops)
         self._held = ""
+        self._visible: list[bool] = []  # of each character held
         self.found = False
 
-    def add(self, text: str) -> str:
-        """The text that is safe to show now."""
+    def add(self, text: str, hidden: bool = False) -> str:
+        """The text that is safe to show now. Hidden text is not shown; a stop string may contain it or skip it."""
         self._held += text
+        self._visible += [not hidden] * len(text)
+        ends: list[tuple[int, int]] = []  # last character and first, of each stop string that is there
+        safe = len(self._held)
+        for places in self._readings():
+            reading = "".join(self._held[place] for place in places)
+            for stop in self._stops:
+                if (at := reading.find(stop)) >= 0:
+                    ends.append((places[at + len(stop) - 1], places[at]))
+                elif size := overlap(reading, stop):
+                    safe = min(safe, places[len(reading) - size])
+        if not ends:
+            return self._release(safe)
         # The stop string that is complete first counts, so that it does not matter how the text was cut up.
-        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if ends:
-            self.found = True
-            safe = min(ends)[1]
-            self._held = self._held[:safe]
-        else:
-            safe = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[:safe], self._held[safe:]
-        return shown
+        self.found = True
+        return self._release(min(ends)[1], drop=True)
+
+    def _readings(self) -> list[list[int]]:
+        """The places of what is held, with hidden text and without."""
+        everything = list(range(len(self._held)))
+        return [everything] if all(self._visible) else [everything, list(compress(everything, self._visible))]
 
     def finish(self) -> str:
         """What was held back and did not become a stop string."""
-        held, self._held = self._held, ""
-        return held
+        return self._release(len(self._held))
+
+    def _release(self, count: int, drop: bool = False) -> str:
+        """Return the first characters held, without hidden ones. Keep the rest, or drop it."""
+        shown = "".join(compress(self._held[:count], self._visible))
+        count = len(self._held) if drop else count
+        self._held, self._visible = self._held[count:], self._visible[count:]
+        return shown
 
 
 def overlap(text: str, stop: str) -> int:

@@ -3,9 +3,12 @@ import random
 
 import pytest
 from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import mlxspec
-from mlxspec.decoding.text import StopStrings, StreamingText, overlap
+from mlxspec.decoding.text import REPLACEMENT, AnswerText, StopStrings, StreamingText, overlap
 from mlxspec.models.loading import DEMO
 from tests.conftest import shared
 
@@ -95,3 +98,65 @@ def test_overlap_is_the_longest_beginning_that_ends_the_text():
 def test_an_empty_stop_string_is_named():
     with pytest.raises(mlxspec.InvalidRequestError, match="stop string is empty"):
         StopStrings(["x", ""])
+
+
+def answered(tokenizer, tokens, stops=(), eos=()):
+    """What is shown of an answer, and the number of tokens it takes."""
+    text, shown = AnswerText(tokenizer, set(eos), stops), ""
+    for count, token in enumerate(tokens, 1):  # noqa: B007
+        shown += text.add(token)
+        if text.ended:
+            break
+    return shown + text.finish(), count
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown", "count"),
+    [
+        ("<|im_start|>", "a b", 3),
+        ("im_st", "a b", 3),
+        (" b<|im", "a", 3),
+        ("<|im_start|> c", "a b", 4),
+        ("<|im_start|>x", "a b c d", 6),
+        ("<|im_end|>", "a b c", 5),
+        ("c d", "a b ", 6),  # as the text is shown: without the special token between them
+    ],
+)
+def test_a_stop_string_may_be_a_special_token_or_contain_one(stop, shown, count):
+    tokenizer = load_tokenizer(shared("models/SmolLM2-135M-Instruct-4bit"))
+    tokens = tokenizer.encode("a b<|im_start|> c<|im_end|> d", add_special_tokens=False)
+    assert answered(tokenizer, tokens, [stop]) == (shown, count)
+    assert answered(tokenizer, tokens) == ("a b c d", 6)
+    assert answered(tokenizer, tokens, [stop], [tokenizer.eos_token_id])[1] <= 5
+
+
+@pytest.mark.parametrize("name", ["stories260K", "SmolLM2-135M-Instruct-4bit"])
+def test_bytes_that_are_no_characters_are_shown_after_four_tokens(name):
+    tokenizer = load_tokenizer(shared(f"models/{name}"))
+    half = next(i for i in range(len(tokenizer)) if tokenizer.decode([i]) == REPLACEMENT)
+    text = StreamingText(tokenizer)
+    window, held = 0, ""
+    for _ in range(1000):
+        held += text.add(half)
+        window = max(window, len(text._window))
+    assert len(held) == 1000
+    assert window <= 8  # the cost of a token does not grow
+    assert text.add(tokenizer.encode("x", add_special_tokens=False)[-1]).endswith("x")
+
+
+def test_characters_that_begin_and_end_inside_tokens_are_shown_when_they_are_complete():
+    llama = "🦙".encode()
+    tokenizer, tokens = bytes_to_tokens([b"a", llama[:3], *[llama[3:] + llama[:3]] * 50, llama[3:]])
+    shown = streamed(tokenizer, tokens)
+    assert "".join(shown) == "a" + "🦙" * 51
+    assert shown[2:-1] == ["🦙"] * 51
+
+
+def bytes_to_tokens(texts):
+    """A byte-level tokenizer with a token for each of these, and the tokens."""
+    alphabet = bytes_to_unicode()
+    pieces = ["".join(alphabet[byte] for byte in text) for text in texts]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), [vocabulary[piece] for piece in pieces]
