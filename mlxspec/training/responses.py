@@ -16,11 +16,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm import batch_generate
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
@@ -59,7 +58,9 @@ class AnswerSettings:
 class DistillData:
     """The prompts that the target answers."""
 
-    prompts: tuple[str, ...] = option((), "Files with prompts. Without any, the target writes text from BOS.")
+    prompts: tuple[str, ...] = option(
+        (), "Files with prompts. Answers in them are not used. Without any files, the target writes text from BOS."
+    )
     system: str | None = option(None, "System prompt for prompts that have none.")
 
 
@@ -160,28 +161,28 @@ def answer_missing_groups(
             writer.commit(groups=done)
             progress(answered, total, writer.index.tokens)
     if writer:
-        writer.finish(groups=done, max_tokens=settings.max_tokens, end=end_token(tokenizer))
+        writer.finish(groups=done, max_tokens=settings.max_tokens, ends=sorted(tokenizer.eos_token_ids))
     barrier()  # no process reads the shards before they are finished
 
 
 def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings) -> list[list[int]]:
-    """Sample an answer to each prompt. It ends with EOS, unless max_tokens ended it."""
+    """Sample an answer to each prompt. It ends with the EOS token that the target chose, unless max_tokens ended it."""
     mx.random.seed(settings.seed * 1_000_003 + group.number)
-    response = batch_generate(
+    # mlx-lm's batch_generate leaves out the token that ended an answer, and there may be several EOS tokens.
+    generator = BatchGenerator(
         target,
-        tokenizer,
-        group.prompts,
-        max_tokens=settings.max_tokens,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         sampler=make_sampler(temp=group.temperature, top_p=settings.top_p if settings.top_p < 1 else 0.0),
-        return_token_ids=True,
         completion_batch_size=settings.group,
         prefill_batch_size=settings.group,
     )
-    end = end_token(tokenizer)  # mlx-lm does not return it
-    return [
-        answer if end is None or len(answer) == settings.max_tokens else [*answer, end]
-        for answer in response.token_ids or []
-    ]
+    numbers = generator.insert(group.prompts, [settings.max_tokens] * len(group.prompts))
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    while responses := generator.next_generated():
+        for response in responses:
+            answers[response.uid].append(response.token)
+    generator.close()
+    return list(answers.values())
 
 
 def gather_answers(
@@ -204,13 +205,13 @@ def answer_counts(shards: TokenShards) -> dict[str, int]:
     """Count answers, tokens, and answers of little use: duplicates, empty ones and those that max_tokens cut off."""
     seen: set[bytes] = set()
     counts = {"answers": 0, "tokens": len(shards), "duplicates": 0, "empty": 0, "truncated": 0}
-    limit, end = (shards.index.notes.get(name) for name in ("max_tokens", "end"))
+    limit, ends = shards.index.notes.get("max_tokens"), shards.index.notes.get("ends", [])
     for ids, mask in shards.documents():
         answer_length = int(mask.sum())
         digest = hashlib.sha256(ids.tobytes()).digest()
         counts["answers"] += 1
         counts["duplicates"] += digest in seen
         counts["empty"] += answer_length <= 1  # only EOS
-        counts["truncated"] += answer_length == limit and ids[-1] != end
+        counts["truncated"] += answer_length == limit and ids[-1] not in ends
         seen.add(digest)
     return counts

@@ -1,0 +1,44 @@
+"""The target's answers as training data."""
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from mlxspec.models.loading import DEMO, load
+from mlxspec.training.responses import AnswerSettings, Group, answer_counts, answer_group, write_answers
+from mlxspec.training.shards import TokenShards
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """The demo target, a prompt, and the first tokens that it answers."""
+    pair = load()
+    tokenizer = load_tokenizer(DEMO / "target")
+    prompt = tokenizer.encode("Once upon a time")
+    settings = AnswerSettings((0.0,), max_tokens=12)
+    tokenizer.eos_token_ids = set()
+    (answer,) = answer_group(pair.target, tokenizer, Group(0, [prompt], 0.0), settings)
+    return pair.target, prompt, answer
+
+
+@pytest.mark.parametrize("others", [set(), {1}, {2000, 2001}])
+def test_an_answer_ends_with_the_eos_token_that_the_target_chose(greedy, tmp_path, others):
+    target, prompt, answer = greedy
+    tokenizer = load_tokenizer(DEMO / "target")
+    chosen = next(token for i, token in enumerate(answer) if i > 4 and token not in answer[:i])
+    tokenizer.eos_token_ids = {chosen, *others - {*answer}}
+    settings = AnswerSettings((0.0,), max_tokens=12)
+    groups = [Group(0, [prompt, prompt[:2]], 0.0)]
+    write_answers(target, tokenizer, 2048, "x", groups, settings, tmp_path / "out")
+    ids, mask = next(iter(TokenShards(tmp_path / "out").documents()))
+    assert ids[mask.astype(bool)].tolist() == answer[: answer.index(chosen) + 1]
+
+
+def test_an_answer_that_ends_at_the_limit_with_any_eos_is_not_truncated(greedy, tmp_path):
+    target, prompt, answer = greedy
+    tokenizer = load_tokenizer(DEMO / "target")
+    last = max(i for i, token in enumerate(answer) if token not in answer[:i])
+    tokenizer.eos_token_ids = {tokenizer.eos_token_id, answer[last]}
+    for limit, truncated in ((last + 1, 0), (last, 1)):
+        settings = AnswerSettings((0.0,), max_tokens=limit)
+        write_answers(target, tokenizer, 2048, "x", [Group(0, [prompt], 0.0)], settings, tmp_path / str(limit))
+        assert answer_counts(TokenShards(tmp_path / str(limit)))["truncated"] == truncated
