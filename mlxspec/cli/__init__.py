@@ -1,5 +1,6 @@
 """The ``mlxspec`` command: one module per verb, and the one place where errors become a line and an exit status."""
 
+import io
 import sys
 
 import click
@@ -31,6 +32,9 @@ cli.add_command(train)
 
 def main() -> None:
     """Run the command. Exit status: 0; 2 for an error that the user can fix, one line; 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
     try:
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:

@@ -79,7 +79,7 @@ def save(conversation: Conversation, file: Path) -> None:
     """Write the messages as JSON."""
     system = [{"role": "system", "content": conversation.system}] if conversation.system is not None else []
     try:
-        file.write_text(json.dumps({"messages": [*system, *conversation.messages]}, ensure_ascii=False) + "\n")
+        file.write_text(json.dumps({"messages": [*system, *conversation.messages]}, ensure_ascii=False) + "\n", "utf-8")
     except OSError as error:
         raise InvalidRequestError(f"cannot write {file}: {error.strerror}; choose another file") from None
     click.echo(f"saved {len(conversation.messages)} messages to {file}", err=True)

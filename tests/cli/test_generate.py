@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -305,3 +306,26 @@ def test_a_path_with_spaces_works(mlxspec_process, llama_folder):
     assert process.returncode == 0
     assert SUMMARY.match(told(err))
     assert out.strip()
+
+
+@pytest.mark.parametrize("verb", ["generate", "generate --json", "chat"])
+def test_a_character_that_the_output_encoding_lacks_is_replaced(mlxspec_process, tmp_path, verb):
+    folder = tmp_path / "a target"
+    shutil.copytree(DEMO / "target", folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    llamas = {"type": "Replace", "pattern": {"String": "e"}, "content": "🦙"}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], llamas]}
+    file.write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    command, *options = verb.split()
+    prompt = ["Once upon a time"] if command == "generate" else []
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    process = mlxspec_process(
+        command, *prompt, *options, "--target", str(folder), "--draft-length", "0", "--max-tokens", "20",
+        env=environment, stdin=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = process.communicate("Once upon a time\n", timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert ("?" if not options else "\\ud83e") in out
