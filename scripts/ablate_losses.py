@@ -76,8 +76,9 @@ class Ablation:
         minimized, total = objective(Loss("tvd"), OnlineTeacher(self.target.model)), 0.0
         for number in range(batches):
             rows = self.batches(number)
-            weights = rows.mask[:, 1:] / rows.mask[:, 1:].sum()
-            batch = Batch(mx.array(rows.ids), mx.array(weights, mx.float32), (), mx.array(1.0), mx.random.key(0))
+            weights = mx.array(rows.mask[:, 1:] / rows.mask[:, 1:].sum(), mx.float32)
+            documents = mx.array(rows.documents[:, :-1])
+            batch = Batch(mx.array(rows.ids), documents, weights, (), mx.array(1.0), mx.random.key(0))
             total += minimized(drafter, batch)[1].item()
         return total / batches
 

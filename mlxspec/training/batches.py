@@ -20,16 +20,25 @@ class Batches:
         length: Positions in a row.
         batch: Rows in a batch.
         seed: Seed of the order.
+        single: A row has no more than one document.
 
     Raises:
         TrainingError: A source has no rows.
     """
 
-    def __init__(self, shards: Sequence[TokenShards], shares: Sequence[float], length: int, batch: int, seed: int):
-        self.shards, self.length, self.batch, self.seed = list(shards), length, batch, seed
+    def __init__(
+        self,
+        shards: Sequence[TokenShards],
+        shares: Sequence[float],
+        length: int,
+        batch: int,
+        seed: int,
+        single: bool = False,
+    ):
+        self.shards, self.length, self.batch, self.seed, self.single = list(shards), length, batch, seed, single
         self._ends = np.cumsum(shares) / np.sum(shares)
         for source in self.shards:
-            if not source.count_rows(length):
+            if not source.count_rows(length, single):
                 raise TrainingError(f"{source.folder} has no tokens to learn; add text")
 
     def row_numbers(self, step: int) -> list[tuple[int, int]]:
@@ -37,9 +46,17 @@ class Batches:
         return [self._row_number(step * self.batch + i) for i in range(self.batch)]
 
     def __call__(self, step: int) -> Rows:
-        """Return the batch of a step: ids and mask [batch, length + 1]."""
-        rows = [self.shards[source].rows(self.length, [row]) for source, row in self.row_numbers(step)]
-        return Rows(np.concatenate([row.ids for row in rows]), np.concatenate([row.mask for row in rows]))
+        """Return the batch of a step: ids, mask and documents [batch, length + 1]."""
+        return self.read(self.row_numbers(step))
+
+    def read(self, row_numbers: Sequence[tuple[int, int]]) -> Rows:
+        """Return rows by (number of the source, number of the row in it)."""
+        rows = [self.shards[source].rows(self.length, [row], self.single) for source, row in row_numbers]
+        return Rows(*map(np.concatenate, zip(*rows, strict=True)))
+
+    def count_rows(self, source: int) -> int:
+        """Return the number of rows of a source."""
+        return self.shards[source].count_rows(self.length, self.single)
 
     def _row_number(self, number: int) -> tuple[int, int]:
         """Return the ``number``-th row of training. Among the first n rows each source has n times its share, ± 1."""
@@ -47,7 +64,7 @@ class Batches:
         for source, end in enumerate(self._ends):
             used, used_after = (rows_below(number + i, end) - rows_below(number + i, start) for i in (0, 1))
             if used_after > used:
-                epoch, place = divmod(used, count := self.shards[source].count_rows(self.length))
+                epoch, place = divmod(used, count := self.count_rows(source))
                 return source, permuted(place, count, seed=(self.seed, source, epoch))
             start = end
         raise AssertionError("the last share ends at 1")

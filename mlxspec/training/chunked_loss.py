@@ -10,9 +10,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlxspec.models.memory import device_limit
 from mlxspec.training.losses import Distributions, Loss, acceptance, reward
 
-CHUNK_ELEMENTS = 2**20  # logits in a chunk: 4 MB; MLX holds some dozens of such arrays during an evaluation
+# Logits in a chunk: 4 MB in the CPU's caches. A GPU reads the head once for each chunk, so that larger ones are faster.
+FEW_LOGITS, MANY_LOGITS = 2**20, 2**24
+MEMORY_SHARE = 16  # on a GPU, the arrays of a chunk may take this fraction of the memory
+CHUNK_ARRAYS = 24  # arrays of a chunk's size, of 4 bytes for each logit, that MLX holds at once
+FEWEST_ROWS = 32  # in a chunk. Chunks are unrolled: with a large vocabulary there would be a thousand of them.
 
 # (a chunk of the teacher's arrays, the drafter's log q [n, V]) -> p and log p [n, V]
 TeacherProbs = Callable[[tuple[mx.array, ...], mx.array], tuple[mx.array, mx.array]]
@@ -46,12 +51,12 @@ def weighted_loss(
         head: Weights of the drafter's head [V, H].
         positions: Tokens, weights w, the teacher's arrays and temperature.
         teacher_probs: Computes p from the teacher's arrays. Required if the loss needs the target.
-        chunk: Positions in a chunk. None for chunks of 2²⁰ logits.
+        chunk: Positions in a chunk. None for ``chunk_rows``.
 
     Returns:
         Two scalars. α is the acceptance rate; its sum is 0 if the loss does not need the target.
     """
-    chunk = chunk or max(1, CHUNK_ELEMENTS // head.shape[0])
+    chunk = chunk or chunk_rows(head.shape[0])
     slices = [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
     keys = mx.random.split(positions.key, len(slices))
 
@@ -106,6 +111,14 @@ def weighted_loss(
 
     totals = forward(hidden, head)[0]  # type: ignore[index]
     return totals[0], totals[1]
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Return how many positions a chunk has on this device."""
+    logits = FEW_LOGITS
+    if mx.default_device().type != mx.cpu:
+        logits = min(max(logits, device_limit() // (MEMORY_SHARE * CHUNK_ARRAYS * 4)), MANY_LOGITS)
+    return max(FEWEST_ROWS, logits // vocab_size)
 
 
 def log_softmax(logits: mx.array) -> tuple[mx.array, mx.array]:

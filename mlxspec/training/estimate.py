@@ -25,7 +25,7 @@ from mlxspec.errors import TrainingError
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.memory import device_limit, gigabytes
 from mlxspec.training.batches import Batches
-from mlxspec.training.chunked_loss import CHUNK_ELEMENTS
+from mlxspec.training.chunked_loss import CHUNK_ARRAYS, chunk_rows
 from mlxspec.training.corpus import (
     BadLines,
     corpus_files,
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 TRIAL_DOCUMENTS, TRIAL_TOKENS = 200, (8, 24)
 
-LIVE_CHUNKS = 2  # the next chunk starts before the memory of the last one is free
-CHUNK_ARRAYS = 12  # arrays of a chunk's size that a loss and its gradient take, of 4 bytes for each element
 HIDDEN_ARRAYS, INTERMEDIATE_ARRAYS = 10, 4  # arrays of a layer's two widths that its backward pass needs
 
 
@@ -79,7 +77,7 @@ def training_bytes(
     )  # fmt: skip
     inputs = positions * number * config.hidden_size * config.num_hidden_layers
     layers = inputs + layer if settings.recompute else layer * config.num_hidden_layers
-    chunks = 4 * CHUNK_ARRAYS * min(LIVE_CHUNKS * CHUNK_ELEMENTS, positions * config.vocab_size)
+    chunks = 4 * CHUNK_ARRAYS * min(chunk_rows(config.vocab_size), positions) * config.vocab_size
     return weights + layers + chunks + target_bytes + target_pass_bytes(target_config or {}, positions, settings)
 
 

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlxspec.models.drafter import Drafter
 from mlxspec.training.chunked_loss import Positions, weighted_loss
+from mlxspec.training.documents import document_masks
 from mlxspec.training.losses import Loss
 from mlxspec.training.teachers import Teacher
 
@@ -15,6 +16,7 @@ class Batch(NamedTuple):
     """The rows of a step, on the device."""
 
     ids: mx.array  # [B, L + 1]
+    documents: mx.array  # [B, L] number of the document at each position
     weights: mx.array  # [B, L] weights of the loss on ids[:, 1:]; they sum to 1 over the whole step
     teacher: tuple[mx.array, ...]  # [B, L, ...] what a cached teacher has stored for these rows, else ()
     temperature: mx.array  # []
@@ -36,8 +38,9 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
         inputs, tokens = batch.ids[:, :-1], batch.ids[:, 1:].flatten()
-        hidden = drafter.model(inputs, recompute=recompute)
-        states = teacher.states(inputs, batch.teacher) if teacher else ()
+        masks = document_masks([None] * len(drafter.layers), batch.documents)
+        hidden = drafter.model(inputs, masks, recompute)
+        states = teacher.states(inputs, batch.documents, batch.teacher) if teacher else ()
         positions = Positions(
             tokens,
             batch.weights.flatten(),

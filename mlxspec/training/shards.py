@@ -13,6 +13,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -205,11 +206,19 @@ class ShardWriter:
             file.seek(0, os.SEEK_END)
 
 
+class TokenizedDocument(NamedTuple):
+    """A document of a corpus."""
+
+    ids: np.ndarray  # [length]
+    mask: np.ndarray  # [length]
+
+
 class Rows(NamedTuple):
     """Rows of a corpus. They have one more token than positions, since each position predicts the next token."""
 
     ids: np.ndarray  # [rows, length + 1]
     mask: np.ndarray  # [rows, length + 1]
+    documents: np.ndarray  # [rows, length + 1] number of the document; −1 for padding
 
 
 class TokenShards:
@@ -233,7 +242,7 @@ class TokenShards:
         self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
         self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
         self._documents = [self._map(number, "docs", verify) for number in range(len(self.index.shards))]
-        self._known_spans: dict[int, np.ndarray] = {}
+        self._known_spans: dict[tuple[int, bool], np.ndarray] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
 
     def __len__(self) -> int:
@@ -245,46 +254,58 @@ class TokenShards:
         content = [self.index.tokenizer, *(asdict(shard) for shard in self.index.shards)]
         return fingerprint(json.dumps(content))
 
-    def documents(self) -> Iterator[Rows]:
-        """Yield the documents in the order in which they were added: ids and mask [length]."""
+    def documents(self) -> Iterator[TokenizedDocument]:
+        """Yield the documents in the order in which they were added."""
         start = 0
         for lengths in self._documents:
             for length in lengths:
-                yield Rows(self._read(self._ids, start, int(length)), self._read(self._masks, start, int(length)))
+                count = int(length)
+                yield TokenizedDocument(self._read(self._ids, start, count), self._read(self._masks, start, count))
                 start += int(length)
 
-    def count_rows(self, length: int) -> int:
-        """Return the number of rows of ``length`` positions."""
-        return len(self._spans(length))
+    def count_rows(self, length: int, single: bool = False) -> int:
+        """Return the number of rows of ``length`` positions. With ``single``, a row has one document."""
+        return len(self._spans(length, single))
 
-    def rows(self, length: int, chosen: Sequence[int]) -> Rows:
+    def rows(self, length: int, chosen: Sequence[int], single: bool = False) -> Rows:
         """Read rows by number.
 
         A row has as many whole documents as fit, then padding with mask 0. So an answer is never trained on without its
         question. Only a document longer than a row is split. Its next row begins with the last token of the row before,
-        so that every token is predicted once.
+        so that every token is predicted once. The first token of a document has mask 0: nothing predicts it.
 
         Args:
             length: Positions in a row.
             chosen: Numbers of the rows.
+            single: A row has no more than one document.
 
         Returns:
-            ids and mask [rows, length + 1].
+            ids, mask and documents [rows, length + 1].
         """
         ids, mask = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8))
-        spans = self._spans(length)
+        documents = np.full((len(chosen), length + 1), -1, np.int32)
+        spans = self._spans(length, single)
         for row, number in enumerate(chosen):
             start, end = (int(place) for place in spans[number])
             ids[row, : end - start] = self._read(self._ids, start, end - start)
             mask[row, : end - start] = self._read(self._masks, start, end - start)
-        return Rows(ids, mask)
+            numbers = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
+            documents[row, : end - start] = numbers - numbers[0]
+        mask[:, 1:][documents[:, 1:] != documents[:, :-1]] = 0
+        return Rows(ids, mask, documents)
 
-    def _spans(self, length: int) -> np.ndarray:
+    @cached_property
+    def _document_starts(self) -> np.ndarray:
+        """Where each document starts in the sequence of all tokens [documents]."""
+        lengths = np.concatenate([np.asarray(part, np.int64) for part in self._documents])
+        return np.cumsum(lengths) - lengths
+
+    def _spans(self, length: int, single: bool) -> np.ndarray:
         """Return where each row starts and ends in the sequence of all tokens [rows, 2]."""
-        if length not in self._known_spans:
+        if (length, single) not in self._known_spans:
             lengths = (length for documents in self._documents for length in documents.tolist())
-            self._known_spans[length] = pack(lengths, length + 1)
-        return self._known_spans[length]
+            self._known_spans[length, single] = pack(lengths, length + 1, single)
+        return self._known_spans[length, single]
 
     def _read(self, parts: list[np.ndarray], start: int, count: int) -> np.ndarray:
         """Return ``count`` entries from ``start`` of the concatenated parts."""
@@ -308,19 +329,20 @@ class TokenShards:
         return content
 
 
-def pack(lengths: Iterable[int], room: int) -> np.ndarray:
+def pack(lengths: Iterable[int], room: int, single: bool = False) -> np.ndarray:
     """Pack documents into rows.
 
     Args:
         lengths: Length of each document. They lie one after the other.
         room: Tokens in a row.
+        single: A row has no more than one document.
 
     Returns:
         Start and end of each row [rows, 2].
     """
     rows, start, end = array("q"), 0, 0  # an array, since there may be a hundred million rows
     for length in lengths:
-        if end > start and end + length - start > room:
+        if end > start and (single or end + length - start > room):
             rows.extend((start, end))
             start = end
         end += length

@@ -21,6 +21,7 @@ from mlxspec.models.quantizing import COPIED
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import corpus_files, read_prompts, split_prompts, tokenize_corpus
+from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import objective
@@ -166,6 +167,7 @@ def train(
         "target": target.fingerprint if loss.needs_target or evaluation else None,
         "evaluation": evaluation.inputs if evaluation else None,
         "teacher_top_k": teacher_top_k,
+        "rows": "documents apart",
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
     }
@@ -176,12 +178,16 @@ def train(
     target.listener.stage(
         folder.name, f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
     )
+    single = loss.needs_target and not keeps_documents_apart(target.model)
+    if single:
+        target.listener.stage(folder.name, "this target cannot keep documents apart, so each row has only one")
     batches = Batches(
         [shards for shards, _ in sources],
         [share for _, share in sources],
         settings.length,
         settings.batch,
         settings.seed,
+        single,
     )
     teacher = new_teacher(target, batches, settings, teacher_top_k) if loss.needs_target else None
     check_fits(step_bytes(drafter, target, loss, settings))

@@ -15,8 +15,10 @@ import numpy as np
 
 from mlxspec.errors import InvalidRequestError
 from mlxspec.files import explain_write_errors
+from mlxspec.models.attention import attention_windows
 from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
+from mlxspec.training.documents import document_masks, keeps_documents_apart
 
 SMALLEST_PROB = 1e-30  # replaces 0 in logarithms
 
@@ -26,10 +28,15 @@ class OnlineTeacher:
 
     If the model is a body and a linear head, its logits are computed in chunks from its hidden states. A trial on a few
     tokens decides that. The logits of other models, which cap or scale them, are kept whole.
+
+    Attributes:
+        apart: Whether the documents of a row do not see each other. If not, a row should have only one.
     """
 
     def __init__(self, target: nn.Module):
         self.target = target
+        self.apart = keeps_documents_apart(target)
+        self._windows = attention_windows(target) if self.apart else []
         self._body: Any = getattr(target, "model", None)
         self._head: Any = getattr(target, "lm_head", None) or getattr(
             getattr(self._body, "embed_tokens", None), "as_linear", None
@@ -49,9 +56,19 @@ class OnlineTeacher:
         """Return no arrays, since the target runs within the step."""
         return ()
 
-    def states(self, inputs: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        """Run the target on tokens [B, L]. Returns its hidden states [B, L, H], or its logits [B, L, V]."""
-        return (self._body(inputs) if self.splits else self.target(inputs),)
+    def states(self, inputs: mx.array, documents: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        """Run the target on rows.
+
+        Args:
+            inputs: Token ids [B, L].
+            documents: Number of the document at each position [B, L].
+            stored: What ``load_rows`` returned.
+
+        Returns:
+            Its hidden states [B, L, H], or its logits [B, L, V].
+        """
+        run = self._body if self.splits else self.target
+        return (run(inputs, cache=document_masks(self._windows, documents)) if self.apart else run(inputs),)
 
     def probs(self, temperature: mx.array) -> TeacherProbs:
         """Return the function that computes p and log p from a chunk of ``states``."""
@@ -143,11 +160,12 @@ class CachedTeacher:
         self.batches, self.temperature, self.k = batches, temperature, k
         self._online = OnlineTeacher(target)
         self._log_q = mx.zeros((1, vocab_size))  # its shape tells the teacher the size of the vocabulary
-        name = f"teacher-{fingerprint}-{k}-of-{batches.length}-at-{temperature:g}"
+        rows = "single" if batches.single else "apart"
+        name = f"teacher-{fingerprint}-{k}-of-{batches.length}-{rows}-at-{temperature:g}"
         id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
         self._stores = [
-            TopKStore(shards.folder / name, shards.count_rows(batches.length), batches.length, k, id_type)
-            for shards in batches.shards
+            TopKStore(shards.folder / name, batches.count_rows(number), batches.length, k, id_type)
+            for number, shards in enumerate(batches.shards)
         ]
 
     def load_rows(self, row_numbers: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
@@ -173,8 +191,8 @@ class CachedTeacher:
         Known rows are run too, so that the stored numbers depend on the batch alone. A run that was killed after some
         rows were written then ends with the same weights.
         """
-        rows = [self.batches.shards[source].rows(self.batches.length, [row]).ids[0, :-1] for source, row in row_numbers]
-        (states,) = self._online.states(mx.array(np.stack(rows)), ())
+        rows = self.batches.read(row_numbers)
+        (states,) = self._online.states(mx.array(rows.ids[:, :-1]), mx.array(rows.documents[:, :-1]), ())
         teacher_probs = self._online.probs(mx.array(self.temperature))
         for place, (source, row) in enumerate(row_numbers):
             _, log_p = teacher_probs((states[place],), self._log_q)  # [L, V], one row at a time
@@ -185,7 +203,7 @@ class CachedTeacher:
                 with explain_write_errors(store.folder):
                     store.write(row, np.array(ids), np.array(logprobs))
 
-    def states(self, inputs: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    def states(self, inputs: mx.array, documents: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         """Return the arrays that ``load_rows`` read."""
         return stored
 

@@ -273,6 +273,7 @@ class Trainer:
             batches.append(
                 Batch(
                     mx.array(rows.ids[share]),
+                    mx.array(rows.documents[share, :-1]),
                     mx.array(weights[share].astype("float32")),
                     self.teacher.load_rows(row_numbers[share]) if self.teacher else (),
                     temperature,

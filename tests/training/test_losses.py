@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxspec import InvalidRequestError
-from mlxspec.training.chunked_loss import Positions, log_softmax, weighted_loss
+from mlxspec.training.chunked_loss import Positions, chunk_rows, log_softmax, weighted_loss
 from mlxspec.training.losses import LOSSES, Distributions, Loss, sample_frequencies
 from mlxspec.training.teachers import OnlineTeacher, probs_from_top_k
 from tests.conftest import random_llama
@@ -193,7 +193,7 @@ def test_the_targets_logits_are_made_from_its_hidden_states_where_that_is_the_sa
     teacher = OnlineTeacher(random_llama(vocab_size=V))
     assert teacher.splits
     tokens = mx.array([[1, 2, 3]])
-    states = teacher.states(tokens, ())
+    states = teacher.states(tokens, mx.zeros((1, 3), mx.int32), ())
     assert states[0].shape == (1, 3, 16)
     p, _ = teacher.probs(mx.array(1.0))((states[0][0],), mx.zeros((3, V)))
     np.testing.assert_allclose(np.array(p), np.array(mx.softmax(teacher.target(tokens)[0], axis=-1)), atol=1e-6)
@@ -212,3 +212,8 @@ def test_the_targets_logits_are_made_from_its_hidden_states_where_that_is_the_sa
 def test_options_that_mean_nothing_are_refused(options, complaint):
     with pytest.raises(InvalidRequestError, match=complaint):
         Loss(**options)
+
+
+@pytest.mark.parametrize("vocab_size", [512, 32_000, 128_256, 151_936])
+def test_the_default_batch_has_at_most_256_chunks_whatever_the_vocabulary(vocab_size):
+    assert 16 * 512 / chunk_rows(vocab_size) <= 256

@@ -37,7 +37,7 @@ def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab
 def test_rows_hold_whole_documents_and_padding_that_is_not_learned(tmp_path):
     docs = documents()
     shards = written(tmp_path, docs)
-    ids, mask = shards.rows(60, range(shards.count_rows(60)))
+    ids, mask, _ = shards.rows(60, range(shards.count_rows(60)))
     assert ids.shape[1] == 61
     waiting = list(docs)
     for row, learned in zip(ids.tolist(), mask.tolist(), strict=True):
