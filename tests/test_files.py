@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from mlxspec.errors import TrainingError
+from mlxspec.errors import TrainingError, WriteError
 from mlxspec.files import (
     SAMPLE_BYTES,
     SAMPLES,
@@ -44,7 +44,7 @@ def test_a_writer_that_fails_in_the_middle_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     (folder / "a.txt").write_text("old")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match=r"cannot write .*a\.txt \(No space left on device\); free some space"):
         write_atomically(folder / "a.txt", write_half)
     assert (folder / "a.txt").read_text() == "old"
     assert names(folder) == ["a.txt"]
@@ -101,9 +101,9 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(folder):
 
 def test_a_write_that_fails_is_one_line_that_names_the_file():
     complaint = r"cannot write the text \(No space left\); free some space"
-    with pytest.raises(TrainingError, match=complaint), explain_write_errors("the text"):
+    with pytest.raises(WriteError, match=complaint), explain_write_errors("the text"):
         raise OSError(28, "No space left")
-    with pytest.raises(TrainingError, match=r"cannot write the text \(two lines\)"), explain_write_errors("the text"):
+    with pytest.raises(WriteError, match=r"cannot write the text \(two lines\)"), explain_write_errors("the text"):
         raise RuntimeError("two\nlines")
 
 

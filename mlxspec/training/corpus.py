@@ -1,8 +1,9 @@
 """Text and chat files: documents for pretraining, and prompts for the target.
 
 Sources are files, folders or glob patterns; files may be gzipped. A ``.txt`` file is one document, or several of one
-megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt" or "messages". Files are
-read line by line, so they may be larger than memory.
+megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt" or "messages", or
+"turns" as in Spec-Bench, of which the first is the prompt. Files are read line by line, so they may be larger than
+memory.
 """
 
 import glob
@@ -173,6 +174,10 @@ def parse_line(line: bytes) -> str | list[Message]:
                 raise ValueError(f'"{name}" is empty or not a string')
             entry[name].encode()  # raises for half a surrogate pair
             return entry[name]
+    if "turns" in entry:  # Spec-Bench: what the user says, turn by turn
+        if not isinstance(entry["turns"], list) or not entry["turns"]:
+            raise ValueError('"turns" is empty or not a list')
+        return parse_line(json.dumps({"prompt": entry["turns"][0]}).encode())
     messages = entry.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError('has neither "text" nor "prompt" nor "messages"')
@@ -329,8 +334,8 @@ def split_prompts(
     training = [prompt for prompt in fitting if tuple(prompt) not in excluded]
     if not training:
         raise TrainingError(
-            f"there are {len(fitting)} prompts and {held_out} are held out for evaluation; add prompts or use a "
-            "smaller count"
+            f"there are {len(fitting)} prompts and the evaluation holds out {held_out}; add prompts, or set a smaller "
+            "count or other prompts under [evaluation] in the recipe"
         )
     return training, unseen
 

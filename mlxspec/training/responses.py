@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm import batch_generate
+from mlx_lm.generate import BatchGenerator, batch_generate
 from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.errors import InvalidRequestError
@@ -24,6 +24,11 @@ from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
+
+TRIED_TOKENS = 32  # of a prompt, to compare a batch with single prompts
+# How far logits may differ, as a share of their spread: rounding is below it, another prompt's mask far above.
+TOLERANCE, TOLERANCE_16_BIT = 0.02, 0.2
+LEAST_LOGPROB = -50.0  # some models have tokens of log-probability -inf
 
 Progress = Callable[[int, int, int], None]  # answers done, total answers, tokens so far
 
@@ -107,6 +112,7 @@ def write_answers(
     settings: AnswerSettings,
     folder: Path,
     progress: Progress = lambda done, total, tokens: None,
+    together: bool = True,
 ) -> Index:
     """Let the target answer all groups, and write prompts with answers into shards.
 
@@ -122,15 +128,16 @@ def write_answers(
         settings: How to sample.
         folder: Folder for the shards.
         progress: Called after each group.
+        together: Whether the prompts of a group are answered in one batch, or one at a time.
 
     Returns:
         The index of the shards.
     """
     if is_first_process():
         with ShardWriter(folder, vocab_size, fingerprint) as writer:
-            answer_missing_groups(target, tokenizer, groups, settings, writer, progress)
+            answer_missing_groups(target, tokenizer, groups, settings, writer, progress, together)
     else:
-        answer_missing_groups(target, tokenizer, groups, settings, None, progress)
+        answer_missing_groups(target, tokenizer, groups, settings, None, progress, together)
     return Index.read(folder)
 
 
@@ -141,6 +148,7 @@ def answer_missing_groups(
     settings: AnswerSettings,
     writer: ShardWriter | None,
     progress: Progress,
+    together: bool,
 ) -> None:
     """Answer the groups that ``writer`` does not have yet. It is None in all processes but the first."""
     distributed = mx.distributed.init()
@@ -149,7 +157,7 @@ def answer_missing_groups(
     while done < len(groups):
         turn = groups[done : done + distributed.size()]
         mine = turn[distributed.rank()] if distributed.rank() < len(turn) else None
-        answers = answer_group(target, tokenizer, mine, settings) if mine else []
+        answers = answer_group(target, tokenizer, mine, settings, together) if mine else []
         for group, group_answers in zip(turn, gather_answers(answers, turn, settings, distributed), strict=True):
             answered += len(group_answers)
             if writer:
@@ -164,24 +172,71 @@ def answer_missing_groups(
     barrier()  # no process reads the shards before they are finished
 
 
-def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings) -> list[list[int]]:
-    """Sample an answer to each prompt. It ends with EOS, unless max_tokens ended it."""
+def answer_group(
+    target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings, together: bool = True
+) -> list[list[int]]:
+    """Sample an answer to each prompt, in one batch if ``together``. It ends with EOS, unless max_tokens ended it."""
     mx.random.seed(settings.seed * 1_000_003 + group.number)
-    response = batch_generate(
-        target,
-        tokenizer,
-        group.prompts,
-        max_tokens=settings.max_tokens,
-        sampler=make_sampler(temp=group.temperature, top_p=settings.top_p if settings.top_p < 1 else 0.0),
-        return_token_ids=True,
-        completion_batch_size=settings.group,
-        prefill_batch_size=settings.group,
-    )
+    answers: list[list[int]] = []
+    for prompts in [group.prompts] if together else [[prompt] for prompt in group.prompts]:
+        response = batch_generate(
+            target,
+            tokenizer,
+            prompts,
+            max_tokens=settings.max_tokens,
+            sampler=make_sampler(temp=group.temperature, top_p=settings.top_p if settings.top_p < 1 else 0.0),
+            return_token_ids=True,
+            completion_batch_size=settings.group,
+            prefill_batch_size=settings.group,
+        )
+        answers += response.token_ids or []
     end = end_token(tokenizer)  # mlx-lm does not return it
-    return [
-        answer if end is None or len(answer) == settings.max_tokens else [*answer, end]
-        for answer in response.token_ids or []
-    ]
+    return [answer if end is None or len(answer) == settings.max_tokens else [*answer, end] for answer in answers]
+
+
+def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
+    """Return whether mlx-lm computes the same logits for prompts of different lengths in a batch as for each alone.
+
+    It does not for every model: Gemma 2's attention, for one, applies the mask of one prompt to another.
+
+    Args:
+        target: The target model.
+        groups: The groups to answer. The start of their longest prompt and the start of that are tried.
+    """
+    if max(len(group.prompts) for group in groups) < 2:
+        return True
+    longest = max((prompt[:TRIED_TOKENS] for group in groups for prompt in group.prompts), key=len)
+    pair = [longest[: max(1, len(longest) // 4)], longest]
+    try:
+        batch = first_logprobs(target, pair)
+    except Exception:  # mlx-lm and MLX raise what they like for shapes that do not fit
+        batch = None
+    agrees = False
+    if batch is not None:
+        alone = mx.concatenate([first_logprobs(target, [prompt]) for prompt in pair])
+        tolerance = TOLERANCE if batch.dtype == mx.float32 else TOLERANCE_16_BIT
+        difference = mx.abs(batch - alone).max()
+        agrees = bool((difference <= tolerance * mx.std(alone, axis=-1).max() + 1e-5).item())
+    return bool(broadcast(agrees))
+
+
+def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
+    """Return mlx-lm's log-probabilities after each prompt and its first token, given again. [2 × prompts, V]."""
+    generator = BatchGenerator(
+        target,
+        max_tokens=2,
+        sampler=lambda logprobs: mx.full(logprobs.shape[:1], prompts[0][0], mx.uint32),
+        completion_batch_size=len(prompts),
+        prefill_batch_size=len(prompts),
+    )
+    rows: dict[int, list[mx.array]] = {number: [] for number in generator.insert(prompts)}
+    try:
+        while responses := generator.next_generated():
+            for response in responses:
+                rows[response.uid].append(response.logprobs)
+    finally:
+        generator.close()
+    return mx.maximum(mx.stack([row for some in rows.values() for row in some]), LEAST_LOGPROB)
 
 
 def gather_answers(

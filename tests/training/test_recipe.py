@@ -114,7 +114,7 @@ def test_a_dry_run_tells_what_each_stage_costs_and_makes_nothing(recipe, mlxspec
     assert "6 steps of 128 positions" in lines["pretrain"]
     assert re.search(r"768 tokens, 0\.\d GB of memory, about \d+ s", lines["pretrain"])
     assert "56 answers in 8 groups" in lines["answers"]  # of 30 prompts, 2 are held out
-    assert lines["total"].endswith("plus evaluations")
+    assert re.search(r"total +about \d+ s", lines["total"])
 
 
 def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, mlxspec_command):
@@ -153,10 +153,10 @@ def test_changed_settings_are_refused_with_what_changed(recipe, mlxspec_command)
     short = recipe.read_text().split("[distill]")[0]
     recipe.write_text(short)
     assert mlxspec_command("train", "run", str(recipe)).status == 0
-    recipe.write_text(short.replace("steps = 6", "steps = 7"))
+    recipe.write_text(short.replace("steps = 6", "steps = 5"))
     outcome = mlxspec_command("train", "run", str(recipe))
     assert outcome.status == 2
-    assert "pretrain was created with steps = 6, but this run has steps = 7; use another folder" in outcome.err
+    assert "pretrain was created with steps = 6, but this run has steps = 5; use another folder" in outcome.err
     assert (recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors").exists()
 
 
@@ -199,7 +199,11 @@ def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command)
             "count = 2\ntemperatures = []",
             "evaluation: temperatures are (); use 0, or numbers from 0.0001 to 10",
         ),
-        ("count = 2", "count = 40", "there are 30 prompts and 40 are held out for evaluation"),
+        (
+            "count = 2",
+            "count = 40",
+            "there are 30 prompts and the evaluation holds out 40; add prompts, or set a smaller count",
+        ),
         ("group = 8", "group = 8\nseed = -1", "distill: seed is -1; use a number in [0, 2**32)"),
         ('prompts = ["stories.jsonl"]', "", "without prompts, set samples to the number of texts"),
         ('loss = "kld"', "teacher_top_k = 4\ntemperatures = [0.5, 1]", "teacher_top_k 4, which stores one temperature"),
