@@ -132,3 +132,19 @@ def test_the_first_and_last_bytes_of_a_large_file_count(folder):
         (folder / "a").write_bytes(content)
         found.add(fingerprint_files([folder / "a"]))
     assert len(found) == 3
+
+
+def test_a_long_message_ends_after_a_sentence_or_a_word():
+    hub = (
+        "404 Client Error. (Request ID: Root=1-67;abc)\n\nRepository Not Found for url: https://huggingface.co/api/x.\n"
+        "Please make sure you specified the correct `repo_id` and `repo_type`.\nIf you are trying to access a private "
+        "or gated repo, make sure you are authenticated."
+    )
+    assert in_one_line(ValueError(hub)) == (
+        "404 Client Error. Repository Not Found for url: https://huggingface.co/api/x. Please make sure you specified "
+        "the correct `repo_id` and `repo_type`"
+    )
+    assert in_one_line(ValueError("word " * 100)) == "word " * 39 + "word ..."
+    assert in_one_line(ValueError("short.\nlines.")) == "short. lines"
+    assert in_one_line(ValueError()) == "ValueError"
+    assert len(in_one_line(ValueError("x" * 500))) <= 204

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from mlxspec.errors import InvalidRequestError, MlxspecError
+from mlxspec.errors import InvalidRequestError, WriteError
 from mlxspec.files import write_atomically
 from mlxspec.training.run_folder import read_metrics
 
@@ -55,8 +55,8 @@ def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
         draw_quality(below, lines)
     out = Path(out) if out else folder / "curves.png"
     try:
-        write_atomically(out, lambda path: figure.savefig(path, dpi=120))
-    except MlxspecError:
+        write_atomically(out, lambda path: figure.savefig(path, dpi=120, format=out.suffix[1:] or "png"))
+    except WriteError:
         raise
     except ValueError as error:
         raise InvalidRequestError(f"{out} cannot be drawn: {error}") from None
