@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from mlxspec.errors import TrainingError, WriteError
+from mlxspec.errors import TrainingError, WriteError, in_one_line
 from mlxspec.files import (
     SAMPLE_BYTES,
     SAMPLES,
