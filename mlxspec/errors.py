@@ -4,6 +4,10 @@ Every message is one line: what was wrong, what was expected, what to do. The co
 one place, prints the line and exits with status 2.
 """
 
+import re
+
+REQUEST_NUMBER = re.compile(r"\(Request ID: [^)]*\)")
+
 
 class MlxspecError(ValueError):
     """Base class: a path, option, model or prompt is wrong."""
@@ -29,10 +33,27 @@ class NumericalError(MlxspecError):
     """A model computes NaN or infinity where numbers are needed."""
 
 
+class InUseError(InvalidRequestError):
+    """Another process is using a folder."""
+
+
+class WriteError(MlxspecError):
+    """A file or folder cannot be written, such as on a full disk. What it held before remains."""
+
+
 class TrainingError(MlxspecError):
     """A corpus, recipe or training run cannot continue. What was saved before remains."""
 
 
-def in_one_line(error: Exception) -> str:
-    """Return at most 200 characters of an error's message on one line, or its type if it has no message."""
-    return " ".join(str(error).split())[:200].rstrip(".: ") or type(error).__name__
+def in_one_line(error: Exception, room: int = 200) -> str:
+    """Return an error's message on one line, or its type if it has no message.
+
+    A message longer than ``room`` characters ends after a sentence, or else after a word and "...". The hub's messages
+    contain request numbers, which help nobody here and are left out.
+    """
+    text = " ".join(REQUEST_NUMBER.sub("", str(error)).split())
+    if len(text) > room:
+        start = text[: room + 1]
+        sentence = start.rfind(". ")
+        text = start[:sentence] if sentence > room // 3 else f"{start[: start.rfind(' ')].rstrip(' .,:;')} ..."
+    return (text if text.endswith("...") else text.rstrip(".: ")) or type(error).__name__

@@ -1,21 +1,92 @@
 """Atomic writes, JSON and fingerprints, for the whole package."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxspec.errors import TrainingError, in_one_line
+from mlxspec.errors import InUseError, TrainingError, WriteError, in_one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SCRATCH_PREFIX = ".writing-"
 SAMPLES, SAMPLE_BYTES = 256, 2**14  # a large file's fingerprint covers this many samples of this many bytes
+
+
+@contextmanager
+def locked(folder: Path, file: Path | None = None) -> Iterator[None]:
+    """Hold a folder for this process, so that no other process writes to it.
+
+    The operating system releases the lock when the process ends, however it ends. Where a file system has no locks,
+    nothing is locked.
+
+    Args:
+        folder: The folder.
+        file: The file to lock, ``.lock`` in the folder if not given.
+
+    Raises:
+        InvalidRequestError: Another process holds the folder.
+    """
+    file = file or folder / ".lock"
+    missing = [parent for parent in file.parents if not parent.exists()]
+    descriptor, holder = take_lock(file)
+    if holder:
+        by = f"process {holder}" if holder > 0 else "another process"
+        raise InUseError(f"{folder} is in use by {by}; wait until it has ended, or use another folder")
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                file.unlink()
+                for parent in missing:  # those that are still empty
+                    parent.rmdir()
+            os.close(descriptor)
+
+
+def take_lock(file: Path) -> tuple[int | None, int]:
+    """Lock a file without waiting.
+
+    Returns:
+        The descriptor that holds the lock, None if it could not be taken; and the number of the process that holds it,
+        -1 if that is not known, 0 if no process does.
+    """
+    while fcntl:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:  # not writable, which the first write reports
+            break
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), file.stat()):
+                raise FileNotFoundError
+        except FileNotFoundError:  # the process that held it has just ended and deleted it
+            os.close(descriptor)
+            continue
+        except OSError as error:
+            content = os.read(descriptor, 20).strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):  # a file system without locks
+                break
+            return None, int(content) if content.isdigit() and int(content) else -1
+        with suppress(OSError):  # a full disk
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        return descriptor, 0
+    return None, 0
 
 
 @contextmanager
@@ -24,18 +95,41 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The block creates a file or a folder at the path it is given, which has the same name in a scratch folder next
     to ``path``. Everything is flushed to disk before the rename, and the rename itself after it. If the block raises,
-    ``path`` keeps its old content and nothing else remains.
+    ``path`` keeps its old content and nothing else remains. If several processes replace the same path, the last wins.
+
+    Raises:
+        WriteError: The disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH_PREFIX) as scratch:
-        aside = Path(scratch) / path.name
+    with explain_write_errors(path), scratch_folder(path.parent) as scratch:
+        aside = scratch / path.name
         yield aside
         for written in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
             sync(written)
-        if path.is_dir():
-            os.replace(path, Path(scratch) / "old")  # a rename cannot replace a folder that has files in it
-        os.replace(aside, path)
+        for attempt in count():
+            try:
+                os.replace(aside, path)
+                break
+            except OSError as error:  # a rename cannot replace a folder that has files in it
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+                    raise
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(path, scratch / f"old {attempt}")
         sync(path.parent)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Create a temporary folder in ``parent``, which is created too and removed again if the block raises."""
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=SCRATCH_PREFIX) as scratch:
+            yield Path(scratch)
+    except BaseException:
+        with suppress(OSError):  # such as a folder that another process has used meanwhile
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -45,7 +139,9 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
         path: The file to write. Missing parent folders are created.
         content: Text, bytes, or a function that writes the file it is given. That file has the suffix of ``path``.
     """
-    with replacing(path) as aside:
+    # A device, such as /dev/null, is written to and not replaced.
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    with explain_write_errors(path), nullcontext(path) if special else replacing(path) as aside:
         if callable(content):
             content(aside)
         elif isinstance(content, str):
@@ -89,13 +185,13 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def explain_write_errors(what: Path | str) -> Iterator[None]:
-    """Turn a failed write, such as on a full disk, into a TrainingError of one line that names ``what``."""
+    """Turn a failed write, such as on a full disk, into a WriteError of one line that names ``what``."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when it cannot write
         reason = error.strerror if isinstance(error, OSError) and error.strerror else in_one_line(error)
-        raise TrainingError(
-            f"cannot write {what} ({reason}); free some space and repeat the command to resume the run"
+        raise WriteError(
+            f"cannot write {what} ({reason}); free some space and repeat the command, or choose another folder"
         ) from error
 
 

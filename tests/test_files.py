@@ -1,10 +1,12 @@
 """A file or folder is replaced whole or not at all."""
 
 import hashlib
+import subprocess
+import sys
 
 import pytest
 
-from mlxspec.errors import TrainingError
+from mlxspec.errors import TrainingError, WriteError, in_one_line
 from mlxspec.files import (
     SAMPLE_BYTES,
     SAMPLES,
@@ -44,7 +46,7 @@ def test_a_writer_that_fails_in_the_middle_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     (folder / "a.txt").write_text("old")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match=r"cannot write .*a\.txt \(No space left on device\); free some space"):
         write_atomically(folder / "a.txt", write_half)
     assert (folder / "a.txt").read_text() == "old"
     assert names(folder) == ["a.txt"]
@@ -101,9 +103,9 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(folder):
 
 def test_a_write_that_fails_is_one_line_that_names_the_file():
     complaint = r"cannot write the text \(No space left\); free some space"
-    with pytest.raises(TrainingError, match=complaint), explain_write_errors("the text"):
+    with pytest.raises(WriteError, match=complaint), explain_write_errors("the text"):
         raise OSError(28, "No space left")
-    with pytest.raises(TrainingError, match=r"cannot write the text \(two lines\)"), explain_write_errors("the text"):
+    with pytest.raises(WriteError, match=r"cannot write the text \(two lines\)"), explain_write_errors("the text"):
         raise RuntimeError("two\nlines")
 
 
@@ -132,3 +134,41 @@ def test_the_first_and_last_bytes_of_a_large_file_count(folder):
         (folder / "a").write_bytes(content)
         found.add(fingerprint_files([folder / "a"]))
     assert len(found) == 3
+
+
+def test_a_long_message_ends_after_a_sentence_or_a_word():
+    hub = (
+        "404 Client Error. (Request ID: Root=1-67;abc)\n\nRepository Not Found for url: https://huggingface.co/api/x.\n"
+        "Please make sure you specified the correct `repo_id` and `repo_type`.\nIf you are trying to access a private "
+        "or gated repo, make sure you are authenticated."
+    )
+    assert in_one_line(ValueError(hub)) == (
+        "404 Client Error. Repository Not Found for url: https://huggingface.co/api/x. Please make sure you specified "
+        "the correct `repo_id` and `repo_type`"
+    )
+    assert in_one_line(ValueError("word " * 100)) == "word " * 39 + "word ..."
+    assert in_one_line(ValueError("short.\nlines.")) == "short. lines"
+    assert in_one_line(ValueError()) == "ValueError"
+    assert len(in_one_line(ValueError("x" * 500))) <= 204
+
+
+REPLACE_OFTEN = """
+import sys
+from pathlib import Path
+from mlxspec.files import replacing
+
+path = Path(sys.argv[1])
+for number in range(100):
+    with replacing(path) as aside:
+        aside.mkdir()
+        (aside / "a").write_text(sys.argv[2])
+        (aside / "b").write_text(sys.argv[2])
+"""
+
+
+def test_processes_that_replace_the_same_folder_at_once_leave_it_whole(folder):
+    path = folder / "copy"
+    processes = [subprocess.Popen([sys.executable, "-c", REPLACE_OFTEN, path, str(n)]) for n in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert (path / "a").read_text() == (path / "b").read_text()
+    assert names(folder) == ["copy"]

@@ -10,6 +10,7 @@ import click
 from mlxspec import Conversation, InvalidRequestError
 from mlxspec.cli.generate import Answer
 from mlxspec.cli.options import calibrate, decoder_from, decoder_options, detailed, prefill_bar
+from mlxspec.files import write_atomically
 
 HELP = """\
 /reset         start a new conversation
@@ -78,8 +79,7 @@ def run(line: str, conversation: Conversation) -> bool:
 def save(conversation: Conversation, file: Path) -> None:
     """Write the messages as JSON."""
     system = [{"role": "system", "content": conversation.system}] if conversation.system is not None else []
-    try:
-        file.write_text(json.dumps({"messages": [*system, *conversation.messages]}, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"cannot write {file}: {error.strerror}; choose another file") from None
+    if not file.parent.is_dir():
+        raise InvalidRequestError(f"cannot write {file}: there is no folder {file.parent}; choose another file")
+    write_atomically(file, json.dumps({"messages": [*system, *conversation.messages]}, ensure_ascii=False) + "\n")
     click.echo(f"saved {len(conversation.messages)} messages to {file}", err=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxspec.models.export import CardFacts, export, files_to_push, push
+from mlxspec.models.export import CardFacts, check_repository_name, export, files_to_push, push
 
 FACTS = {
     "license": "License identifier, such as apache-2.0.",
@@ -38,11 +38,12 @@ def export_command(drafter: str, out: Path, quantize: str | None, **facts: str |
 @click.command(name="push")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--private", is_flag=True, help="Make a new repository private. By default everyone can read it.")
 @click.option("--dry-run", is_flag=True, help="List the files without uploading them.")
 def push_command(folder: Path, repository: str, private: bool, dry_run: bool) -> None:
     """Upload FOLDER, written by `mlxspec export`, to REPOSITORY (owner/name) on the hub."""
     if dry_run:
+        check_repository_name(repository)
         print_files(files_to_push(folder), folder)
         click.echo(f"dry run: nothing was sent to {repository}", err=True)
     else:

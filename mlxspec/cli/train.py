@@ -1,8 +1,10 @@
 """``mlxspec train``: make a drafter. Progress goes to standard error, the result to standard output."""
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from textwrap import wrap
 from types import TracebackType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,7 +21,7 @@ from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe, key_of
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
-from mlxspec.training.run_folder import Metrics, is_first_process
+from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Listener, Target
@@ -75,7 +77,26 @@ def take_settings(cls: type[T], options: dict[str, Any]) -> T:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-@train.command()
+def recipe_keys() -> str:
+    """Return the tables of a recipe with their keys, defaults and meanings, for the help text."""
+    lines = [
+        "\b",
+        "Keys at the top of RECIPE:",
+        "  target (required)",
+        "    Folder, hub id or short name of the target.",
+    ]
+    lines += ["  drafter", "    Folder, hub id or short name of a drafter to start from, or the table below."]
+    for name, classes in recipes.TABLES.items():
+        several = "[[finetune]], once or several times" if name == "finetune" else f"[{name}]"
+        lines += ["", "\b", f"{several}:"]
+        for field in (field for cls in classes for field in fields(cls)):
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            lines.append(f"  {key_of(field)}" + ("" if default is None else f" = {json.dumps(default)}"))
+            lines += wrap(field.metadata["help"], 76, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+@train.command(epilog=recipe_keys())
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -106,19 +127,20 @@ def plot(folder: Path, out: Path | None) -> None:
 def print_estimate(recipe: Recipe, folder: Path) -> None:
     """Print what each stage of a recipe will cost."""
     target = Target(recipe.target)
-    drafter = recipe.first_drafter(target)
+    drafter = recipe.first_drafter(target) if recipe.trainings else None
+    recipes.check(recipe, folder, target, drafter)
     click.echo(f"target     {recipe.target}, vocabulary of {target.vocab_size}")
-    click.echo(f"drafter    {drafter.num_parameters:,} parameters")
+    if drafter:
+        click.echo(f"drafter    {drafter.num_parameters:,} parameters")
     click.echo(f"folder     {folder}")
     seconds = 0.0
-    for stage in estimate(recipe, folder, target):
+    for stage in estimate(recipe, folder, target, new_scorer):
         cost = "done" if stage.done else f"about {format_duration(stage.seconds)}"
         memory = f", {gigabytes(stage.bytes)} of memory" if stage.bytes else ""
         disk = f", {gigabytes(stage.disk)} on disk" if stage.disk else ""
         click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}{disk}, {cost}")
         seconds += stage.seconds
-    evaluations = ", plus evaluations" if recipe.evaluates else ""
-    click.echo(f"total      about {format_duration(seconds)}{evaluations}")
+    click.echo(f"total      about {format_duration(seconds)}")
 
 
 @train.command()
@@ -133,7 +155,7 @@ def pretrain(
 ) -> None:
     """Train a drafter on the next token of text."""
     settings, shape = take_settings(TrainingSettings, options), take_settings(DrafterShape, options)
-    with Bars() as bars:
+    with Bars() as bars, locked_for_all(out):
         model = Target(target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
         start = stages.load_drafter(drafter, model) if drafter else model.new_drafter(shape, settings.seed)

@@ -30,6 +30,7 @@ from mlxspec.decoding.cache import CAPACITY_STEP
 from mlxspec.decoding.compiled import CompiledBlocks, CompiledGraph
 from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer, ModelProposer, Proposer
+from mlxspec.errors import WriteError
 from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder
@@ -158,7 +159,7 @@ def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, anew: bool)
     figures |= {name: min(seconds, figures.get(name, seconds)) for name, seconds in others.items()}
     rounds |= {name: max(count, rounds.get(name, 0)) for name, count in other_rounds.items()}
     file = costs_file(compiled)
-    with suppress(OSError):
+    with suppress(OSError, WriteError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"of": described(compiled), "seconds": figures, "rounds": rounds})
 

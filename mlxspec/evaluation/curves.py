@@ -1,10 +1,13 @@
 """The curves of a training run, drawn from the metrics.jsonl that each stage writes. Needs matplotlib."""
 
 import importlib.util
+import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from mlxspec.errors import InvalidRequestError
+from mlxspec.errors import InvalidRequestError, WriteError
+from mlxspec.files import write_atomically
 from mlxspec.training.run_folder import read_metrics
 
 WINDOW = 20  # lines of metrics that the thick line averages
@@ -52,7 +55,9 @@ def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
         draw_quality(below, lines)
     out = Path(out) if out else folder / "curves.png"
     try:
-        figure.savefig(out, dpi=120)
+        write_atomically(out, lambda path: figure.savefig(path, dpi=120, format=out.suffix[1:] or "png"))
+    except WriteError:
+        raise
     except ValueError as error:
         raise InvalidRequestError(f"{out} cannot be drawn: {error}") from None
     return out
@@ -85,17 +90,25 @@ def draw_quality(axis: Any, lines: list[dict[str, Any]]) -> None:
         draw_smoothed(axis, lines, "gradient_norm", "gradient norm", "C2")
         return
     draw_smoothed(axis, lines, "acceptance_rate", "acceptance rate α", "C1")
+    drawn = [axis.get_lines()[-1]]
+    drawn[0].set_label("acceptance rate α")
     names = sorted({name for line in lines for name in line if name.startswith(f"{EFFICIENCY}_at_")})
     if names:
         right = axis.twinx()
-        for name, marker in zip(names, "os^vD*", strict=False):
-            label = f"T = {name.removeprefix(f'{EFFICIENCY}_at_')}"
-            right.plot(*points(lines, name), marker=marker, color="C3", linewidth=1, label=label)
+        for name, marker in zip(names, cycle("os^vD*")):
+            label = f"block efficiency, T = {name.removeprefix(f'{EFFICIENCY}_at_')}"
+            drawn += right.plot(*points(lines, name), marker=marker, color="C3", linewidth=1, label=label)
         right.set_ylabel("block efficiency, as served")
-        right.legend(loc="lower right")
+    # Below the axes, where no line can be.
+    axis.legend(handles=drawn, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize="small")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a metrics file, which may be damaged, can be drawn."""
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
 
 
 def points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric was logged, and its values."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
+    found = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
     return [step for step, _ in found], [value for _, value in found]

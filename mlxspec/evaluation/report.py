@@ -14,6 +14,7 @@ from mlxspec.evaluation.curves import can_draw, new_figure
 from mlxspec.evaluation.engines import OURS, PEER, PLAIN
 from mlxspec.evaluation.profile import PARTS
 from mlxspec.evaluation.rounds import Spread
+from mlxspec.files import write_atomically
 
 CAPTIONS = {
     "tasks": "Tokens per second by task, prefill included. Medians over interleaved rounds in one process.",
@@ -62,11 +63,10 @@ def write_report(record: Record, folder: Path) -> Path:
     if not summaries(record):
         raise InvalidRequestError("the benchmark was interrupted before its first round was finished; run it again")
     drawn = pictures(record)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in drawn.items():
-        (folder / f"{name}.png").write_bytes(content)
+        write_atomically(folder / f"{name}.png", content)
     page = folder / "index.html"
-    page.write_text(page_of(record, drawn), encoding="utf-8")
+    write_atomically(page, page_of(record, drawn))
     return page
 
 

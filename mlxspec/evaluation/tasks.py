@@ -17,7 +17,7 @@ import huggingface_hub
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, in_one_line
 from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
-from mlxspec.training.corpus import BadLines, Document, corpus_files, prompt_of, read_documents
+from mlxspec.training.corpus import BadLines, Document, corpus_files, parse_line, prompt_of, read_documents
 
 OWN = Path(__file__).parent / "prompts"
 MOST_SKIPPED = 1000  # prompts that do not fit, before a task is given up
@@ -182,10 +182,10 @@ def spec_bench(file: Path, lines: list[str]) -> dict[str, list[Content]]:
         if line.strip():
             try:
                 entry = json.loads(line)
-                category, turn = entry["category"], entry["turns"][0]
-                if not isinstance(category, str) or not isinstance(turn, str) or not turn:
-                    raise TypeError("not text")
-            except (ValueError, KeyError, IndexError, TypeError) as error:
+                category, turn = entry["category"], parse_line(json.dumps({"turns": entry["turns"]}).encode())
+                if not isinstance(category, str):
+                    raise TypeError("the category is no text")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InvalidRequestError(
                     f'{file}:{number}: not a line of Spec-Bench, which has "category" and "turns" ({error}); fix or '
                     "remove this line"

@@ -271,16 +271,6 @@ class Drafter(nn.Module):
         """Number of weights."""
         return self.config.num_parameters
 
-    @property
-    def bytes_per_step(self) -> int:
-        """Bytes of weights that are read to decode one token: all, but only one row of an untied embedding."""
-        total = sum(weight.nbytes for weight in dict(tree_flatten(self.parameters())).values())
-        if self.config.tie_word_embeddings:
-            return total
-        parts = dict(tree_flatten(self.model.embed_tokens.parameters())).values()
-        table = sum(part.nbytes for part in parts)
-        return total - table + table // self.config.vocab_size
-
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the Hugging Face Llama layout.
 
@@ -312,6 +302,8 @@ class Drafter(nn.Module):
             raise ModelLoadError(
                 f"cannot read a drafter from {folder}: {in_one_line(error)}; copy or export it again"
             ) from None
+        if content.get("tie_word_embeddings") is None:
+            content["tie_word_embeddings"] = "lm_head.weight" not in weights
         drafter = cls(DrafterConfig.from_dict(content))
         try:
             drafter.load_weights(list(weights.items()))

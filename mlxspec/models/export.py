@@ -13,11 +13,13 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
-from mlxspec.files import replacing, write_json
+from mlxspec.files import locked, replacing, write_json
 from mlxspec.models.attention import model_type
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
@@ -74,7 +76,9 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
     model, config = to_hugging_face(model, config)
     if quantize:
         model, config = quantized(model, config, quantize)
-    with replacing(out) as aside:
+    with locked(out, out.with_name(f".{out.name}.lock")), replacing(out) as aside:
+        if out.exists():  # another process has made it meanwhile
+            raise InvalidRequestError(f"{out} exists; choose a folder that does not exist yet")
         aside.mkdir()
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(aside / "model.safetensors"), weights, metadata={"format": "mlx" if quantize else "pt"})
@@ -167,6 +171,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         ModelLoadError: The folder has no exported model.
         InvalidRequestError: The hub refuses the upload or cannot be reached.
     """
+    check_repository_name(repository)
     files_to_push(folder)
     try:
         api = huggingface_hub.HfApi()
@@ -177,6 +182,19 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
             f"cannot upload to {repository}: {in_one_line(error)}; log in with `hf auth login` and check the name"
         ) from None
     return str(address)
+
+
+def check_repository_name(repository: str) -> None:
+    """Raise InvalidRequestError if the hub does not allow this name for a repository of models."""
+    try:
+        validate_repo_id(repository)
+        if "/" not in repository:
+            raise HFValidationError("it has no owner")
+    except HFValidationError as error:
+        raise InvalidRequestError(
+            f"{repository} is no name of a repository ({in_one_line(error)}); use owner/name, such as "
+            "somebody/llama2-drafter"
+        ) from None
 
 
 def files_to_push(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import huggingface_hub
 import mlx.nn as nn
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
-from mlxspec.errors import InvalidRequestError
-from mlxspec.files import fingerprint, replacing
+from mlxspec.errors import InUseError, InvalidRequestError
+from mlxspec.files import fingerprint, locked, replacing
 
 # The values of --quantize, with the arguments of mlx-lm's quantize_model.
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -40,11 +41,21 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
     if kind not in QUANTIZATIONS:
         raise InvalidRequestError(f"quantize is {kind!r}; use one of {', '.join(QUANTIZATIONS)}, none")
     copy = cache_folder() / f"{folder.resolve().name[:40]}-{folder_fingerprint(folder)}-{kind}"
-    if copy.is_dir():
-        return copy
+    while not copy.is_dir():
+        try:
+            with locked(copy, copy.with_name(f".{copy.name}.lock")):
+                if not copy.is_dir():
+                    write_copy(folder, kind, copy, read)
+        except InUseError:
+            time.sleep(0.2)  # another process is making it
+    return copy
+
+
+def write_copy(folder: Path, kind: str, copy: Path, read: Callable[[Path], tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Write a quantized copy of a model."""
     model, config = read(folder)
     if "quantization" in config:
-        raise InvalidRequestError(f"{folder} is quantized already; leave --quantize out")
+        raise InvalidRequestError(f"{folder} is quantized already; load it without quantize")
     with replacing(copy) as aside:
         model, config = quantized(model, config, kind)
         save_model(aside, model, donate_model=True)  # frees each weight once it is written
@@ -52,7 +63,6 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
         for name in COPIED:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, aside / name)
-    return copy
 
 
 def quantized(model: nn.Module, config: dict[str, Any], kind: str) -> tuple[nn.Module, dict[str, Any]]:

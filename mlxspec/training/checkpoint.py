@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
-from mlxspec.files import explain_write_errors, load_arrays, read_json, remove_leftovers, replacing, write_json
+from mlxspec.files import load_arrays, read_json, remove_leftovers, replacing, write_json
 
 KEPT = 2  # checkpoints
 
@@ -39,7 +39,7 @@ def save_checkpoint(
         TrainingError: The disk is full or not writable. The checkpoints before it remain.
     """
     checkpoint = folder / checkpoint_name(step)
-    with explain_write_errors(f"the checkpoint of step {step} in {folder}"), replacing(checkpoint) as aside:
+    with replacing(checkpoint) as aside:
         aside.mkdir()
         mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())))
         mx.save_safetensors(str(aside / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
@@ -71,13 +71,36 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
     try:
         model.load_weights(str(last / "model.safetensors"))
         optimizer.state = tree_unflatten(list(load_arrays(last / "optimizer.safetensors").items()))
-        state = read_json(last / "state.json")
         mx.eval(model.parameters(), optimizer.state)
     except (OSError, RuntimeError, ValueError) as error:
-        raise TrainingError(
-            f"{last} cannot be read ({in_one_line(error)}); delete it to continue from the checkpoint before it"
-        ) from error
+        raise unreadable(last, error) from error
+    return read_state(last)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint, which has the keys "step" and "best". Raises TrainingError if it is damaged."""
+    try:
+        state = read_json(checkpoint / "state.json")
+        if not isinstance(state["best"], dict) or checkpoint.name != checkpoint_name(state["step"]):
+            raise ValueError("state.json is not that of this checkpoint")
+        if state["best"] and not {"step", "block_efficiency"} <= state["best"].keys():
+            raise ValueError("state.json has no step or no score of the best drafter")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(checkpoint, error) from error
     return state
+
+
+def unreadable(checkpoint: Path, error: Exception) -> TrainingError:
+    """Return the error for a damaged checkpoint."""
+    return TrainingError(
+        f"{checkpoint} cannot be read ({in_one_line(error)}); delete it to continue from the checkpoint before it"
+    )
+
+
+def last_step(folder: Path) -> int:
+    """Return the step of the last checkpoint, 0 if there is none. Raises TrainingError if it is damaged."""
+    found = checkpoints(folder)
+    return read_state(found[-1])["step"] if found else 0
 
 
 def checkpoint_name(step: int) -> str:

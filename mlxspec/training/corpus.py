@@ -2,8 +2,8 @@
 
 Sources are files, folders or glob patterns; files may be gzipped. A ``.txt`` file is one document, or several of one
 megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt", "prompt" and "completion",
-or "messages". A line is bad if a part of its content would be left out. Files are read line by line, so they may be
-larger than memory.
+"messages", or "turns" as in Spec-Bench, of which the first is the prompt. A line is bad if a part of its content would
+be left out. Files are read line by line, so they may be larger than memory.
 """
 
 import glob
@@ -190,6 +190,10 @@ def parse_line(line: bytes) -> str | list[Message]:
     if names == ["prompt", "completion"]:
         prompt, completion = (text_of(entry, name) for name in names)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if names == ["turns"]:  # Spec-Bench: what the user says, turn by turn
+        if not isinstance(entry["turns"], list) or not entry["turns"]:
+            raise ValueError('"turns" is empty or not a list')
+        return text_of({"turns": entry["turns"][0]}, "turns")
     if names != ["messages"]:
         has = " and ".join(f'"{name}"' for name in names)
         raise ValueError(f"has {has}; {FORMATS}" if names else f"has no text; {FORMATS}")
@@ -368,8 +372,8 @@ def split_prompts(
     training = [prompt for prompt in fitting if tuple(prompt) not in excluded]
     if not training:
         raise TrainingError(
-            f"there are {len(fitting)} prompts and {held_out} are held out for evaluation; add prompts or use a "
-            "smaller count"
+            f"there are {len(fitting)} prompts and the evaluation holds out {held_out}; add prompts, or set a smaller "
+            "count or other prompts under [evaluation] in the recipe"
         )
     return training, unseen
 

@@ -5,8 +5,8 @@ that each layer keeps for the backward pass; the chunks of the loss; the target 
 tests/training/test_estimate.py compares the sum with what MLX reports. A step that does not fit is refused, since the
 operating system would swap or kill the process.
 
-Time is measured: a few steps of each stage, or a few tokens of the target's answers, run on this machine. Complete
-stages and evaluations are not counted.
+Time is measured: a few steps of each stage, and a few tokens of the target's answers and of an evaluation, run on this
+machine. Complete stages are not counted.
 """
 
 import math
@@ -36,8 +36,16 @@ from mlxspec.training.corpus import (
 )
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import objective
-from mlxspec.training.responses import AnswerSettings, DistillData, answer_group, bos_groups, prompt_groups
+from mlxspec.training.responses import (
+    AnswerSettings,
+    DistillData,
+    answer_group,
+    batches_like_single,
+    bos_groups,
+    prompt_groups,
+)
 from mlxspec.training.run_folder import is_complete
+from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
@@ -134,37 +142,66 @@ class StageEstimate:
     done: bool = False
 
 
-def estimate(recipe: "Recipe", folder: Path, target: Target) -> Iterator[StageEstimate]:
+def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: ScorerFactory) -> Iterator[StageEstimate]:
     """Yield the cost of each stage of a recipe in order.
 
     Args:
         recipe: The recipe.
         folder: The folder of its run, in which complete stages are found.
         target: The recipe's target.
+        scorer_factory: Makes the function that scores drafters.
 
     Raises:
-        TrainingError: A step does not fit into memory.
+        TrainingError: A step does not fit into memory, or there is no data.
     """
-    drafter, text_tokens = recipe.first_drafter(target), 0
-    if recipe.pretrain:
+    drafter, text_tokens = recipe.first_drafter(target) if recipe.trainings else None, 0
+    evaluation = 0.0
+    if recipe.evaluates and drafter:
+        evaluation = evaluation_seconds(recipe, drafter, target, scorer_factory)
+    if recipe.pretrain and drafter:
         data, training = recipe.pretrain
         text = estimate_text(data, folder / "text", target)
         text_tokens = text.tokens
         yield text
-        yield estimate_training("pretrain", drafter, Loss("ce"), training, folder / "pretrain", target, text_tokens)
+        cost = estimate_training("pretrain", drafter, Loss("ce"), training, folder / "pretrain", target, text_tokens)
+        yield with_evaluations(cost, training, evaluation)
     answer_tokens = 0
     if recipe.distill:
         prompts, answers = recipe.distill
         answering = estimate_answers(prompts, answers, recipe.held_out_prompts, folder / "answers", target)
         answer_tokens = answering.tokens
         yield answering
-    for number, stage in enumerate(recipe.finetune, 1):
-        name, mix = f"finetune-{number}", stage.data.mix if text_tokens else 0.0
+    for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
+        assert drafter
+        mix = stage.data.mix if text_tokens else 0.0
         available = answer_tokens / (1 - mix)  # with the pretraining text that is mixed in
         cost = estimate_training(name, drafter, stage.loss, stage.training, folder / name, target, available)
         # For each token the ids and log-probabilities of the top k.
         stored = stage.data.teacher_top_k * (4 if target.vocab_size <= 2**16 else 6)
+        cost = with_evaluations(cost, stage.training, evaluation)
         yield replace(cost, disk=round(available * stored) if stage.loss.needs_target else 0)
+
+
+def with_evaluations(cost: StageEstimate, settings: TrainingSettings, seconds: float) -> StageEstimate:
+    """Return the cost of a stage together with its evaluations, of so many seconds each."""
+    if cost.done or not settings.evaluate_every:
+        return cost
+    return replace(cost, seconds=cost.seconds + seconds * math.ceil(settings.steps / settings.evaluate_every))
+
+
+def evaluation_seconds(recipe: "Recipe", drafter: Drafter, target: Target, scorer_factory: ScorerFactory) -> float:
+    """Return the seconds of an evaluation of a drafter that never helps, from short ones on one prompt."""
+    settings = recipe.evaluation
+    prompts = evaluation_prompts(settings, target, recipe.distill)
+    seconds = []
+    for tokens in TRIAL_TOKENS:
+        score = scorer_factory(target, replace(settings, max_tokens=tokens), prompts[:1])
+        score(drafter)  # compiles
+        start = time.perf_counter()
+        score(drafter)
+        seconds.append(time.perf_counter() - start)
+    token_seconds = max(seconds[1] - seconds[0], 0) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
+    return len(prompts) * max(seconds[0] + token_seconds * (settings.max_tokens - TRIAL_TOKENS[0]), 0)
 
 
 def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEstimate:
@@ -175,8 +212,10 @@ def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEs
     if is_complete(folder):
         return StageEstimate("text", what, Index.read(folder / "tokens").tokens, done=True)
     start, some = time.perf_counter(), list(islice(read_documents(files, bad := BadLines()), TRIAL_DOCUMENTS))
+    if not some:
+        raise TrainingError(f"the {len(files)} files of the pretraining data contain no text; use files with text")
     tokens = sum(map(len, encode_documents(some, target.tokenizer, bad)))
-    share = some[-1].bytes / size if some else 1.0
+    share = some[-1].bytes / size
     return StageEstimate("text", what, round(tokens / share), seconds=(time.perf_counter() - start) / share)
 
 
@@ -194,10 +233,10 @@ def estimate_answers(
     what = f"{answers} answers in {len(groups)} groups"
     if is_complete(folder):
         return StageEstimate("answers", what, Index.read(folder / "tokens").tokens, done=True)
-    seconds = []
+    seconds, together = [], batches_like_single(target.model, groups)
     for tokens in TRIAL_TOKENS:
         start = time.perf_counter()
-        answer_group(target.model, target.tokenizer, groups[0], replace(settings, max_tokens=tokens))
+        answer_group(target.model, target.tokenizer, groups[0], replace(settings, max_tokens=tokens), together)
         seconds.append(time.perf_counter() - start)
     token_seconds = max(seconds[1] - seconds[0], 0) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
     most = sum(len(prompt) + settings.max_tokens for group in groups for prompt in group.prompts)

@@ -25,9 +25,11 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training import stages
+from mlxspec.training.corpus import corpus_files
+from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.responses import AnswerSettings, DistillData
-from mlxspec.training.run_folder import Metrics
+from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
@@ -70,6 +72,16 @@ class Finetune:
     training: TrainingSettings
 
 
+# The tables of a recipe, and the settings whose fields are their keys.
+TABLES: dict[str, tuple[type, ...]] = {
+    "drafter": (DrafterShape,),
+    "pretrain": (PretrainData, TrainingSettings),
+    "distill": (DistillData, AnswerSettings),
+    "finetune": (FinetuneData, Loss, TrainingSettings),
+    "evaluation": (EvaluationSettings,),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The content of a recipe file."""
@@ -97,6 +109,12 @@ class Recipe:
         if self.distill is None or not self.evaluates or self.evaluation.prompts:
             return 0
         return self.evaluation.count if self.distill[0].prompts else 0
+
+    @property
+    def finetune_names(self) -> list[str]:
+        """The folder of each finetuning stage: "finetune", or "finetune-1" and so on if there are several."""
+        numbers = range(1, len(self.finetune) + 1)
+        return ["finetune"] if len(self.finetune) == 1 else [f"finetune-{number}" for number in numbers]
 
     def first_drafter(self, target: Target) -> Drafter:
         """Return the drafter that the first training stage starts from."""
@@ -132,36 +150,37 @@ class Recipe:
         home = path.parent
         drafter = content.get("drafter", {})
         if not isinstance(drafter, str):
-            (drafter,) = parse_settings(drafter, f"{path}: drafter", DrafterShape)
+            (drafter,) = parse_settings(drafter, f"{path}: drafter", *TABLES["drafter"])
         finetunes = content.get("finetune", [])
         finetunes = finetunes if isinstance(finetunes, list) else [finetunes]
         pretrain = distill = None
         if "pretrain" in content:
-            data, training = parse_settings(content["pretrain"], f"{path}: pretrain", PretrainData, TrainingSettings)
+            data, training = parse_settings(content["pretrain"], f"{path}: pretrain", *TABLES["pretrain"])
             if not data.data:
                 raise TrainingError(f"{path}: pretrain has no data; add text files or remove the stage")
             pretrain = replace(data, data=relative_paths(home, data.data)), training
         if "distill" in content:
-            prompts, answers = parse_settings(content["distill"], f"{path}: distill", DistillData, AnswerSettings)
+            prompts, answers = parse_settings(content["distill"], f"{path}: distill", *TABLES["distill"])
             distill = replace(prompts, prompts=relative_paths(home, prompts.prompts)), answers
+        if not (pretrain or distill or finetunes):
+            raise TrainingError(f"{path} has no stage; add a [pretrain], [distill] or [[finetune]] table")
         if finetunes and not distill:
             raise TrainingError(f"{path}: finetune needs the target's answers; add a [distill] table")
-        (evaluation,) = parse_settings(content.get("evaluation", {}), f"{path}: evaluation", EvaluationSettings)
+        (evaluation,) = parse_settings(content.get("evaluation", {}), f"{path}: evaluation", *TABLES["evaluation"])
         return cls(
             path_or_name(home, content["target"]),
             path_or_name(home, drafter) if isinstance(drafter, str) else drafter,
             pretrain,
             distill,
-            [
-                Finetune(*parse_settings(table, f"{path}: finetune", FinetuneData, Loss, TrainingSettings))
-                for table in finetunes
-            ],
+            [Finetune(*parse_settings(table, f"{path}: finetune", *TABLES["finetune"])) for table in finetunes],
             replace(evaluation, prompts=relative_paths(home, evaluation.prompts)),
         )
 
 
 def run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> tuple[Path, Metrics]:
     """Run the stages of a recipe that are not complete, each in its own folder.
+
+    Whatever can be refused without running a stage is refused before the first one.
 
     Args:
         recipe: The recipe.
@@ -170,40 +189,74 @@ def run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFact
         scorer_factory: Makes the function that scores drafters.
 
     Returns:
-        The folder of the last stage's drafter, and its scores.
+        The folder of the last stage's drafter, or of the answers if nothing is trained; and the drafter's scores.
 
     Raises:
-        MlxspecError: A stage cannot be run.
+        MlxspecError: A stage cannot be run, or another process uses the folder.
     """
-    drafter, last = recipe.first_drafter(target), None
+    with locked_for_all(folder):
+        return _run(recipe, folder, target, scorer_factory)
+
+
+def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> tuple[Path, Metrics]:
+    made = folder / "answers"
     result: Metrics = {}
+    drafter = recipe.first_drafter(target) if recipe.trainings else None
     evaluation = None
     if recipe.evaluates:
         evaluation = new_evaluation(recipe.evaluation, target, scorer_factory, recipe.distill)
+    check(recipe, folder, target, drafter)
     text: TokenShards | None = None
-    if recipe.pretrain:
+    if recipe.pretrain and drafter:
         data, training = recipe.pretrain
         text = stages.pretraining_shards(target, data.data, folder / "text")
-        last = folder / "pretrain"
+        stage_folder = folder / "pretrain"
         scored = evaluation if training.evaluate_every else None
-        drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, last, scored)
+        drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, stage_folder, scored)
+        made = stage_folder / "drafter"
     if recipe.distill:
         prompts, settings = recipe.distill
         answers = stages.distill(
             target, prompts.prompts, prompts.system, settings, folder / "answers", recipe.held_out_prompts
         )
-    for number, stage in enumerate(recipe.finetune, 1):
+    for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
+        assert drafter
         sources = [(answers, 1.0)]
         if text and stage.data.mix:
             sources = [(answers, 1 - stage.data.mix), (text, stage.data.mix)]
-        last = folder / f"finetune-{number}"
+        stage_folder = folder / name
         scored = evaluation if stage.training.evaluate_every else None
         drafter, result = stages.train(
-            target, drafter, sources, stage.loss, stage.training, last, scored, stage.data.teacher_top_k
+            target, drafter, sources, stage.loss, stage.training, stage_folder, scored, stage.data.teacher_top_k
         )
-    if last is None:
-        raise TrainingError("the recipe has no training stage; add a [pretrain] or [[finetune]] table")
-    return last / "drafter", result
+        made = stage_folder / "drafter"
+    return made, result
+
+
+def check(recipe: Recipe, folder: Path, target: Target, drafter: Drafter | None) -> None:
+    """Raise MlxspecError for what a later stage would refuse, as far as it can be known before the first one.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder of its run. The data of complete stages is not looked at.
+        target: The recipe's target.
+        drafter: The drafter to start from.
+    """
+    if recipe.pretrain:
+        corpus_files(recipe.pretrain[0].data)
+    if recipe.distill:
+        data, answers = recipe.distill
+        corpus_files(data.prompts)
+        if not is_complete(folder / "answers"):
+            stages.distillation_groups(target, data.prompts, data.system, answers, recipe.held_out_prompts)
+    trainings = [("pretrain", Loss("ce"), recipe.pretrain[1], 0)] if recipe.pretrain else []
+    for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
+        trainings.append((name, stage.loss, stage.training, stage.data.teacher_top_k))
+    for name, loss, training, top_k in trainings:
+        assert drafter
+        stages.check_training(target, drafter, loss, training, top_k)
+        if not is_complete(folder / name):
+            check_fits(step_bytes(drafter, target, loss, training))
 
 
 def parse_settings(table: Any, where: str, *classes: type) -> list[Any]:

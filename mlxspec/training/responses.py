@@ -19,10 +19,15 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from mlxspec.errors import InvalidRequestError
+from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.settings import option
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
+
+TRIED_TOKENS = 32  # of a prompt, to compare a batch with single prompts
+# How far logits may differ, as a share of their spread: rounding is below it, another prompt's mask far above.
+TOLERANCE, TOLERANCE_16_BIT = 0.02, 0.2
+LEAST_LOGPROB = -50.0  # some models have tokens of log-probability -inf
 
 Progress = Callable[[int, int, int], None]  # answers done, total answers, tokens so far
 
@@ -108,6 +113,7 @@ def write_answers(
     settings: AnswerSettings,
     folder: Path,
     progress: Progress = lambda done, total, tokens: None,
+    together: bool = True,
 ) -> Index:
     """Let the target answer all groups, and write prompts with answers into shards.
 
@@ -123,15 +129,16 @@ def write_answers(
         settings: How to sample.
         folder: Folder for the shards.
         progress: Called after each group.
+        together: Whether the prompts of a group are answered in one batch, or one at a time.
 
     Returns:
         The index of the shards.
     """
     if is_first_process():
         with ShardWriter(folder, vocab_size, fingerprint) as writer:
-            answer_missing_groups(target, tokenizer, groups, settings, writer, progress)
+            answer_missing_groups(target, tokenizer, groups, settings, writer, progress, together)
     else:
-        answer_missing_groups(target, tokenizer, groups, settings, None, progress)
+        answer_missing_groups(target, tokenizer, groups, settings, None, progress, together)
     return Index.read(folder)
 
 
@@ -142,6 +149,7 @@ def answer_missing_groups(
     settings: AnswerSettings,
     writer: ShardWriter | None,
     progress: Progress,
+    together: bool,
 ) -> None:
     """Answer the groups that ``writer`` does not have yet. It is None in all processes but the first."""
     distributed = mx.distributed.init()
@@ -150,7 +158,7 @@ def answer_missing_groups(
     while done < len(groups):
         turn = groups[done : done + distributed.size()]
         mine = turn[distributed.rank()] if distributed.rank() < len(turn) else None
-        answers = answer_group(target, tokenizer, mine, settings) if mine else []
+        answers = answer_group(target, tokenizer, mine, settings, together) if mine else []
         for group, group_answers in zip(turn, gather_answers(answers, turn, settings, distributed), strict=True):
             answered += len(group_answers)
             if writer:
@@ -165,24 +173,92 @@ def answer_missing_groups(
     barrier()  # no process reads the shards before they are finished
 
 
-def answer_group(target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings) -> list[list[int]]:
-    """Sample an answer to each prompt. It ends with the EOS token that the target chose, unless max_tokens ended it."""
+def answer_group(
+    target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings, together: bool = True
+) -> list[list[int]]:
+    """Sample an answer to each prompt, in one batch if ``together``.
+
+    An answer ends with the EOS token that the target chose, unless max_tokens ended it.
+
+    Raises:
+        NumericalError: The target computes NaN.
+    """
     mx.random.seed(settings.seed * 1_000_003 + group.number)
-    # mlx-lm's batch_generate leaves out the token that ended an answer, and there may be several EOS tokens.
+    sample = make_sampler(temp=group.temperature, top_p=settings.top_p if settings.top_p < 1 else 0.0)
+    failed: list[mx.array] = []
+
+    def sampler(logprobs: mx.array) -> mx.array:
+        failed.append(mx.isnan(logprobs.max(-1)).any())
+        mx.async_eval(failed[-1])  # else it would keep the log-probabilities in memory
+        return sample(logprobs)
+
+    found: list[list[int]] = []
+    for prompts in [group.prompts] if together else [[prompt] for prompt in group.prompts]:
+        # mlx-lm's batch_generate leaves out the token that ended an answer, and there may be several EOS tokens.
+        generator = BatchGenerator(
+            target,
+            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+            sampler=sampler,
+            completion_batch_size=settings.group,
+            prefill_batch_size=settings.group,
+        )
+        numbers = generator.insert(prompts, [settings.max_tokens] * len(prompts))
+        answers: dict[int, list[int]] = {number: [] for number in numbers}
+        while responses := generator.next_generated():
+            for response in responses:
+                answers[response.uid].append(response.token)
+        generator.close()
+        found += answers.values()
+    if failed and mx.stack(failed).any().item():
+        raise NumericalError(
+            "the target computes NaN instead of probabilities; check its weights, or use another target"
+        )
+    return found
+
+
+def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
+    """Return whether mlx-lm computes the same logits for prompts of different lengths in a batch as for each alone.
+
+    It does not for every model: Gemma 2's attention, for one, applies the mask of one prompt to another.
+
+    Args:
+        target: The target model.
+        groups: The groups to answer. The start of their longest prompt and the start of that are tried.
+    """
+    if max(len(group.prompts) for group in groups) < 2:
+        return True
+    longest = max((prompt[:TRIED_TOKENS] for group in groups for prompt in group.prompts), key=len)
+    pair = [longest[: max(1, len(longest) // 4)], longest]
+    try:
+        batch = first_logprobs(target, pair)
+    except Exception:  # mlx-lm and MLX raise what they like for shapes that do not fit
+        batch = None
+    agrees = False
+    if batch is not None:
+        alone = mx.concatenate([first_logprobs(target, [prompt]) for prompt in pair])
+        tolerance = TOLERANCE if batch.dtype == mx.float32 else TOLERANCE_16_BIT
+        difference = mx.abs(batch - alone).max()
+        agrees = bool((difference <= tolerance * mx.std(alone, axis=-1).max() + 1e-5).item())
+    return bool(broadcast(agrees))
+
+
+def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
+    """Return mlx-lm's log-probabilities after each prompt and its first token, given again. [2 × prompts, V]."""
     generator = BatchGenerator(
         target,
-        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-        sampler=make_sampler(temp=group.temperature, top_p=settings.top_p if settings.top_p < 1 else 0.0),
-        completion_batch_size=settings.group,
-        prefill_batch_size=settings.group,
+        max_tokens=2,
+        sampler=lambda logprobs: mx.full(logprobs.shape[:1], prompts[0][0], mx.uint32),
+        completion_batch_size=len(prompts),
+        prefill_batch_size=len(prompts),
     )
-    numbers = generator.insert(group.prompts, [settings.max_tokens] * len(group.prompts))
-    answers: dict[int, list[int]] = {number: [] for number in numbers}
-    while responses := generator.next_generated():
-        for response in responses:
-            answers[response.uid].append(response.token)
-    generator.close()
-    return list(answers.values())
+    rows: dict[int, list[mx.array]] = {number: [] for number in generator.insert(prompts)}
+    try:
+        while responses := generator.next_generated():
+            for response in responses:
+                rows[response.uid].append(response.logprobs)
+    finally:
+        generator.close()
+    return mx.maximum(mx.stack([row for some in rows.values() for row in some]), LEAST_LOGPROB)
 
 
 def gather_answers(

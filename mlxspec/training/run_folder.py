@@ -5,17 +5,32 @@ JSON for each logged step. Under ``mlx.launch`` several processes use one folder
 """
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxspec.errors import TrainingError
-from mlxspec.files import explain_write_errors, read_json, write_atomically, write_json
+from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.files import explain_write_errors, locked, read_json, write_atomically, write_json
 
 Metrics = dict[str, float]
+
+
+@contextmanager
+def locked_for_all(folder: Path) -> Iterator[None]:
+    """Hold a folder like ``locked``. Under ``mlx.launch`` the first process holds it for all."""
+    with ExitStack() as stack:
+        refusal = None
+        if is_first_process():
+            try:
+                stack.enter_context(locked(folder))
+            except InvalidRequestError as error:
+                refusal = error
+        if broadcast(refusal is not None):
+            raise refusal or InvalidRequestError(f"{folder} is in use by another process; use another folder")
+        yield
 
 
 def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] = ()) -> bool:
@@ -24,7 +39,8 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
     Args:
         folder: The stage's folder.
         inputs: Everything that the stage's result depends on, as JSON.
-        changeable: Inputs that may change while the stage is unfinished.
+        changeable: Inputs that may change while the stage is unfinished. ``steps`` may always grow, which makes a
+            finished stage unfinished.
 
     Returns:
         Whether the stage still has to be run or resumed.
@@ -46,9 +62,15 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
         stored = read_json(record)
         before, finished = stored["inputs"], stored["complete"]
         names = sorted({*before, *inputs})
+        if finished not in (True, False) or (finished and not isinstance(stored["result"], dict)):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(f"{record} cannot be read; delete {folder} and repeat the command") from None
+    longer = is_longer(before, inputs)
+    finished = finished and not longer
     for name in names:
+        if name == "steps" and longer:
+            continue
         if before.get(name) != inputs.get(name) and (finished or name not in changeable):
             raise TrainingError(
                 f"{folder} was created with {name} = {before.get(name)}, but this run has {name} = {inputs.get(name)}; "
@@ -57,6 +79,12 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
     if not finished and before != inputs:
         write_json(record, {"complete": False, "inputs": inputs})
     return not finished
+
+
+def is_longer(before: dict[str, Any], inputs: dict[str, Any]) -> bool:
+    """Return whether a training stage is asked for more steps than before."""
+    steps = before.get("steps")
+    return isinstance(steps, int) and inputs.get("steps", 0) > steps
 
 
 def complete_stage(folder: Path, result: Metrics | None = None) -> None:
@@ -91,9 +119,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a ``metrics.jsonl``, without lines that are damaged or still being written."""
     lines = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with suppress(json.JSONDecodeError):
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line) if line.endswith("\n") else None
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                lines.append(entry)
     return lines
 
 
@@ -101,9 +130,7 @@ def truncate_metrics(folder: Path, step: int) -> None:
     """Delete the lines after a step, since a resumed run logs these steps again."""
     path = folder / "metrics.jsonl"
     if path.exists():
-        lines = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
-        with explain_write_errors(path):
-            write_atomically(path, lines)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
 
 
 def is_first_process() -> bool:

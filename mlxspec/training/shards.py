@@ -157,8 +157,7 @@ class ShardWriter:
         """Make everything added so far, and ``notes``, durable."""
         self._flush()
         self.index.notes.update(notes)
-        with explain_write_errors(self.folder):
-            self.index.write(self.folder)
+        self.index.write(self.folder)
 
     def finish(self, **notes: Any) -> None:
         """Commit, mark the shards as complete, and close the files."""

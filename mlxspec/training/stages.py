@@ -14,24 +14,32 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import explain_write_errors, fingerprint, fingerprint_files, read_json, remove_leftovers, write_json
+from mlxspec.files import fingerprint, fingerprint_files, read_json, replacing, write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
 from mlxspec.models.quantizing import COPIED
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.batches import Batches
-from mlxspec.training.corpus import corpus_files, read_prompts, split_prompts, tokenize_corpus
+from mlxspec.training.checkpoint import last_step
+from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
 from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import objective
-from mlxspec.training.responses import AnswerSettings, bos_groups, prompt_groups, write_answers
-from mlxspec.training.run_folder import Metrics, complete_stage, is_first_process, start_stage
+from mlxspec.training.responses import (
+    AnswerSettings,
+    Group,
+    batches_like_single,
+    bos_groups,
+    prompt_groups,
+    write_answers,
+)
+from mlxspec.training.run_folder import Metrics, complete_stage, is_first_process, locked_for_all, start_stage
 from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher
-from mlxspec.training.trainer import Trainer, TrainingSettings
+from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
 
 NOT_INPUTS = ("checkpoint_every", "log_every", "recompute")  # settings that do not change the result
 # Inputs that may change while a stage is unfinished, for a run that diverged or ran out of memory.
@@ -50,21 +58,22 @@ def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> Tok
         TrainingError: The text cannot be read, or the folder was created from other text.
     """
     inputs = {"content": fingerprint_files(corpus_files(data)), "tokenizer": target.tokenizer_fingerprint}
-    if start_stage(folder, inputs):
-        target.listener.stage(folder.name, "tokenizing")
-        if is_first_process():
-            shutil.rmtree(folder / "tokens", ignore_errors=True)  # not resumed, since tokenizing is fast
-            _, bad = tokenize_corpus(
-                data,
-                target.tokenizer,
-                target.vocab_size,
-                target.tokenizer_fingerprint,
-                folder / "tokens",
-                target.listener.work,
-            )
-            target.listener.bad_lines(bad)
-        complete_stage(folder)
-    return TokenShards(folder / "tokens", verify=True)
+    with locked_for_all(folder):
+        if start_stage(folder, inputs):
+            target.listener.stage(folder.name, "tokenizing")
+            if is_first_process():
+                shutil.rmtree(folder / "tokens", ignore_errors=True)  # not resumed, since tokenizing is fast
+                _, bad = tokenize_corpus(
+                    data,
+                    target.tokenizer,
+                    target.vocab_size,
+                    target.tokenizer_fingerprint,
+                    folder / "tokens",
+                    target.listener.work,
+                )
+                target.listener.bad_lines(bad)
+            complete_stage(folder)
+        return TokenShards(folder / "tokens", verify=True)
 
 
 def distill(
@@ -96,30 +105,43 @@ def distill(
         "tokenizer": target.tokenizer_fingerprint,
         **asdict(settings),
     }
-    if start_stage(folder, inputs):
-        target.listener.stage(folder.name, "the target answers prompts" if prompts else "the target writes text")
-        if prompts:
-            read, bad = read_prompts(prompts, target.tokenizer, system)
+    with locked_for_all(folder):
+        if start_stage(folder, inputs):
+            target.listener.stage(folder.name, "the target answers prompts" if prompts else "the target writes text")
+            groups, left_out, bad = distillation_groups(target, prompts, system, settings, held_out)
             target.listener.bad_lines(bad)
-            training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
-            if len(training) + len(unseen) < len(read):
-                what = f"{len(training)} of {len(read)} prompts; the others are held out, duplicate those, or too long"
-                target.listener.stage(folder.name, what)
-            groups = prompt_groups(training, settings)
-        else:
-            groups = bos_groups(target.tokenizer.bos_token_id, settings)
-        write_answers(
-            target.model,
-            target.tokenizer,
-            target.vocab_size,
-            target.tokenizer_fingerprint,
-            groups,
-            settings,
-            folder / "tokens",
-            target.listener.work,
-        )
-        complete_stage(folder)
-    return TokenShards(folder / "tokens", verify=True)
+            if left_out:
+                target.listener.stage(folder.name, left_out)
+            together = batches_like_single(target.model, groups)
+            if not together:
+                target.listener.stage(folder.name, "mlx-lm's batches change this target's logits; one prompt at a time")
+            write_answers(
+                target.model,
+                target.tokenizer,
+                target.vocab_size,
+                target.tokenizer_fingerprint,
+                groups,
+                settings,
+                folder / "tokens",
+                target.listener.work,
+                together,
+            )
+            complete_stage(folder)
+        return TokenShards(folder / "tokens", verify=True)
+
+
+def distillation_groups(
+    target: Target, prompts: Sequence[str], system: str | None, settings: AnswerSettings, held_out: int
+) -> tuple[list[Group], str, BadLines]:
+    """Return what ``distill`` answers, in groups; a description of what it leaves out; and the lines it skips."""
+    if not prompts:
+        return bos_groups(target.tokenizer.bos_token_id, settings), "", BadLines()
+    read, bad = read_prompts(prompts, target.tokenizer, system)
+    training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
+    left_out = ""
+    if len(training) + len(unseen) < len(read):
+        left_out = f"{len(training)} of {len(read)} prompts; the others are held out, duplicate those, or too long"
+    return prompt_groups(training, settings), left_out, bad
 
 
 def train(
@@ -155,11 +177,7 @@ def train(
     """
     for shards, _ in sources:
         check_tokenizer(shards.index, target, shards.folder)
-    if drafter.config.vocab_size != target.vocab_size:
-        raise TrainingError(
-            f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
-            "start from a drafter made for this target"
-        )
+    check_training(target, drafter, loss, settings, teacher_top_k)
     inputs = {
         "drafter": weights_fingerprint(drafter),
         "shards": [[shards.fingerprint, share] for shards, share in sources],
@@ -171,45 +189,57 @@ def train(
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
     }
-    check_loss(loss, settings, teacher_top_k)
     out = folder / "drafter"
-    if not start_stage(folder, inputs, CHANGEABLE):
-        return Drafter.load(out), read_json(folder / "stage.json")["result"]
-    target.listener.stage(
-        folder.name, f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
-    )
-    single = loss.needs_target and not keeps_documents_apart(target.model)
-    if single:
-        target.listener.stage(folder.name, "this target cannot keep documents apart, so each row has only one")
-    batches = Batches(
-        [shards for shards, _ in sources],
-        [share for _, share in sources],
-        settings.length,
-        settings.batch,
-        settings.seed,
-        single,
-    )
-    teacher = new_teacher(target, batches, settings, teacher_top_k) if loss.needs_target else None
-    check_fits(step_bytes(drafter, target, loss, settings))
-    trainer = Trainer(
-        drafter,
-        objective(loss, teacher, settings.recompute),
-        batches,
-        settings,
-        folder,
-        evaluation.scorer if evaluation else None,
-        teacher,
-        partial(target.listener.step, settings.steps),
-    )
-    result = trainer.run()
-    if is_first_process():
-        remove_leftovers(out)
-        with explain_write_errors(out):
-            drafter.save(out)
-            copy_tokenizer(target.folder, out)
-            write_json(out / "training.json", {"inputs": inputs, "result": result})
-    complete_stage(folder, result)
-    return drafter, result
+    with locked_for_all(folder):
+        if not start_stage(folder, inputs, CHANGEABLE):
+            return Drafter.load(out), read_json(folder / "stage.json")["result"]
+        what = f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
+        if done := last_step(folder):
+            what += f", continued after step {done} with the learning rate of a run of {settings.steps} steps"
+        target.listener.stage(folder.name, what)
+        single = loss.needs_target and not keeps_documents_apart(target.model)
+        if single:
+            target.listener.stage(folder.name, "this target cannot keep documents apart, so each row has only one")
+        batches = Batches(
+            [shards for shards, _ in sources],
+            [share for _, share in sources],
+            settings.length,
+            settings.batch,
+            settings.seed,
+            single,
+        )
+        teacher = new_teacher(target, batches, settings, teacher_top_k) if loss.needs_target else None
+        check_fits(step_bytes(drafter, target, loss, settings))
+        trainer = Trainer(
+            drafter,
+            objective(loss, teacher, settings.recompute),
+            batches,
+            settings,
+            folder,
+            evaluation.scorer if evaluation else None,
+            teacher,
+            partial(target.listener.step, settings.steps),
+            evaluation.inputs if evaluation else None,
+        )
+        result = trainer.run()
+        if is_first_process():
+            with replacing(out) as aside:
+                drafter.save(aside)
+                copy_tokenizer(target.folder, aside)
+                write_json(aside / "training.json", {"inputs": inputs, "result": result})
+        complete_stage(folder, result)
+        return drafter, result
+
+
+def check_training(target: Target, drafter: Drafter, loss: Loss, settings: TrainingSettings, top_k: int) -> None:
+    """Raise MlxspecError if a stage cannot train this drafter, whatever its data are."""
+    if drafter.config.vocab_size != target.vocab_size:
+        raise TrainingError(
+            f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
+            "start from a drafter made for this target"
+        )
+    check_loss(loss, settings, top_k)
+    check_batch(settings)
 
 
 def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:

@@ -3,6 +3,7 @@
 Batches are functions of the step, so a resumed run needs to know only its step.
 """
 
+import json
 import math
 import shutil
 import time
@@ -18,12 +19,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import explain_write_errors, remove_leftovers
+from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
+from mlxspec.files import remove_leftovers
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.batches import Batches
-from mlxspec.training.checkpoint import checkpoint_name, checkpoints, load_checkpoint, save_checkpoint
+from mlxspec.training.checkpoint import checkpoint_name, checkpoints, load_checkpoint, read_state, save_checkpoint
 from mlxspec.training.objectives import Batch, Objective
 from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
 from mlxspec.training.teachers import Teacher
@@ -96,6 +97,15 @@ class TrainingSettings:
         return PRECISIONS[self.precision] or (mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16)
 
 
+def check_batch(settings: TrainingSettings) -> None:
+    """Raise InvalidRequestError if a batch cannot be divided among the processes and parts."""
+    parts = mx.distributed.init().size() * settings.accumulate
+    if settings.batch % parts:
+        raise InvalidRequestError(
+            f"batch is {settings.batch}; use a multiple of {parts}, the number of processes times accumulate"
+        )
+
+
 class Trainer:
     """Trains a drafter in place.
 
@@ -106,11 +116,12 @@ class Trainer:
         objective: The function to minimize.
         batches: The data.
         settings: The settings.
-        folder: Folder for checkpoints, the best drafter and metrics.jsonl.
+        folder: Folder for checkpoints, the best drafters and metrics.jsonl.
         scorer: Measures the drafter every ``evaluate_every`` steps and after the last step. The drafter with the best
             block efficiency is kept. None to keep the last drafter.
         teacher: The teacher of ``objective``, if it has stored the rows of a batch.
         report: Called with the metrics of every step.
+        evaluation: Everything that the scores depend on, as JSON. Only scores of the same evaluation are compared.
 
     Raises:
         InvalidRequestError: The batch cannot be divided among the processes and parts.
@@ -126,15 +137,13 @@ class Trainer:
         scorer: Scorer | None = None,
         teacher: Teacher | None = None,
         report: Report = lambda step, metrics: None,
+        evaluation: Any = None,
     ):
         self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
         self.folder, self.scorer, self.teacher, self.report = folder, scorer, teacher, report
+        self.evaluation = json.loads(json.dumps({"of": evaluation})) if scorer else None  # as a checkpoint stores it
         self.group = mx.distributed.init()
-        parts = self.group.size() * settings.accumulate
-        if settings.batch % parts:
-            raise InvalidRequestError(
-                f"batch is {settings.batch}; use a multiple of {parts}, the number of processes times accumulate"
-            )
+        check_batch(settings)
         self.optimizer = optim.MultiOptimizer(
             [
                 optim.AdamW(settings.learning_rate, [0.9, 0.98], weight_decay=decay, bias_correction=True)
@@ -156,14 +165,19 @@ class Trainer:
         self.drafter.set_dtype(mx.float32)
         self.optimizer.init(self.drafter.trainable_parameters())
         found = load_checkpoint(self.folder, self.drafter, self.optimizer) or {"step": 0, "best": {}}
-        start, self.best = found["step"], found["best"]
+        start = found["step"]
+        comparable = start == 0 or found.get("evaluation") == self.evaluation
+        self.best = found["best"] if self.scorer and comparable else {}
         if broadcast(start) != start:
             raise TrainingError(f"{self.folder} differs between processes; use a folder that all processes share")
         self._compile()
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_first_process():
-            remove_leftovers(self.folder / "best")
+            for best in self.folder.glob("best-*"):
+                remove_leftovers(best)
             truncate_metrics(self.folder, start)
+        if self.scorer and not comparable:
+            self._score(start, self.scorer)  # so that a drafter of this evaluation can be kept
         for step in range(start, self.settings.steps):
             metrics, done = self._train_step(step), step + 1
             self.report(done, metrics)
@@ -289,20 +303,33 @@ class Trainer:
         if broadcast(metrics["block_efficiency"] > self.best.get("block_efficiency", 0)):
             self.best = metrics
             if is_first_process():
-                with explain_write_errors(self.folder / "best"):
-                    self.drafter.save(self.folder / "best")
+                self.drafter.save(self._best_folder(done))
         self._log(done, {name: value for name, value in metrics.items() if name != "step"})
         self.report(done, metrics)
 
     def _restore_best(self) -> None:
-        if self.scorer and self.best.get("step") != self.settings.steps:
+        if self.best and self.best["step"] != self.settings.steps:
             barrier()
-            self.drafter.load_weights(str(self.folder / "best" / "model.safetensors"))
-            mx.eval(self.drafter.parameters())
+            best = self._best_folder(int(self.best["step"]))
+            try:
+                self.drafter.load_weights(str(best / "model.safetensors"))
+                mx.eval(self.drafter.parameters())
+            except (OSError, RuntimeError, ValueError) as error:
+                raise TrainingError(
+                    f"{best} cannot be read ({in_one_line(error)}); delete {self.folder} to train again"
+                ) from None
+
+    def _best_folder(self, step: int) -> Path:
+        """Return where the best drafter is kept. Its name has the step, so a checkpoint finds the one that it means."""
+        return self.folder / f"best-{step:08d}"
 
     def _save(self, done: int) -> None:
         if is_first_process():
-            save_checkpoint(self.folder, done, self.drafter, self.optimizer, {"best": self.best})
+            state = {"best": self.best, "evaluation": self.evaluation}
+            save_checkpoint(self.folder, done, self.drafter, self.optimizer, state)
+            steps = [read_state(path)["best"].get("step") for path in checkpoints(self.folder)]
+            for best in {*self.folder.glob("best-*")} - {self._best_folder(int(step)) for step in steps if step}:
+                shutil.rmtree(best, ignore_errors=True)
         barrier()
 
     def _log(self, step: int, metrics: Metrics) -> None:

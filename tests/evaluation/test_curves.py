@@ -6,7 +6,7 @@ import pytest
 
 from mlxspec import InvalidRequestError
 from mlxspec.evaluation import curves
-from mlxspec.evaluation.curves import draw_curves, draw_smoothed, metrics_files, read_metrics
+from mlxspec.evaluation.curves import draw_curves, draw_quality, draw_smoothed, metrics_files, new_figure, read_metrics
 
 PNG = b"\x89PNG"
 
@@ -34,6 +34,33 @@ def test_a_picture_is_drawn_while_a_line_is_being_written(run):
     assert len(read_metrics(run / "finetune-2" / "metrics.jsonl")) == 40
     assert draw_curves(run) == run / "curves.png"
     assert (run / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_the_legend_names_every_line_of_quality_and_covers_none(run):
+    figure = new_figure((6, 6))
+    axes = figure.subplots(2, 1)
+    draw_quality(axes[1], read_metrics(run / "finetune-1" / "metrics.jsonl"))
+    figure.canvas.draw()
+    legend = axes[1].get_legend()
+    named = ["acceptance rate α", "block efficiency, T = 0", "block efficiency, T = 1"]
+    assert [text.get_text() for text in legend.get_texts()] == named
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+    assert not any(box.overlaps(label.get_window_extent()) for label in axes[1].get_xticklabels())
+
+
+def test_metrics_that_are_damaged_are_left_out_of_the_picture(run):
+    file = run / "pretrain" / "metrics.jsonl"
+    bad = [
+        "[1]",
+        '{"loss": 1}',
+        '{"step": "x", "loss": 1}',
+        '{"step": 50, "loss": "x"}',
+        '{"step": 51, "loss": NaN}',
+        "{",
+    ]
+    file.write_text(file.read_text() + "\n".join([*bad, "[" * 100_000]) + "\n")
+    assert draw_curves(run) == run / "curves.png"
 
 
 class Axis:

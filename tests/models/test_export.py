@@ -115,6 +115,12 @@ def test_export_prints_the_files(mlxspec_command, tmp_path):
         (["export", str(DEMO / "drafter"), "{tmp}"], "exists"),
         (["export", str(DEMO / "drafter"), "{tmp}/x", "--quantize", "5"], "quantize is '5'"),
         (["push", "{tmp}", "somebody/x"], "has no config.json"),
+        (["push", "{tmp}", "badname"], "badname is no name of a repository (it has no owner); use owner/name"),
+        (["push", "{tmp}", "badname", "--dry-run"], "badname is no name of a repository"),
+        (["push", "{tmp}", "a/b/c", "--dry-run"], "a/b/c is no name of a repository"),
+        (["push", "{tmp}", "somebody/a b", "--dry-run"], "somebody/a b is no name of a repository"),
+        (["push", "{tmp}", "somebody/x..y", "--dry-run"], "somebody/x..y is no name of a repository"),
+        (["push", "{tmp}", "somebody/x.git", "--dry-run"], "somebody/x.git is no name of a repository"),
         (["push", "{tmp}", "somebody/x", "--dry-run"], "has no config.json"),
     ],
 )

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
@@ -14,6 +17,30 @@ from mlxspec.models.quantizing import QUANTIZATIONS, quantized_copy
 def cache(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
     return tmp_path / "hf" / "mlxspec"
+
+
+def copies(cache) -> list:
+    """What the cache holds."""
+    return [path for path in cache.iterdir() if not path.name.startswith(".")]
+
+
+QUANTIZE = """
+import sys
+from pathlib import Path
+from mlxspec.models.loading import read_lazily
+from mlxspec.models.quantizing import quantized_copy
+
+print(quantized_copy(Path(sys.argv[1]), "4", read_lazily))
+"""
+
+
+def test_processes_that_quantize_the_same_model_at_once_all_get_the_one_copy(plain_folder, cache):
+    environment = {**os.environ, "HF_HOME": str(cache.parent)}
+    command = [sys.executable, "-c", QUANTIZE, plain_folder]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert printed == [f"{path}\n" for path in copies(cache)] * 3
 
 
 @pytest.fixture
@@ -32,21 +59,21 @@ def plain_folder(tmp_path):
 def test_a_target_is_quantized_once_and_found_again(plain_folder, cache, kind):
     pair = mlxspec.load(plain_folder, quantize=kind)
     assert mx.uint32 in {weight.dtype for _, weight in tree_flatten(pair.target.parameters())}
-    [copy] = cache.iterdir()
+    [copy] = copies(cache)
     assert json.loads((copy / "config.json").read_text())["quantization"]["bits"] == QUANTIZATIONS[kind]["bits"]
     written = (copy / "model.safetensors").stat().st_mtime_ns
     first = mlxspec.generate(pair, "Once upon a time", max_tokens=5)
     again = mlxspec.generate(mlxspec.load(plain_folder, quantize=kind), "Once upon a time", max_tokens=5)
     assert again.tokens == first.tokens
     assert (copy / "model.safetensors").stat().st_mtime_ns == written
-    assert [path.name for path in cache.iterdir()] == [copy.name]
+    assert copies(cache) == [copy]
 
 
 def test_other_weights_in_the_same_folder_get_another_copy(plain_folder, cache):
     mlxspec.load(plain_folder, quantize="4")
     Drafter.load(plain_folder).save(plain_folder)
     mlxspec.load(plain_folder, quantize="4")
-    assert len(list(cache.iterdir())) == 2
+    assert len(copies(cache)) == 2
 
 
 def test_an_interrupted_copy_leaves_nothing_behind(plain_folder, cache, monkeypatch):
@@ -56,7 +83,7 @@ def test_an_interrupted_copy_leaves_nothing_behind(plain_folder, cache, monkeypa
     monkeypatch.setattr("mlxspec.models.quantizing.save_config", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantized_copy(plain_folder, "4", read_lazily)
-    assert list(cache.iterdir()) == []
+    assert copies(cache) == []
 
 
 def test_an_unknown_kind_and_a_quantized_model_are_named(plain_folder):

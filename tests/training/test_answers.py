@@ -1,8 +1,10 @@
 """The target's answers as training data."""
 
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_tokenizer
 
+from mlxspec.errors import MlxspecError, NumericalError
 from mlxspec.models.loading import DEMO, load
 from mlxspec.training.responses import AnswerSettings, Group, answer_counts, answer_group, write_answers
 from mlxspec.training.shards import TokenShards
@@ -42,3 +44,15 @@ def test_an_answer_that_ends_at_the_limit_with_any_eos_is_not_truncated(greedy, 
         settings = AnswerSettings((0.0,), max_tokens=limit)
         write_answers(target, tokenizer, 2048, "x", [Group(0, [prompt], 0.0)], settings, tmp_path / str(limit))
         assert answer_counts(TokenShards(tmp_path / str(limit)))["truncated"] == truncated
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_target_that_computes_nan_is_named_and_none_of_its_tokens_are_stored(tmp_path, temperature):
+    target = load().target
+    target.model.norm.weight = target.model.norm.weight * mx.nan
+    settings = AnswerSettings((temperature,), max_tokens=4)
+    groups = [Group(0, [[1, 2, 3], [4, 5, 6]], temperature)]
+    with pytest.raises(NumericalError, match="computes NaN"):
+        write_answers(target, load_tokenizer(DEMO / "target"), 2048, "x", groups, settings, tmp_path / "out")
+    with pytest.raises(MlxspecError, match="is not finished|no tokens"):
+        TokenShards(tmp_path / "out")

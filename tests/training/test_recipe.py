@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx_lm.utils import load_model
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
 from mlxspec.training.corpus import split_prompts
-from mlxspec.training.recipe import Recipe
+from mlxspec.training.recipe import TABLES, Recipe, key_of
 from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
@@ -114,7 +115,7 @@ def test_a_dry_run_tells_what_each_stage_costs_and_makes_nothing(recipe, mlxspec
     assert "6 steps of 128 positions" in lines["pretrain"]
     assert re.search(r"768 tokens, 0\.\d GB of memory, about \d+ s", lines["pretrain"])
     assert "56 answers in 8 groups" in lines["answers"]  # of 30 prompts, 2 are held out
-    assert lines["total"].endswith("plus evaluations")
+    assert re.search(r"total +about \d+ s", lines["total"])
 
 
 def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, mlxspec_command):
@@ -126,6 +127,107 @@ def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, ml
     assert f": {tokens:,} tokens, done" in planned
     assert f": {tokens:,} tokens, about" in guessed  # all of so small a corpus was tried
     assert planned.splitlines()[-1] == "total      about 0 s"
+
+
+@pytest.mark.parametrize(
+    ("tables", "made"),
+    [
+        (["distill"], "answers"),
+        (["pretrain", "distill"], "pretrain/drafter"),
+        (["distill", "finetune"], "finetune/drafter"),
+        pytest.param(["pretrain"], "pretrain/drafter", marks=pytest.mark.slow),
+        pytest.param(["pretrain", "distill", "finetune"], "finetune/drafter", marks=pytest.mark.slow),
+        pytest.param(["distill", "finetune", "finetune"], "finetune-2/drafter", marks=pytest.mark.slow),
+    ],
+)
+def test_every_sensible_choice_of_stages_ends_with_what_it_made(recipe, mlxspec_command, tables, made):
+    head, *parts = re.split(r"(?=^\[\[?(?:pretrain|distill|finetune|evaluation)\]\]?$)", recipe.read_text(), flags=re.M)
+    of = {re.match(r"\[+(\w+)", part)[1]: part for part in parts}
+    recipe.write_text(head + "".join(of[table] for table in tables) + of["evaluation"])
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith(str(recipe.with_suffix("") / made))
+    planned = mlxspec_command("train", "run", str(recipe), "--dry-run")
+    assert planned.status == 0
+    assert planned.out.splitlines()[-1] == "total      about 0 s"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('loss = "kld"', "teacher_top_k = 4\ntemperatures = [0.5, 1]", "teacher_top_k 4, which stores one temperature"),
+        ('prompts = ["stories.jsonl"]', 'prompts = ["nothing.jsonl"]', "no such file, folder or pattern"),
+        ("max_tokens = 12", "max_tokens = 4000", "use a smaller max_tokens"),
+        ('prompts = ["stories.jsonl"]', "", "without prompts, set samples to the number of texts"),
+        ("length = 16", "length = 16\nbatch = 6\naccumulate = 4", "accumulate is 4; use a divisor of batch, 6"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_what_a_later_stage_refuses_is_refused_before_the_first(recipe, mlxspec_command, old, new, complaint, options):
+    text = recipe.read_text().replace(
+        "batch = 4\nlength = 16", "length = 16" if "batch" in new else "batch = 4\nlength = 16"
+    )
+    recipe.write_text(text.replace(old, new, 1))
+    outcome = mlxspec_command("train", "run", str(recipe), *options)
+    assert outcome.status == 2
+    assert complaint in outcome.err
+    assert not recipe.with_suffix("").exists()
+
+
+def test_a_recipe_without_a_stage_is_refused(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[pretrain]")[0])
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert "small.toml has no stage; add a [pretrain], [distill] or [[finetune]] table" in outcome.err
+
+
+def test_empty_data_are_refused_by_a_dry_run_too(recipe, mlxspec_command):
+    (recipe.parent / "stories.jsonl").write_text("")
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    for options in ([], ["--dry-run"]):
+        outcome = mlxspec_command("train", "run", str(recipe), *options)
+        assert outcome.status == 2
+        assert "contain no text; use files with text" in outcome.err
+
+
+def test_a_finished_run_is_lengthened_and_says_from_where(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    recipe.write_text(recipe.read_text().replace("steps = 6", "steps = 9"))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
+    assert (
+        "pretrain: 9 steps of 128 positions, ce, continued after step 6 with the learning rate of a run of 9"
+        in outcome.err
+    )
+    assert mlxspec_command("train", "run", str(recipe)).err == ""
+
+
+def test_the_help_of_run_shows_every_key_of_a_recipe_with_its_default(mlxspec_command):
+    shown = mlxspec_command("train", "run", "--help").out
+    tables = dict(re.findall(r"^ *\[+(\w+)\].*?:\n(.*?)(?=^ *\[|\Z)", shown, flags=re.M | re.S))
+    assert tables.keys() == TABLES.keys()
+    for name, classes in TABLES.items():
+        for field in (field for cls in classes for field in fields(cls)):
+            assert re.search(rf"^ +{key_of(field)}( = .+)?$", tables[name], flags=re.M), (name, field.name)
+    assert "evaluate_every = 0" in tables["finetune"]
+    assert "temperatures = [0.0, 1.0]" in tables["evaluation"]
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_the_prompts_of_spec_bench_are_answered(mlxspec_command, tmp_path):
+    lines = [{"question_id": n, "category": "writing", "turns": [f"Once upon {n}", "More"]} for n in range(3)]
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--max-tokens=4", "--temperatures=0", "--out", str(tmp_path / "answers")]
+    outcome = mlxspec_command("train", "distill", "--target", str(DEMO / "target"), "--prompts",
+                              str(tmp_path / "bench.jsonl"), *options)  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    tokenizer = Target(str(DEMO / "target")).tokenizer
+    documents = TokenShards(tmp_path / "answers" / "tokens").documents()
+    prompts = [tokenizer.decode(document.ids[document.mask == 0].tolist()) for document in documents]
+    assert [prompt.removeprefix(tokenizer.bos_token or "") for prompt in prompts] == [
+        f"Once upon {n}" for n in range(3)
+    ]
 
 
 def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
@@ -153,10 +255,10 @@ def test_changed_settings_are_refused_with_what_changed(recipe, mlxspec_command)
     short = recipe.read_text().split("[distill]")[0]
     recipe.write_text(short)
     assert mlxspec_command("train", "run", str(recipe)).status == 0
-    recipe.write_text(short.replace("steps = 6", "steps = 7"))
+    recipe.write_text(short.replace("steps = 6", "steps = 5"))
     outcome = mlxspec_command("train", "run", str(recipe))
     assert outcome.status == 2
-    assert "pretrain was created with steps = 6, but this run has steps = 7; use another folder" in outcome.err
+    assert "pretrain was created with steps = 6, but this run has steps = 5; use another folder" in outcome.err
     assert (recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors").exists()
 
 
@@ -199,7 +301,11 @@ def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command)
             "count = 2\ntemperatures = []",
             "evaluation: temperatures are (); use 0, or numbers from 0.0001 to 10",
         ),
-        ("count = 2", "count = 40", "there are 30 prompts and 40 are held out for evaluation"),
+        (
+            "count = 2",
+            "count = 40",
+            "there are 30 prompts and the evaluation holds out 40; add prompts, or set a smaller count",
+        ),
         ("group = 8", "group = 8\nseed = -1", "distill: seed is -1; use a number in [0, 2**32)"),
         ('prompts = ["stories.jsonl"]', "", "without prompts, set samples to the number of texts"),
         ('loss = "kld"', "teacher_top_k = 4\ntemperatures = [0.5, 1]", "teacher_top_k 4, which stores one temperature"),

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxspec.errors import InvalidRequestError, TrainingError
+from mlxspec.errors import InvalidRequestError, WriteError
 from mlxspec.training.batches import Batches
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.teachers import CachedTeacher, TopKStore
@@ -91,5 +91,5 @@ def test_more_than_the_vocabulary_is_refused_and_a_full_disk_is_one_line(batches
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(TopKStore, "write", full)
-    with pytest.raises(TrainingError, match="No space left on device"):
+    with pytest.raises(WriteError, match="No space left on device"):
         CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "f").load_rows([(0, 0)])

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
-from mlxspec.errors import TrainingError
+from mlxspec.errors import TrainingError, WriteError
 from mlxspec.training import checkpoint
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import LOSSES, Loss
@@ -185,7 +185,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(shards, t
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(TrainingError, match=r"cannot write the checkpoint of step 4 .*No space left.*free some space"):
+    with pytest.raises(WriteError, match=r"cannot write .*step-00000004 \(No space left.*free some space"):
         trained(shards, tmp_path, steps=6)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002"]
     assert not list(tmp_path.glob(".writing*"))
