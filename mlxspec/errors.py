@@ -4,6 +4,7 @@ Every message is one line: what was wrong, what was expected, what to do. The co
 one place, prints the line and exits with status 2.
 """
 
+import errno
 import re
 
 REQUEST_NUMBER = re.compile(r"\(Request ID: [^)]*\)")
@@ -57,3 +58,14 @@ def in_one_line(error: Exception, room: int = 200) -> str:
         sentence = start.rfind(". ")
         text = start[:sentence] if sentence > room // 3 else f"{start[: start.rfind(' ')].rstrip(' .,:;')} ..."
     return (text if text.endswith("...") else text.rstrip(".: ")) or type(error).__name__
+
+
+def advice_for(error: OSError) -> str:
+    """Return what a user can do about a file or folder that cannot be read or written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "change its permissions or choose another folder"
+    if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+        return "choose a shorter or plainer name"
+    return "check the path and the disk"

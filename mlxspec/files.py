@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxspec.errors import InUseError, TrainingError, WriteError, in_one_line
+from mlxspec.errors import InUseError, TrainingError, WriteError, advice_for, in_one_line
 
 try:
     import fcntl
@@ -188,10 +188,15 @@ def explain_write_errors(what: Path | str) -> Iterator[None]:
     """Turn a failed write, such as on a full disk, into a WriteError of one line that names ``what``."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when it cannot write
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else in_one_line(error)
+    except OSError as error:
         raise WriteError(
-            f"cannot write {what} ({reason}); free some space and repeat the command, or choose another folder"
+            f"cannot write {what} ({error.strerror or in_one_line(error)}); {advice_for(error)} and repeat the command"
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith(("[write]", "[save")):  # how MLX reports a failed write
+            raise
+        raise WriteError(
+            f"cannot write {what} ({in_one_line(error)}); free some space and repeat the command"
         ) from error
 
 

@@ -1,12 +1,13 @@
 """A file or folder is replaced whole or not at all."""
 
+import errno
 import hashlib
 import subprocess
 import sys
 
 import pytest
 
-from mlxspec.errors import TrainingError, WriteError, in_one_line
+from mlxspec.errors import TrainingError, WriteError, advice_for, in_one_line
 from mlxspec.files import (
     SAMPLE_BYTES,
     SAMPLES,
@@ -172,3 +173,24 @@ def test_processes_that_replace_the_same_folder_at_once_leave_it_whole(folder):
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     assert (path / "a").read_text() == (path / "b").read_text()
     assert names(folder) == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "change its permissions or choose another folder"),
+        (errno.EROFS, "change its permissions or choose another folder"),
+        (errno.ENAMETOOLONG, "choose a shorter or plainer name"),
+        (errno.EIO, "check the path and the disk"),
+    ],
+)
+def test_the_advice_fits_the_error(number, words, folder):
+    assert advice_for(OSError(number, "?")) == words
+    with pytest.raises(WriteError, match=words), explain_write_errors(folder):
+        raise OSError(number, "?")
+
+
+def test_a_bug_is_not_reported_as_a_failed_write(folder):
+    with pytest.raises(RuntimeError, match="shapes"), explain_write_errors(folder):
+        raise RuntimeError("[matmul] shapes do not fit")

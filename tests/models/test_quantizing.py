@@ -21,7 +21,7 @@ def cache(monkeypatch, tmp_path):
 
 def copies(cache) -> list:
     """What the cache holds."""
-    return [path for path in cache.iterdir() if not path.name.startswith(".")]
+    return [path for path in cache.glob("*") if not path.name.startswith(".")]
 
 
 QUANTIZE = """
