@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from tqdm import tqdm
 
 import mlxspec
 from mlxspec import SpeculativeDecoder
 from mlxspec.cli.generate import INTERRUPTED
 from mlxspec.cli.options import (
+    CONTEXT,
     DRAFT_LENGTH,
     DRAFTER,
     QUANTIZE,
@@ -19,7 +21,8 @@ from mlxspec.cli.options import (
     VERIFICATION,
     advance,
     calibrate,
-    drafter_name,
+    check_pair,
+    say_drafter,
     target_name,
 )
 from mlxspec.errors import InvalidRequestError
@@ -54,6 +57,7 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @TARGET
 @DRAFTER
 @QUANTIZE
+@CONTEXT
 @click.option("--tasks", default="stories", show_default=True,
               help=f"Separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files (also Spec-Bench's).")  # fmt: skip
 @click.option("--temperature", "temperatures", type=float, multiple=True,
@@ -65,26 +69,32 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @click.option("--peer-draft-length", default=PEER_DRAFT_LENGTH, show_default=True,
               help="Tokens that mlx-lm drafts per block.")  # fmt: skip
 @VERIFICATION
-@click.option("--out", type=click.Path(path_type=Path), default="bench.json", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="bench.json", show_default=True,
+              help="File for the figures.")  # fmt: skip
 @click.option("--calibrate", "calibration", is_flag=True,
               help="Measure block costs anew, and the speed at each draft length.")  # fmt: skip
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
               help="Measure nothing; print the figures of B relative to A.")  # fmt: skip
-def bench(target, drafter, quantize, tasks, prompts, out, calibration, compare, **given):
+def bench(target, drafter, quantize, context, tasks, prompts, out, calibration, compare, **given):
     """Measure a pair on this machine and compare it with mlx-lm, plain and speculative."""
     if compare:
+        if others := [name for name in measuring_options() if name != "compare"]:
+            raise InvalidRequestError(f"--{others[0].replace('_', '-')} has no effect with --compare; leave one out")
         print_comparison(*map(read_record, compare))
         return
     settings = BenchmarkSettings(**given)
     if prompts < 1:
         raise InvalidRequestError(f"prompts is {prompts}; use 1 or more")
+    check_pair(target, drafter, quantize)
+    if calibration and drafter == "none":
+        raise InvalidRequestError("--calibrate needs a drafter; leave out --drafter none")
     check_writable(out)
-    pair = mlxspec.load(target, drafter, quantize=quantize)
-    if calibration and pair.drafter is None:
-        raise InvalidRequestError("--calibrate needs a drafter; name one with --drafter")
+    pair = mlxspec.load(target, drafter, quantize=quantize, context_length=context)
+    if target and drafter is None:
+        say_drafter(pair)
     room = (pair.context_length or float("inf")) - settings.max_tokens
     chosen = read_tasks([name for name in tasks.split(",") if name], pair.tokenizer, prompts, room)
-    record = new_record(pair, settings, {"target": target_name(target), "drafter": drafter_name(target, drafter)})
+    record = new_record(pair, settings, {"target": target_name(target), "drafter": pair.drafter_name})
     try:
         measure_blocks(pair, chosen, settings, calibration, record)
         with tqdm(disable=None, leave=False, unit="answer") as bar:
@@ -102,6 +112,12 @@ def bench(target, drafter, quantize, tasks, prompts, out, calibration, compare, 
         sys.exit(INTERRUPTED)
     print_results(record)
     click.echo(f"\nwritten to {out}; to make a page of it: mlxspec report {out}", err=True)
+
+
+def measuring_options() -> list[str]:
+    """Return the names of the options that were given on the command line."""
+    ctx = click.get_current_context()
+    return [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
 
 
 def check_writable(out: Path) -> None:

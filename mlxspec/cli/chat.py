@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlxspec import Conversation, InvalidRequestError
-from mlxspec.cli.generate import Answer
+from mlxspec.cli.generate import Answer, check_max_tokens
 from mlxspec.cli.options import calibrate, decoder_from, decoder_options, detailed, prefill_bar
 from mlxspec.files import write_atomically
 
@@ -17,7 +17,11 @@ HELP = """\
 /system TEXT   start a new conversation with this system prompt
 /stats         show the statistics of the last answer
 /save FILE     write the conversation as JSON, {"messages": [...]}
-/exit          leave (or press Ctrl-D); Ctrl-C stops an answer"""
+/exit          leave (or press Ctrl-D); Ctrl-C stops an answer
+
+A message of several lines: paste it, or begin and end it with three double quotes, or end each line but the last
+with a backslash."""
+QUOTES = '"' * 3
 
 
 @click.command()
@@ -26,35 +30,57 @@ HELP = """\
 @click.option("--system", help="System prompt.")
 def chat(max_tokens, system, **decoder_settings):
     """Talk to a chat model. Type /help for the commands."""
-    conversation = Conversation(decoder_from(max_tokens, **decoder_settings), system)
+    check_max_tokens(max_tokens)
+    conversation = Conversation(decoder_from(max_tokens if max_tokens > 0 else None, **decoder_settings), system)
     calibrate(conversation.decoder)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  importing it gives input() the arrow keys
+        import readline  # importing it gives input() the arrow keys
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
     click.echo("/help for help", err=True)
-    while (line := read_line()) is not None:
+    while (message := read_message()) is not None:
         try:
-            if line.startswith("/"):
-                if not run(line, conversation):
+            if message.startswith("/") and "\n" not in message:
+                if not run(message, conversation):
                     return
-            elif line:
+            elif message:
                 with prefill_bar(quiet=False) as progress:
-                    Answer(conversation.say(line, max_tokens, progress))
+                    Answer(conversation.say(message, max_tokens, progress))
                 click.echo()
         except InvalidRequestError as error:
             click.secho(f"error: {error}", fg="red", err=True)
 
 
-def read_line() -> str | None:
-    """Return the next line, stripped; None at the end of the input. Ctrl-C discards the line only."""
+def read_message() -> str | None:
+    """Return the next message, stripped; None at the end of the input. Ctrl-C discards the message only."""
     while True:
         try:
-            return input("> " if sys.stdin.isatty() else "").strip()
+            return complete_message(read_line("> "))
         except EOFError:
             return None
         except UnicodeDecodeError:
             raise InvalidRequestError("standard input is not valid UTF-8; convert it first") from None
         except KeyboardInterrupt:
             click.echo("\n(type /exit or press Ctrl-D to leave)", err=True)
+
+
+def complete_message(first: str) -> str:
+    """Read the lines that belong to the same message as ``first``. The end of the input ends it."""
+    lines = [first]
+    with contextlib.suppress(EOFError):
+        if first.startswith(QUOTES):
+            while not (lines[-1].endswith(QUOTES) and (len(lines) > 1 or len(first) >= 2 * len(QUOTES))):
+                lines.append(read_line("... "))
+            return "\n".join(lines).removeprefix(QUOTES).removesuffix(QUOTES).strip()
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1].removesuffix("\\")
+            lines.append(read_line("... "))
+    return "\n".join(lines).removeprefix(QUOTES).strip()
+
+
+def read_line(prompt: str) -> str:
+    """Return a line of standard input, stripped of white space at its end. Raises EOFError."""
+    return input(prompt if sys.stdin.isatty() else "").rstrip()
 
 
 def run(line: str, conversation: Conversation) -> bool:

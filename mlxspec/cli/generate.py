@@ -3,22 +3,26 @@
 import json
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import click
 
-from mlxspec import InvalidRequestError, Segment
+from mlxspec import InvalidRequestError, MlxspecError, Segment
 from mlxspec.cli.options import (
     calibrate,
     decoder_from,
     decoder_options,
     detailed,
-    drafter_name,
     prefill_bar,
     summary,
     target_name,
 )
+from mlxspec.decoding.decoder import answer_budget
+from mlxspec.decoding.text import StopStrings
+from mlxspec.models.tokens import encode_prompt
 
 INTERRUPTED = 130
+BYTES_PER_TOKEN = 3  # of a prompt, for the check of memory that comes before the tokenizer is read
 
 
 @click.command()
@@ -33,28 +37,48 @@ INTERRUPTED = 130
 @click.option("--show-drafted", is_flag=True, help="Show accepted drafted tokens in green.")
 def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_drafted, **decoder_settings):
     """Answer PROMPT. Without PROMPT, or with "-", the prompt is read from standard input."""
+    if as_json and (details or show_drafted):
+        other = "--stats" if details else "--show-drafted"
+        raise InvalidRequestError(f"{other} has no effect with --json; leave one out")
+    if raw and system is not None:
+        raise InvalidRequestError("--raw leaves out the chat template, which --system needs; leave one out")
+    check_max_tokens(max_tokens)
+    StopStrings(stop)
     prompt = read_prompt(prompt)
-    decoder = decoder_from(max_tokens, **decoder_settings)
+    encoded: list[int] = []
+
+    def encode(tokenizer: Any, context: int | None) -> None:
+        encoded[:] = encode_prompt(tokenizer, prompt, system, raw)
+        answer_budget(encoded, max_tokens, context)
+
+    tokens = len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN + max_tokens if max_tokens >= 0 else None
+    decoder = decoder_from(tokens, quiet=as_json, before_weights=encode, **decoder_settings)
     with prefill_bar(quiet=as_json) as progress:
-        segments = decoder.stream(prompt, max_tokens, stop, system, raw, progress)
+        segments = decoder.stream(encoded, max_tokens, stop, progress=progress)
         calibrate(decoder, quiet=as_json)
         answer = Answer(segments, quiet=as_json, color=show_drafted)
     if as_json:
-        target, drafter = decoder_settings["target"], decoder_settings["drafter"]
         click.echo(json.dumps({
             "text": answer.text,
             "tokens": answer.tokens,
             "finish_reason": answer.finish_reason,
             "stats": decoder.stats.to_dict(),
-            "target": target_name(target),
-            "drafter": drafter_name(target, drafter),
+            "target": target_name(decoder_settings["target"]),
+            "drafter": decoder.pair.drafter_name,
             "sampling": decoder.sampling.to_dict(),
         }))  # fmt: skip
     else:
-        click.echo()
+        if answer.text:
+            click.echo()
         click.echo(detailed(decoder.stats) if details else summary(decoder.stats), err=True)
     if answer.finish_reason == "interrupted":
         sys.exit(INTERRUPTED)
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """Raise InvalidRequestError for a limit that no answer can have."""
+    if max_tokens < -1:
+        raise InvalidRequestError(f"--max-tokens is {max_tokens}; use 0 or more, or -1 for as many as fit")
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -94,3 +118,7 @@ class Answer:
                 self.finish_reason = segment.finish_reason or self.finish_reason
         except KeyboardInterrupt:
             pass
+        except MlxspecError:
+            if self.text and not quiet:
+                click.echo()  # the error starts a line of its own
+            raise

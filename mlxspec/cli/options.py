@@ -10,9 +10,10 @@ import click
 from tqdm import tqdm
 
 import mlxspec
-from mlxspec import DecodingStats, Sampling, SpeculativeDecoder
-from mlxspec.decoding.decoder import Progress
+from mlxspec import DecodingStats, InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
+from mlxspec.decoding.decoder import Progress, check_options
 from mlxspec.decoding.verification import RULES
+from mlxspec.models.quantizing import QUANTIZATIONS
 
 DRAFTED_BY = {"model": "drafted by the model", "lookup": "drafted by prompt lookup", "none": "without a draft"}
 LONG_PROMPT = 512  # tokens from which a progress bar is shown
@@ -37,8 +38,8 @@ TARGET = click.option(
 DRAFTER = click.option(
     "--drafter",
     help="Draft model: a folder, hub id or short name; or `lookup` (prompt lookup), `none`, or `auto` (the recommended "
-    "drafter for this target). Append `+lookup` to try prompt lookup as well.  [default: the demo's drafter for the "
-    "demo target, else none]",
+    "drafter for this target, or prompt lookup where there is none). Append `+lookup` to try prompt lookup as well.  "
+    "[default: auto; the demo's drafter for the demo target]",
 )
 QUANTIZE = click.option(
     "--quantize", help="Quantize the target once to 4, 8, mxfp4 or nvfp4 and keep the copy; none: do not quantize."
@@ -55,7 +56,8 @@ VERIFICATION = click.option(
     type=click.Choice(list(RULES)),
     default="block",
     show_default=True,
-    help="Rule that accepts drafted tokens. The answer is distributed as the target's own with each of them.",
+    help="Rule that accepts drafted tokens. With each of them the answer has the target's own distribution; block "
+    "accepts most.",
 )
 # The fields of ``Sampling``: name, type, default and help are the dataclass's.
 SAMPLING_OPTIONS = [
@@ -70,36 +72,78 @@ SAMPLING_OPTIONS = [
 ]
 
 
+CONTEXT = click.option(
+    "--context",
+    type=click.IntRange(2),
+    help="Maximum number of positions of the target.  [default: what its config declares]",
+)
+
+
 def decoder_options(command: Callable) -> Callable:
     """Add the options of ``decoder_from`` to a command."""
-    for option in reversed([TARGET, DRAFTER, QUANTIZE, DRAFT_LENGTH, VERIFICATION, *SAMPLING_OPTIONS]):
+    for option in reversed([TARGET, DRAFTER, QUANTIZE, CONTEXT, DRAFT_LENGTH, VERIFICATION, *SAMPLING_OPTIONS]):
         command = option(command)
     return command
 
 
 def decoder_from(
-    max_tokens: int,
+    tokens: int | None,
     target: str | None,
     drafter: str | None,
     quantize: str | None,
+    context: int | None,
     draft_length: int | str,
     verification: str,
+    quiet: bool = False,
+    before_weights: Callable[[Any, int | None], None] = lambda tokenizer, context_length: None,
     **sampling: Any,
 ) -> SpeculativeDecoder:
     """Return the decoder that the options describe. Options that need no model are checked before one is loaded.
 
     Args:
-        max_tokens: of an answer, for the check whether the models fit into memory.
-        target: as given on the command line, like all that follow.
-        drafter: draft model.
-        quantize: how to quantize the target.
-        draft_length: tokens drafted per block, or "auto".
-        verification: the rule.
-        sampling: the fields of ``Sampling``.
+        tokens: Tokens of prompt and answer, for the check whether the models fit into memory. None if not known.
+        target: As given on the command line, like the next five.
+        drafter: Draft model.
+        quantize: How to quantize the target.
+        context: Maximum number of positions.
+        draft_length: Tokens drafted per block, or "auto".
+        verification: The rule.
+        quiet: Do not say which drafter was chosen.
+        before_weights: As for ``mlxspec.load``.
+        sampling: The fields of ``Sampling``.
     """
     drawn = Sampling(**sampling)
-    pair = mlxspec.load(target, drafter, quantize=quantize, context=max_tokens if max_tokens > 0 else None)
+    check_options(draft_length, verification)
+    check_pair(target, drafter, quantize)
+    if drafter == "none" and draft_length not in ("auto", 0):
+        raise InvalidRequestError(f"--draft-length {draft_length} needs a drafter; leave out --drafter none")
+    pair = mlxspec.load(
+        target, drafter, quantize=quantize, context=tokens, context_length=context, before_weights=before_weights
+    )
+    if target and drafter is None and not quiet:
+        say_drafter(pair)
     return SpeculativeDecoder(pair, drawn, draft_length, verification)
+
+
+def check_pair(target: str | None, drafter: str | None, quantize: str | None) -> None:
+    """Raise InvalidRequestError for options that contradict each other."""
+    if quantize not in (None, "none", *QUANTIZATIONS):
+        raise InvalidRequestError(f"--quantize is {quantize}; use one of {', '.join(QUANTIZATIONS)}, none")
+    if quantize not in (None, "none") and target is None:
+        raise InvalidRequestError("--quantize needs a --target; the demo target is quantized already")
+    if drafter == "":
+        raise InvalidRequestError("--drafter is empty; name a draft model, lookup, none or auto")
+    if target == "":
+        raise InvalidRequestError("--target is empty; name a model, or leave it out for the demo")
+
+
+def say_drafter(pair: ModelPair) -> None:
+    """Say on standard error which drafter was chosen, and why it is not the recommended one."""
+    note = f" ({pair.drafter_note})" if pair.drafter_note else ""
+    name = (
+        "prompt lookup" if pair.drafter_name == "lookup" else pair.drafter_name.replace("+lookup", " or prompt lookup")
+    )
+    click.echo(f"drafting with {name}{note}", err=True)
 
 
 def calibrate(decoder: SpeculativeDecoder, quiet: bool = False, anew: bool = False) -> None:
@@ -126,11 +170,8 @@ def advance(bar: tqdm, done: int, total: int) -> None:
 
 
 def target_name(target: str | None) -> str:
+    """Return the name of a target for users."""
     return target or "demo"
-
-
-def drafter_name(target: str | None, drafter: str | None) -> str:
-    return drafter or ("none" if target else "demo")
 
 
 @contextmanager

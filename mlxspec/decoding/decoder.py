@@ -418,7 +418,7 @@ def check_options(draft_length: int | str, verification: str) -> None:
         )
 
 
-def answer_budget(prompt: Sequence[int], max_tokens: int, context: int | None, vocab_size: int) -> float:
+def answer_budget(prompt: Sequence[int], max_tokens: int, context: int | None, vocab_size: float = math.inf) -> float:
     """Return how many tokens may be emitted. Raise InvalidRequestError for a prompt that cannot be answered."""
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give at least one token")

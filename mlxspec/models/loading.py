@@ -1,7 +1,9 @@
 """Load a ``ModelPair`` from hub ids or folders. Code found in a model folder is never executed."""
 
+import difflib
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import AddedToken
 
-from mlxspec.errors import InvalidRequestError, MlxspecError, ModelLoadError, in_one_line
+from mlxspec.errors import (
+    InvalidRequestError,
+    MlxspecError,
+    ModelLoadError,
+    TokenizerMismatchError,
+    UnsupportedModelError,
+    in_one_line,
+)
 from mlxspec.files import write_json
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.catalog import KNOWN_MODELS
@@ -45,21 +54,26 @@ def load(
     quantize: str | None = None,
     context: int | None = None,
     context_length: int | None = None,
+    before_weights: Callable[[Any, int | None], None] = lambda tokenizer, context_length: None,
 ) -> ModelPair:
     """Load a target and its drafter.
 
     Args:
         target: Folder, hub id or short name (``mlxspec models`` lists them). None for the built-in demo target.
-        drafter: Folder, hub id or short name of a draft model; "lookup" for prompt lookup; "none"; or "auto" for the
-            recommended drafter of this target together with prompt lookup. Append "+lookup" to a name to try prompt
-            lookup as well; that needs the draft length "auto". None for the demo's own drafter with the demo target,
-            and for no drafter with any other.
+        drafter: Folder, hub id or short name of a draft model; "lookup" for prompt lookup; or "none". Append "+lookup"
+            to a name to try prompt lookup as well; that needs the draft length "auto". None or "auto" for the
+            recommended drafter of this target together with prompt lookup. If there is none, or it cannot be loaded,
+            that is prompt lookup alone, and the pair's ``drafter_note`` says why.
         dtype: Precision of weights and quantization scales. None for float32 on the CPU back end, where 16 bits are
             ten times slower, and for 16 bits on a GPU.
         quantize: "4", "8", "mxfp4" or "nvfp4" to quantize the target; the copy is kept on disk. "none" for as stored.
             None for the short name's default, or else for as stored.
         context: Number of tokens whose caches must fit into memory next to the weights. None for the models' own
             context, but at most 4096. It does not limit decoding.
+        context_length: Maximum number of positions of the target. None for what its config declares. A table of
+            positions in the model is a limit in any case.
+        before_weights: Called with the tokenizer and the context length before any weights are read. It may raise an
+            error, for instance for a prompt that does not fit.
 
     Returns:
         The models, evaluated, with the target's tokenizer.
@@ -70,29 +84,64 @@ def load(
         InvalidRequestError: An argument is invalid.
         TokenizerMismatchError: Target and drafter have different tokenizers.
     """
-    proposer, lookup = parse_drafter(target, drafter)
+    options = (dtype, quantize, context, context_length, before_weights)
+    if drafter not in (None, "auto"):
+        proposer, lookup = parse_drafter(drafter)
+        return load_pair(target, proposer, lookup, *options)
+    if target is None:
+        return load_pair(None, DEMO / "drafter", PromptLookup() if drafter == "auto" else None, *options)
+    note, recommended = f"no drafter is known for {Path(target).name}", recommended_drafter(target)
+    if recommended:
+        try:
+            return load_pair(target, recommended, PromptLookup(), *options)
+        except (ModelLoadError, UnsupportedModelError, TokenizerMismatchError) as error:
+            note = f"{recommended} cannot be used: {error}"
+    pair = load_pair(target, PromptLookup(), None, *options)  # if the target was to blame, it is named here
+    pair.drafter_note = note
+    return pair
+
+
+def load_pair(
+    target: str | Path | None,
+    drafter: str | Path | PromptLookup | None,
+    lookup: PromptLookup | None,
+    dtype: mx.Dtype | None,
+    quantize: str | None,
+    context: int | None,
+    context_length: int | None,
+    before_weights: Callable[[Any, int | None], None],
+) -> ModelPair:
+    """Load a target and exactly this drafter. The other arguments are those of ``load``."""
+    if context_length is not None and context_length < 2:
+        raise InvalidRequestError(f"context_length is {context_length}; use 2 or more")
+    drafter_folder = model_folder(drafter) if isinstance(drafter, str | Path) else None
     known = KNOWN_MODELS.get(str(target))
     target_folder = model_folder(DEMO / "target" if target is None else target)
     if (kind := quantize or (known.quantize if known else "none")) != "none":
         target_folder = quantized_copy(target_folder, kind, read_lazily)
-    drafter_folder = None if is_model_free(proposer) else model_folder(proposer)
     folders = [folder for folder in (target_folder, drafter_folder) if folder]
     check_memory([(folder, read_config(folder)) for folder in folders], context, dtype)
 
     tokenizer = read_tokenizer(target_folder, str(target))
-    if context_length is not None and context_length < 2:
-        raise InvalidRequestError(f"context_length is {context_length}; use 2 or more")
-    drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
-    target_model = read_model(target_folder, dtype)
-    draft_model = read_model(drafter_folder, dtype) if drafter_folder else prompt_lookup(proposer)
     context_length = context_length or declared_context(read_config(target_folder))
-    return ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)
+    before_weights(tokenizer, context_length)
+    draft_model: Any = read_model(drafter_folder, dtype) if drafter_folder else drafter
+    drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
+    pair = ModelPair(read_model(target_folder, dtype), draft_model, tokenizer, context_length, lookup, drafter_context)
+    pair.drafter_name = name_of(drafter) + ("+lookup" if lookup else "")
+    return pair
 
 
-def parse_drafter(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
-    """Interpret "auto", "+lookup" and None as ``load`` documents them.
+def recommended_drafter(target: str | Path) -> str | None:
+    """Return the short name of the drafter that the catalog recommends for a target, or None."""
+    known = next((model for model in KNOWN_MODELS.values() if str(target) in (model.name, model.hub_id)), None)
+    return known.drafter if known else None
+
+
+def parse_drafter(drafter: Any) -> tuple[Any, PromptLookup | None]:
+    """Interpret a drafter other than "auto" as ``load`` documents it.
 
     Returns:
         The drafter, and prompt lookup if it is a second drafter.
@@ -100,30 +149,19 @@ def parse_drafter(target: Any, drafter: Any) -> tuple[Any, PromptLookup | None]:
     Raises:
         InvalidRequestError: No model is named before "+lookup".
     """
-    known = next((model for model in KNOWN_MODELS.values() if str(target) in (model.name, model.hub_id)), None)
-    own = DEMO / "drafter" if target is None else known and known.drafter
-    if drafter is None and target is None:
-        return own, None
-    if drafter == "auto":
-        return own or "lookup", PromptLookup() if own else None
     if isinstance(drafter, str) and drafter.endswith("+lookup"):
         name = drafter.removesuffix("+lookup")
         if name in ("", "auto", "none", "lookup"):
             raise InvalidRequestError(f'drafter is {drafter!r}; name a model before "+lookup", or use "auto"')
         return name, PromptLookup()
-    return drafter, None
+    return {"none": None, "lookup": PromptLookup()}.get(drafter, drafter) if isinstance(drafter, str) else drafter, None
 
 
-def is_model_free(drafter: Any) -> bool:
-    """Return whether a drafter is something other than a model."""
-    return drafter in (None, "none", "lookup") or isinstance(drafter, PromptLookup)
-
-
-def prompt_lookup(drafter: Any) -> PromptLookup | None:
-    """Return the drafter that a name or object other than a model stands for."""
-    if isinstance(drafter, PromptLookup):
-        return drafter
-    return PromptLookup() if drafter == "lookup" else None
+def name_of(drafter: str | Path | PromptLookup | None) -> str:
+    """Return the name of a drafter for users."""
+    if drafter == DEMO / "drafter":
+        return "demo"
+    return "none" if drafter is None else "lookup" if isinstance(drafter, PromptLookup) else str(drafter)
 
 
 def model_folder(name: str | Path) -> Path:
@@ -143,7 +181,12 @@ def model_folder(name: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # a name too long for a file, or an unknown ~user
         raise ModelLoadError(f"no such folder: {str(name)[:80]} ({in_one_line(error)}); use a model folder") from None
     if not HUB_ID.fullmatch(str(name)):
-        raise ModelLoadError(f"no such folder: {name}; use a model folder, or a hub id like owner/name")
+        nearest = difflib.get_close_matches(str(name), KNOWN_MODELS, 1)
+        meant = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        raise ModelLoadError(
+            f"no such folder: {name}; use a model folder, a hub id like owner/name, or a short name of "
+            f"`mlxspec models`{meant}"
+        )
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
     except GatedRepoError:

@@ -21,6 +21,8 @@ class ModelPair:
         context_length: Maximum number of positions of the target. None for what its config declares, or no limit.
         lookup: A second drafter, which ``draft_length="auto"`` may choose for text that repeats itself.
         drafter_context_length: The same for the draft model. It does not draft beyond.
+        drafter_name: What drafts, for users, such as "amd-135m+lookup". ``load`` sets it.
+        drafter_note: Why ``load`` chose another drafter than the recommended one, "" if it did not.
     """
 
     target: nn.Module
@@ -29,6 +31,8 @@ class ModelPair:
     context_length: int | None = None
     lookup: PromptLookup | None = None
     drafter_context_length: int | None = None
+    drafter_name: str = ""
+    drafter_note: str = ""
 
     def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):

@@ -9,11 +9,13 @@ import time
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_tokenizer
 from transformers import LlamaTokenizer
 
 import mlxspec
 from mlxspec import InvalidRequestError, PromptLookup
-from mlxspec.models.loading import DEMO, parse_drafter, read_tokenizer
+from mlxspec.models.catalog import KNOWN_MODELS, KnownModel
+from mlxspec.models.loading import DEMO, read_tokenizer, recommended_drafter
 from mlxspec.models.tokens import LLAMA2_TEMPLATE
 
 
@@ -55,7 +57,7 @@ def test_drafters_that_are_no_models_go_by_name():
     assert mlxspec.load(drafter="lookup").drafter == PromptLookup()
     assert mlxspec.load(drafter=PromptLookup(2)).drafter == PromptLookup(2)
     assert mlxspec.load(drafter="none").drafter is None
-    assert mlxspec.load(DEMO / "target").drafter is None
+    assert mlxspec.load(DEMO / "target", "none").drafter is None
     assert mlxspec.load().drafter is not None
 
 
@@ -123,8 +125,42 @@ def test_auto_is_the_targets_own_drafter_and_prompt_lookup():
     assert pair.drafter.args.hidden_size == mlxspec.load().drafter.args.hidden_size
     assert pair.lookup == PromptLookup()
     for name in ("llama2-7b-chat", "mlx-community/Llama-2-7b-chat-4-bit"):
-        assert parse_drafter(name, "auto") == ("amd-135m", PromptLookup())
-    assert parse_drafter("some/model", "auto") == ("lookup", None)
+        assert recommended_drafter(name) == "amd-135m"
+    assert recommended_drafter("some/model") is None
+
+
+@pytest.mark.parametrize("drafter", [None, "auto"])
+def test_a_target_without_a_known_drafter_has_prompt_lookup(drafter):
+    pair = mlxspec.load(DEMO / "target", drafter)
+    assert (pair.drafter, pair.drafter_name) == (PromptLookup(), "lookup")
+    assert pair.drafter_note == "no drafter is known for target"
+
+
+def test_a_recommended_drafter_that_cannot_be_used_is_replaced_by_prompt_lookup_with_the_reason(hub_cache, monkeypatch):
+    monkeypatch.setitem(KNOWN_MODELS, "mine", KnownModel("mine", "somebody/a-model", "target", 0, "", drafter="other"))
+    monkeypatch.setitem(KNOWN_MODELS, "other", KnownModel("other", "somebody/other", "drafter", 0, ""))
+    monkeypatch.setattr("mlxspec.models.loading.read_tokenizer", lambda *_: load_tokenizer(DEMO / "target"))
+    pair = mlxspec.load("mine")
+    assert pair.drafter_name == "lookup"
+    assert pair.drafter_note.startswith("other cannot be used: somebody/other is not a folder, not in the hub's local")
+    with pytest.raises(mlxspec.MlxspecError, match="somebody/other"):
+        mlxspec.load("mine", "other")
+    monkeypatch.setitem(KNOWN_MODELS, "other", KnownModel("other", str(DEMO / "drafter"), "drafter", 0, ""))
+    pair = mlxspec.load("mine")
+    assert (pair.drafter_name, pair.drafter_note, pair.lookup) == ("other+lookup", "", PromptLookup())
+
+
+def test_a_prompt_can_be_refused_before_the_weights_are_read(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO / "target", folder)
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(b"torn")
+
+    def refuse(tokenizer, context):
+        raise InvalidRequestError(f"{len(tokenizer.encode('a'))} of {context}")
+
+    with pytest.raises(InvalidRequestError, match=r"\d of \d+"):
+        mlxspec.load(folder, before_weights=refuse)
 
 
 def test_lookup_behind_a_name_adds_it_to_that_drafter():
