@@ -160,7 +160,7 @@ def file_contents(file: Path) -> dict[str, list[Content]]:
     if '"turns"' in next((line for line in lines if line.strip()), ""):
         return spec_bench(file, lines)
     bad = BadLines()
-    contents = [content_of(record) for record in read_documents(corpus_files([file]), bad)]
+    contents = [content_of(record) for record in read_documents(corpus_files([file]), bad, prompts=True)]
     if bad.examples:
         raise InvalidRequestError(f"{bad.examples[0]}; fix or remove this line")
     if not contents:
@@ -182,7 +182,8 @@ def spec_bench(file: Path, lines: list[str]) -> dict[str, list[Content]]:
         if line.strip():
             try:
                 entry = json.loads(line)
-                category, turn = entry["category"], parse_line(json.dumps({"turns": entry["turns"]}).encode())
+                category = entry["category"]
+                turn = parse_line(json.dumps({"turns": entry["turns"]}).encode(), prompts=True)
                 if not isinstance(category, str):
                     raise TypeError("the category is no text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -2,8 +2,8 @@
 
 Sources are files, folders or glob patterns; files may be gzipped. A ``.txt`` file is one document, or several of one
 megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt", "prompt" and "completion",
-"messages", or "turns" as in Spec-Bench, of which the first is the prompt. A line is bad if a part of its content would
-be left out. Files are read line by line, so they may be larger than memory.
+"messages", or, for prompts, "turns" as in Spec-Bench, of which the first is used. A line is bad if a part of its
+content would be left out. Files are read line by line, so they may be larger than memory.
 """
 
 import glob
@@ -114,8 +114,8 @@ def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_documents(files: Iterable[Path], bad: BadLines) -> Iterator[Document]:
-    """Yield all documents of the files, and count malformed lines in ``bad``.
+def read_documents(files: Iterable[Path], bad: BadLines, prompts: bool = False) -> Iterator[Document]:
+    """Yield all documents of the files, or only their ``prompts``, and count malformed lines in ``bad``.
 
     Raises:
         TrainingError: A file cannot be read.
@@ -127,7 +127,7 @@ def read_documents(files: Iterable[Path], bad: BadLines) -> Iterator[Document]:
                 if file.name.endswith((".txt", ".txt.gz")):
                     yield from text_documents(file, lines, done, bad)
                 else:
-                    yield from line_documents(file, lines, done, bad)
+                    yield from line_documents(file, lines, done, bad, prompts)
             done += file.stat().st_size
         except (OSError, EOFError, zlib.error) as error:  # gzip raises any of these for a damaged file
             raise TrainingError(f"{file} cannot be read ({in_one_line(error)}); replace it or leave it out") from None
@@ -162,7 +162,7 @@ def split_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield first, b"".join(some)
 
 
-def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Document]:
+def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines, prompts: bool) -> Iterator[Document]:
     """Yield the documents of a file that has one on each line."""
     position = 0
     for number, line in enumerate(lines, 1):
@@ -171,12 +171,12 @@ def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines)
             continue
         bad.read += 1
         try:
-            yield Document(parse_line(line), f"{file}:{number}", done + min(position, file.stat().st_size))
+            yield Document(parse_line(line, prompts), f"{file}:{number}", done + min(position, file.stat().st_size))
         except ValueError as error:
             bad.skip(f"{file}:{number}", in_one_line(error))
 
 
-def parse_line(line: bytes) -> str | list[Message]:
+def parse_line(line: bytes, prompts: bool = False) -> str | list[Message]:
     """Return the content of a line. A prompt with a completion is a conversation, as in mlx-lm.
 
     Raises ValueError, with the reason, for a malformed line, and for one with content that would be left out.
@@ -190,7 +190,7 @@ def parse_line(line: bytes) -> str | list[Message]:
     if names == ["prompt", "completion"]:
         prompt, completion = (text_of(entry, name) for name in names)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    if names == ["turns"]:  # Spec-Bench: what the user says, turn by turn
+    if names == ["turns"] and prompts:  # Spec-Bench: what the user says, turn by turn
         if not isinstance(entry["turns"], list) or not entry["turns"]:
             raise ValueError('"turns" is empty or not a list')
         return text_of({"turns": entry["turns"][0]}, "turns")
@@ -324,7 +324,7 @@ def read_prompts(
         TrainingError: There are no prompts, or too many lines are malformed.
     """
     bad, prompts = BadLines(), []
-    for document in read_documents(corpus_files(sources), bad):
+    for document in read_documents(corpus_files(sources), bad, prompts=True):
         try:
             content = prompt_of(document.content, system)
             if isinstance(content, str):

@@ -93,10 +93,10 @@ intermediate_size = 128
 num_hidden_layers = 2
 num_attention_heads = 4
 [distill]
-samples = 128
-max_tokens = 64
+samples = 32
+max_tokens = 32
 [finetune]
-steps = 60
+steps = 40
 batch = 8
 length = 64
 evaluate_every = 20
