@@ -50,6 +50,11 @@ from mlxspec.evaluation.report import (
 from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
 
+LEGEND = (
+    "τ: block efficiency, tokens per target pass. γ: mean draft length. MBSU: the speed-up on a machine where a step "
+    "costs what it reads, with the cost of the drafter by parameters and by bytes. Ratios: tokens per second of mlxspec "
+    "over those of mlx-lm in the same round."
+)
 PROFILED = 4  # draft length of the block whose parts are timed
 
 
@@ -176,7 +181,7 @@ def print_results(record: Record) -> None:
         print_table(HEADINGS, [cells(row) for row in rows])
         click.echo()
         print_table(ENGINE_HEADINGS, [line for row in rows for line in engine_cells(row)])
-        click.echo(f"\n{headline(rows)}")
+        click.echo(f"\n{LEGEND}\n\n{headline(rows)}")
         print_block(record.get("profile"))
 
 

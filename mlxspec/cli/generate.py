@@ -19,7 +19,7 @@ from mlxspec.cli.options import (
 )
 from mlxspec.decoding.decoder import answer_budget
 from mlxspec.decoding.text import StopStrings
-from mlxspec.models.tokens import encode_prompt
+from mlxspec.models.tokens import check_unicode, encode_prompt
 
 INTERRUPTED = 130
 BYTES_PER_TOKEN = 3  # of a prompt, for the check of memory that comes before the tokenizer is read
@@ -45,6 +45,9 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
     check_max_tokens(max_tokens)
     StopStrings(stop)
     prompt = read_prompt(prompt)
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty; give some text")
+    check_unicode(prompt)
     encoded: list[int] = []
 
     def encode(tokenizer: Any, context: int | None) -> None:

@@ -179,7 +179,7 @@ def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
         click.echo(", ".join(f"{count} {name}" for name, count in answer_counts(shards).items()))
 
 
-@train.command()
+@train.command(short_help="Train a drafter to match the target on its answers.")
 @TARGET
 @click.option("--drafter", required=True, help="The drafter to start from.")
 @click.option("--answers", required=True, type=click.Path(path_type=Path), help="Folder written by train distill.")

@@ -33,7 +33,7 @@ from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, Lookup
 from mlxspec.errors import WriteError
 from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
-from mlxspec.models.quantizing import cache_folder
+from mlxspec.models.quantizing import cache_folder, has_home
 
 FORMAT = 5  # version of the file format; figures in another version are measured again
 FIRST_CAP = (3.5, 10)  # time limit of the first process: the longer of so many seconds and so many target passes
@@ -159,6 +159,8 @@ def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, anew: bool)
     figures |= {name: min(seconds, figures.get(name, seconds)) for name, seconds in others.items()}
     rounds |= {name: max(count, rounds.get(name, 0)) for name, count in other_rounds.items()}
     file = costs_file(compiled)
+    if not has_home(file):
+        return
     with suppress(OSError, WriteError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"of": described(compiled), "seconds": figures, "rounds": rounds})

@@ -30,7 +30,7 @@ def drafter_of(compiled: CompiledBlocks) -> str:
     for name in (MODEL, LOOKUP):
         if name in compiled.drafters:
             return name
-    raise InvalidRequestError("there is no drafter to measure; name one with --drafter")
+    raise InvalidRequestError("there is no drafter to measure; choose a pair with one")
 
 
 # ----------------------------------------------------------------------- speed at each draft length

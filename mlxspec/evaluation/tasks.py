@@ -86,7 +86,7 @@ def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = f
             if not fitting:
                 raise InvalidRequestError(
                     f"task {title}: no prompt fits into the {room:g} tokens that the answer leaves; use a smaller "
-                    "--max-tokens"
+                    "max_tokens"
                 )
             found.append(Task(title, fitting, sampling))
     twice = next((title for title, times in Counter(task.name for task in found).items() if times > 1), None)

@@ -36,8 +36,8 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
         names = " and ".join(folder.name for folder, _ in models)
         raise ModelLoadError(
             f"{names} need {gigabytes(weights)} for weights and {gigabytes(caches)} for {tokens} tokens, and this "
-            f"device has {gigabytes(limit)}; quantize the target (--quantize 4), use a smaller model, or fewer "
-            "--max-tokens"
+            f"device has {gigabytes(limit)}; quantize the target, use a smaller model, or ask for "
+            "fewer tokens"
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -16,13 +17,14 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 from mlxspec.errors import InUseError, InvalidRequestError
 from mlxspec.files import fingerprint, locked, replacing
 
-# The values of --quantize, with the arguments of mlx-lm's quantize_model.
+# The values of quantize, with the arguments of mlx-lm's quantize_model.
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "4": {"bits": 4, "group_size": 64, "mode": "affine"},
     "8": {"bits": 8, "group_size": 64, "mode": "affine"},
     "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
     "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
 }
+COPY_NAME = re.compile(rf".+-[0-9a-f]{{12}}-({'|'.join(QUANTIZATIONS)})")
 COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
           "generation_config.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 
@@ -41,6 +43,8 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
     if kind not in QUANTIZATIONS:
         raise InvalidRequestError(f"quantize is {kind!r}; use one of {', '.join(QUANTIZATIONS)}, none")
     copy = cache_folder() / f"{folder.resolve().name[:40]}-{folder_fingerprint(folder)}-{kind}"
+    if not has_home(copy):
+        raise InvalidRequestError(f"the quantized copy has no place: {Path.home()} does not exist; set HF_HOME")
     while not copy.is_dir():
         try:
             with locked(copy, copy.with_name(f".{copy.name}.lock")):
@@ -72,8 +76,19 @@ def quantized(model: nn.Module, config: dict[str, Any], kind: str) -> tuple[nn.M
 
 
 def cache_folder() -> Path:
-    """Return the folder for what mlxspec keeps between runs."""
+    """Return the folder for what mlxspec keeps between runs: quantized copies and costs of blocks."""
     return Path(huggingface_hub.constants.HF_HOME) / "mlxspec"
+
+
+def has_home(folder: Path) -> bool:
+    """Return whether a folder may be created. A home folder that does not exist is not created."""
+    home = Path.home()
+    return home.is_dir() or not folder.is_relative_to(home)
+
+
+def copies() -> list[Path]:
+    """Return the quantized copies on disk."""
+    return sorted(path for path in cache_folder().glob("*") if COPY_NAME.fullmatch(path.name) and path.is_dir())
 
 
 def folder_fingerprint(folder: Path) -> str:

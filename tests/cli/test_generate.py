@@ -189,7 +189,7 @@ def one_line_error(outcome, *words):
         (["x", "--target", "x" * 300], ["no such folder"]),
         (["x", "--temperature", "1e-46"], ["temperature is 1e-46"]),
         (["x", "--draft-length", "many"], ["many", "auto"]),
-        (["x", "--max-tokens", "-5"], ["max_tokens is -5"]),
+        (["x", "--max-tokens", "-5"], ["max-tokens is -5"]),
         (["x", "--verification", "hope"], ["hope", "block", "token", "match"]),
         (["x", "--stop", ""], ["stop string is empty"]),
         (["x", "--system", "Be brief."], ["chat template"]),
@@ -275,9 +275,7 @@ def test_a_whole_safetensors_file_passes_the_check(tmp_path):
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(mlxspec_process, as_json):
     # Hot, and with a seed, so that the story is sure not to end before the signal comes.
     story = ["Once upon a time", "--max-tokens", "1000", "--temperature", "3", "--seed", "1", "--draft-length", "0"]
-    arguments = [*story, "--stats"]
-    options = ["--json"] if as_json else []
-    process = mlxspec_process("generate", *arguments, *options)
+    process = mlxspec_process("generate", *story, "--json" if as_json else "--stats")
     if as_json:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=4)

@@ -22,7 +22,7 @@ def test_a_pair_that_does_not_fit_is_named_before_it_is_loaded(monkeypatch):
     ):
         mlxspec.load(context=4000)
     monkeypatch.setattr("mlxspec.models.loading.read_model", lambda *_: pytest.fail("loaded all the same"))
-    with pytest.raises(mlxspec.MlxspecError, match="fewer --max-tokens"):
+    with pytest.raises(mlxspec.MlxspecError, match="fewer tokens"):
         mlxspec.load(context=4000)
 
 
