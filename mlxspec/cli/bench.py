@@ -52,8 +52,8 @@ from mlxspec.models.pair import ModelPair
 
 LEGEND = (
     "τ: block efficiency, tokens per target pass. γ: mean draft length. MBSU: the speed-up on a machine where a step "
-    "costs what it reads, with the cost of the drafter by parameters and by bytes. Ratios: tokens per second of mlxspec "
-    "over those of mlx-lm in the same round."
+    "costs what it reads, with the cost of the drafter by parameters and by bytes. Ratios: tokens/s of mlxspec over "
+    "those of mlx-lm in the same round."
 )
 PROFILED = 4  # draft length of the block whose parts are timed
 
