@@ -298,6 +298,8 @@ class Drafter(nn.Module):
         try:
             content = read_json(folder / "config.json")
             weights = load_arrays(folder / "model.safetensors")
+            if not isinstance(content, dict):
+                raise ValueError("config.json does not contain an object")
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelLoadError(
                 f"cannot read a drafter from {folder}: {in_one_line(error)}; copy or export it again"

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mlxspec.errors import TrainingError
+from mlxspec.errors import TrainingError, advice_for
 from mlxspec.files import explain_write_errors, fingerprint, read_json, remove_leftovers, write_json
 
 FORMAT = 1
@@ -193,7 +193,11 @@ class ShardWriter:
         self._hashes: dict[str, Any] = {}
         for part in PARTS:
             path = shard_file(self.folder, number, part)
-            file: BinaryIO = path.open("r+b") if path.exists() else path.open("w+b")
+            try:
+                file: BinaryIO = path.open("r+b") if path.exists() else path.open("w+b")
+            except OSError as error:
+                self.close()
+                raise TrainingError(f"{path} cannot be opened ({error.strerror}); {advice_for(error)}") from None
             self._files[part] = file
             file.truncate(min(sizes[part], path.stat().st_size))
             self._hashes[part] = hashlib.sha256(file.read())
