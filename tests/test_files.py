@@ -107,7 +107,7 @@ def test_a_write_that_fails_is_one_line_that_names_the_file():
     with pytest.raises(WriteError, match=complaint), explain_write_errors("the text"):
         raise OSError(28, "No space left")
     with pytest.raises(WriteError, match=r"cannot write the text \(two lines\)"), explain_write_errors("the text"):
-        raise RuntimeError("two\nlines")
+        raise OSError("two\nlines")
 
 
 def test_a_fingerprint_is_the_start_of_the_hash_of_all_parts():
