@@ -35,7 +35,6 @@ from mlxspec.evaluation.benchmark import (
     samplings,
     summaries,
 )
-from mlxspec.evaluation.engines import PEER_DRAFT_LENGTH
 from mlxspec.evaluation.profile import PARTS, calibrated, profile
 from mlxspec.evaluation.report import (
     ENGINE_HEADINGS,
@@ -68,10 +67,11 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @click.option("--temperature", "temperatures", type=float, multiple=True,
               help="May be given several times.  [default: that of the task, else 0 and 1]")  # fmt: skip
 @click.option("--prompts", default=4, show_default=True, help="Prompts per task.")
-@click.option("--max-tokens", default=128, show_default=True, help="Longest answer.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds that count; a warm-up round precedes them.")
+@click.option("--max-tokens", default=BenchmarkSettings.max_tokens, show_default=True, help="Longest answer.")
+@click.option("--rounds", default=BenchmarkSettings.rounds, show_default=True,
+              help="Rounds that count; a warm-up round precedes them.")  # fmt: skip
 @DRAFT_LENGTH
-@click.option("--peer-draft-length", default=PEER_DRAFT_LENGTH, show_default=True,
+@click.option("--peer-draft-length", default=BenchmarkSettings.peer_draft_length, show_default=True,
               help="Tokens that mlx-lm drafts per block.")  # fmt: skip
 @VERIFICATION
 @click.option("--out", type=click.Path(path_type=Path), default="bench.json", show_default=True,
@@ -97,7 +97,8 @@ def bench(target, drafter, quantize, context, tasks, prompts, out, calibration, 
     pair = mlxspec.load(target, drafter, quantize=quantize, context_length=context)
     if target and drafter is None:
         say_drafter(pair)
-    room = (pair.context_length or float("inf")) - settings.max_tokens
+    contexts = [pair.context_length, pair.drafter_context_length]  # mlx-lm asks a drafter beyond its own
+    room = min((context for context in contexts if context), default=float("inf")) - settings.max_tokens
     chosen = read_tasks([name for name in tasks.split(",") if name], pair.tokenizer, prompts, room)
     record = new_record(pair, settings, {"target": target_name(target), "drafter": pair.drafter_name})
     try:

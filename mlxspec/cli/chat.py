@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlxspec import Conversation, InvalidRequestError
+from mlxspec import Conversation, InvalidRequestError, MlxspecError
 from mlxspec.cli.generate import Answer, check_max_tokens
 from mlxspec.cli.options import calibrate, decoder_from, decoder_options, detailed, prefill_bar
 from mlxspec.files import write_atomically
@@ -47,7 +47,7 @@ def chat(max_tokens, system, **decoder_settings):
                 with prefill_bar(quiet=False) as progress:
                     Answer(conversation.say(message, max_tokens, progress))
                 click.echo()
-        except InvalidRequestError as error:
+        except MlxspecError as error:
             click.secho(f"error: {error}", fg="red", err=True)
 
 

@@ -17,7 +17,7 @@ from mlxspec.cli.options import (
     summary,
     target_name,
 )
-from mlxspec.decoding.decoder import answer_budget
+from mlxspec.decoding.decoder import DEFAULT_MAX_TOKENS, answer_budget
 from mlxspec.decoding.text import StopStrings
 from mlxspec.models.tokens import check_unicode, encode_prompt
 
@@ -28,7 +28,8 @@ BYTES_PER_TOKEN = 3  # of a prompt, for the check of memory that comes before th
 @click.command()
 @click.argument("prompt", required=False)
 @decoder_options
-@click.option("--max-tokens", default=256, show_default=True, help="Longest answer; -1: no limit but the context.")
+@click.option("--max-tokens", default=DEFAULT_MAX_TOKENS, show_default=True,
+              help="Longest answer; -1: no limit but the context.")  # fmt: skip
 @click.option("--system", help="System prompt, for a model whose chat template accepts one.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
 @click.option("--stop", multiple=True, help="End the answer before this text. May be given several times.")

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 import mlxspec
 from mlxspec import DecodingStats, InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
-from mlxspec.decoding.decoder import Progress, check_options
-from mlxspec.decoding.verification import RULES
+from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, Progress, check_options
+from mlxspec.decoding.verification import DEFAULT_RULE, RULES
 from mlxspec.models.quantizing import QUANTIZATIONS
 
 DRAFTED_BY = {"model": "drafted by the model", "lookup": "drafted by prompt lookup", "none": "without a draft"}
@@ -47,14 +47,14 @@ QUANTIZE = click.option(
 DRAFT_LENGTH = click.option(
     "--draft-length",
     type=DraftLength(),
-    default="auto",
+    default=DEFAULT_DRAFT_LENGTH,
     show_default=True,
     help="Tokens drafted per block; 0 to decode without drafts; auto to choose the fastest length while decoding.",
 )
 VERIFICATION = click.option(
     "--verification",
     type=click.Choice(list(RULES)),
-    default="block",
+    default=DEFAULT_RULE,
     show_default=True,
     help="Rule that accepts drafted tokens. With each of them the answer has the target's own distribution; block "
     "accepts most.",

@@ -23,12 +23,13 @@ from mlxspec.decoding.policy import Automatic, DraftPolicy, Fixed
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.text import AnswerText, Segment
-from mlxspec.decoding.verification import FAILED, RULES
+from mlxspec.decoding.verification import DEFAULT_RULE, FAILED, RULES
 from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.tokens import encode_prompt
 
 BLOCKS_IN_FLIGHT = 2
+DEFAULT_DRAFT_LENGTH, DEFAULT_MAX_TOKENS = "auto", 256
 LONGEST_DRAFT = 64  # a block is unrolled when it is compiled
 
 Progress = Callable[[int, int], None]  # done, in all
@@ -69,8 +70,8 @@ class SpeculativeDecoder:
         self,
         pair: ModelPair,
         sampling: Sampling | None = None,
-        draft_length: int | str = "auto",
-        verification: str = "block",
+        draft_length: int | str = DEFAULT_DRAFT_LENGTH,
+        verification: str = DEFAULT_RULE,
         policy: DraftPolicy | None = None,
     ):
         check_options(draft_length, verification)
@@ -127,7 +128,7 @@ class SpeculativeDecoder:
     def blocks(
         self,
         prompt: Sequence[int],
-        max_tokens: int = 256,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         progress: Progress = lambda done, total: None,
         seed: int | None = None,
     ) -> Generator[Block, None, None]:
@@ -197,7 +198,7 @@ class SpeculativeDecoder:
     def stream(
         self,
         prompt: str | Sequence[int],
-        max_tokens: int = 256,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
         system: str | None = None,
         raw: bool = False,
@@ -451,10 +452,10 @@ class Generation:
 def generate(
     pair: ModelPair,
     prompt: str | Sequence[int],
-    max_tokens: int = 256,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
     sampling: Sampling | None = None,
-    draft_length: int | str = "auto",
-    verification: str = "block",
+    draft_length: int | str = DEFAULT_DRAFT_LENGTH,
+    verification: str = DEFAULT_RULE,
     stop: Sequence[str] = (),
     system: str | None = None,
     raw: bool = False,

@@ -86,6 +86,7 @@ def greedy(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
 
 
 RULES: dict[str, Rule] = {"block": block, "token": token, "match": match}
+DEFAULT_RULE = "block"
 
 
 def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:

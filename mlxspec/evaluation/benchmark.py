@@ -19,10 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxspec import __version__
-from mlxspec.decoding.decoder import SpeculativeDecoder, check_options
+from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, SpeculativeDecoder, check_options
 from mlxspec.decoding.drafting import MODEL
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
+from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.engines import (
     OURS,
@@ -51,9 +52,9 @@ class BenchmarkSettings:
     temperatures: tuple[float, ...] = ()  # none: those of each task, or 0 and 1
     rounds: int = 5
     max_tokens: int = 128
-    draft_length: int | str = "auto"
+    draft_length: int | str = DEFAULT_DRAFT_LENGTH
     peer_draft_length: int = PEER_DRAFT_LENGTH
-    verification: str = "block"
+    verification: str = DEFAULT_RULE
 
     def __post_init__(self) -> None:
         for name in ("rounds", "max_tokens", "peer_draft_length"):

@@ -9,6 +9,7 @@ from mlx.utils import tree_reduce
 
 from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
+from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.models.pair import ModelPair
 
 
@@ -19,7 +20,7 @@ def served_block_efficiency(
     temperatures: Sequence[float],
     draft_length: int,
     max_tokens: int,
-    verification: str = "block",
+    verification: str = DEFAULT_RULE,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that measures a drafter with the real decoder.
 

@@ -17,6 +17,7 @@ from mlxspec.decoding.drafting import LOOKUP, MODEL, PLAIN, Choice
 from mlxspec.decoding.policy import Automatic
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
+from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.rounds import Progress, by_engine, interleaved, ratio, spread
 from mlxspec.models.pair import ModelPair
@@ -42,7 +43,7 @@ def calibrated(
     sampling: Sampling,
     rounds: int,
     max_tokens: int,
-    verification: str = "block",
+    verification: str = DEFAULT_RULE,
     progress: Progress = lambda done, total: None,
 ) -> Record:
     """Measure the cost table anew, and the speed at each draft length of ``MENU`` and of "auto".
@@ -135,7 +136,7 @@ PARTS = ("drafting", "verification", "acceptance", "host")
 
 
 def profile(
-    pair: ModelPair, sampling: Sampling, draft_length: int, verification: str = "block", rounds: int = 7
+    pair: ModelPair, sampling: Sampling, draft_length: int, verification: str = DEFAULT_RULE, rounds: int = 7
 ) -> Record:
     """Measure the parts of a block, in seconds: medians over interleaved rounds.
 
