@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from mlxspec import InvalidRequestError
-from mlxspec.models.memory import gigabytes
 from mlxspec.models.quantizing import cache_folder, copies
 
 COSTS = "costs"  # the name that stands for all files with costs of blocks
@@ -34,7 +33,7 @@ def cache(delete):
     if not delete:
         click.echo(cache_folder())
         for name, path in entries.items():
-            click.echo(f"  {gigabytes(size_of(path)):>8}  used {last_use(path)}  {name}")
+            click.echo(f"  {size_of(path) / 1e6:>9,.1f} MB  used {last_use(path)}  {name}")
         if not entries:
             click.echo("  nothing is kept")
 

@@ -153,7 +153,7 @@ def test_the_cache_lists_and_deletes_what_mlxspec_made_and_nothing_else(mlxspec_
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(bytes(200_000_000) if folder == copy else b"x")
     listed = mlxspec_command("cache").out
-    assert "0.2 GB" in listed
+    assert "200.0 MB" in listed
     assert copy.name in listed
     assert "mine" not in listed
     assert mlxspec_command("cache", "--delete", copy.name).out == f"deleted {copy}\n"
