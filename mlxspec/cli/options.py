@@ -120,9 +120,10 @@ def decoder_from(
     pair = mlxspec.load(
         target, drafter, quantize=quantize, context=tokens, context_length=context, before_weights=before_weights
     )
+    decoder = SpeculativeDecoder(pair, drawn, draft_length, verification)
     if target and drafter is None and not quiet:
         say_drafter(pair)
-    return SpeculativeDecoder(pair, drawn, draft_length, verification)
+    return decoder
 
 
 def check_pair(target: str | None, drafter: str | None, quantize: str | None) -> None:
