@@ -82,7 +82,7 @@ def test_the_package_is_marked_as_typed():
 )
 def test_ctrl_c_in_the_first_seconds_leaves_no_traceback(mlxspec_process, arguments):
     random.seed(len(arguments))
-    for _ in range(8):
+    for _ in range(5):
         process = mlxspec_process(*arguments, stdin=subprocess.DEVNULL)
         time.sleep(random.uniform(0.04, 1.5))  # before that, Python itself is starting
         process.send_signal(signal.SIGINT)

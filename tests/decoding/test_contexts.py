@@ -46,7 +46,7 @@ def asked(monkeypatch):
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, 20, "auto"])
-@pytest.mark.parametrize("length", [1, 2, 40, 59, 60, 61, 62, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, 40, 60, 62, 63, 64, 65, 200])
 def test_a_drafter_is_never_asked_beyond_its_own_context(asked, length, draft_length):
     target, drafter = random_llama(vocab_size=VOCAB, scale=4), tiny_gpt2(64)
     prompt = [(7 * n) % VOCAB for n in range(length)]

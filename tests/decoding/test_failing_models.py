@@ -146,9 +146,9 @@ class FailingDrafter(nn.Module):
         return self.body(tokens, cache) * self.factor[tokens][..., None] * self.factor[tokens][..., None]
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float16, pytest.param(mx.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_emitted_distribution_is_the_targets_where_the_drafters_logits_overflow(rule, dtype):
     drafter = FailingDrafter(5, dtype, failing=(1, 3))
     assert not mx.isfinite(drafter(mx.array([[3]]))).all()
-    assert_emits_the_targets_distribution(rule, Sampling(1.0, seed=1), drafter, 3, 1500)
+    assert_emits_the_targets_distribution(rule, Sampling(1.0, seed=1), drafter, 3, 1000)

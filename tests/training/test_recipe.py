@@ -133,8 +133,8 @@ def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, ml
     ("tables", "made"),
     [
         (["distill"], "answers"),
-        (["pretrain", "distill"], "pretrain/drafter"),
-        (["distill", "finetune"], "finetune/drafter"),
+        pytest.param(["pretrain", "distill"], "pretrain/drafter", marks=pytest.mark.slow),
+        pytest.param(["distill", "finetune"], "finetune/drafter", marks=pytest.mark.slow),
         pytest.param(["pretrain"], "pretrain/drafter", marks=pytest.mark.slow),
         pytest.param(["pretrain", "distill", "finetune"], "finetune/drafter", marks=pytest.mark.slow),
         pytest.param(["distill", "finetune", "finetune"], "finetune-2/drafter", marks=pytest.mark.slow),
