@@ -34,7 +34,14 @@ from mlxspec.training.responses import (
     prompt_groups,
     write_answers,
 )
-from mlxspec.training.run_folder import Metrics, complete_stage, is_first_process, locked_for_all, start_stage
+from mlxspec.training.run_folder import (
+    Metrics,
+    broadcast,
+    complete_stage,
+    is_first_process,
+    locked_for_all,
+    start_stage,
+)
 from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import Target
@@ -197,7 +204,8 @@ def train(
         if done := last_step(folder):
             what += f", continued after step {done} with the learning rate of a run of {settings.steps} steps"
         target.listener.stage(folder.name, what)
-        single = loss.needs_target and not keeps_documents_apart(target.model)
+        # Processes may round differently but have to agree, since it decides which rows there are.
+        single = loss.needs_target and not broadcast(keeps_documents_apart(target.model))
         if single:
             target.listener.stage(folder.name, "this target cannot keep documents apart, so each row has only one")
         batches = Batches(
