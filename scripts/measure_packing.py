@@ -77,17 +77,11 @@ def main(target: Path, steps: int, texts: int, length: int, batch: int, seeds: i
                     drafter = Drafter(DrafterConfig(named.vocab_size, 32, 96, 3, 2, tie_word_embeddings=True))
                     settings = TrainingSettings(steps=steps, batch=batch, length=length, learning_rate=6e-3, seed=seed,
                                                 checkpoint_every=steps)  # fmt: skip
-                    speeds: list[float] = []
-
-                    def keep(step: int, metrics: dict[str, float], speeds: list[float] = speeds) -> None:
-                        speeds.append(metrics["tokens_per_second"])
-
                     run = Path(work) / f"{loss.name}-{kind}-{seed}"
                     goal = objective(loss, teacher if loss.needs_target else None)
-                    Trainer(drafter, goal, batches, settings, run, report=keep).run()
+                    Trainer(drafter, goal, batches, settings, run).run()
                     figures = score(drafter)
                     figures["acceptance rate"] = acceptance_rate(drafter, teacher, folders["held out"], 200)
-                    figures["tokens/s"] = statistics.median(speeds)
                     found.setdefault(kind, []).append(figures)
                     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
                     click.echo(f"{loss.name} {kind} seed {seed}: {shown}")
