@@ -1,7 +1,6 @@
 """The estimated memory of a step is close to what MLX reports."""
 
 import gc
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -9,17 +8,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxspec import Drafter, DrafterConfig
-from mlxspec.cli.train import new_scorer
 from mlxspec.errors import TrainingError
-from mlxspec.models.loading import DEMO
 from mlxspec.training import estimate
 from mlxspec.training.batches import Batches
 from mlxspec.training.estimate import check_fits, training_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
-from mlxspec.training.recipe import Recipe, run
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
@@ -83,40 +78,6 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
     taken = mx.get_peak_memory() - before
     estimated = training_bytes(LARGE, settings, 1, *of_target)
     assert taken / 2 < estimated < 2 * taken, (taken, estimated)
-
-
-RECIPE = f"""
-target = "{DEMO / "target"}"
-[drafter]
-hidden_size = 64
-intermediate_size = 128
-num_hidden_layers = 2
-num_attention_heads = 4
-[distill]
-samples = 32
-max_tokens = 32
-[finetune]
-steps = 40
-batch = 8
-length = 64
-evaluate_every = 20
-[evaluation]
-count = 4
-max_tokens = 24
-"""
-
-
-@pytest.mark.slow
-def test_the_estimated_time_is_near_that_of_a_run(tmp_path):
-    """In one process, so that what it takes to start and to compile, which is not estimated, counts in neither."""
-    (tmp_path / "small.toml").write_text(RECIPE)
-    recipe, target = Recipe.read(tmp_path / "small.toml"), Target(str(DEMO / "target"))
-    estimates = list(estimate.estimate(recipe, tmp_path / "out", target, new_scorer))
-    start = time.perf_counter()
-    run(recipe, tmp_path / "out", target, new_scorer)
-    taken, estimated = time.perf_counter() - start, sum(stage.seconds for stage in estimates)
-    print(f"estimated {estimated:.1f} s, taken {taken:.1f} s", [(stage.name, stage.seconds) for stage in estimates])
-    assert taken / 3 < estimated < 3 * taken, (taken, estimated)  # a busy machine may have become idle
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_what_to_do(monkeypatch):
