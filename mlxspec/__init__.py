@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mlxspec.decoding.conversation import Conversation
-    from mlxspec.decoding.decoder import Block, Generation, SpeculativeDecoder, generate
+    from mlxspec.decoding.decoder import Block, SpeculativeDecoder
+    from mlxspec.decoding.generation import Generation, generate
     from mlxspec.decoding.sampling import Sampling
     from mlxspec.decoding.stats import DecodingStats
     from mlxspec.decoding.text import Segment
@@ -33,7 +34,8 @@ __version__ = "0.1.0"
 
 MODULES = {
     "mlxspec.decoding.conversation": ["Conversation"],
-    "mlxspec.decoding.decoder": ["Block", "Generation", "SpeculativeDecoder", "generate"],
+    "mlxspec.decoding.decoder": ["Block", "SpeculativeDecoder"],
+    "mlxspec.decoding.generation": ["Generation", "generate"],
     "mlxspec.decoding.sampling": ["Sampling"],
     "mlxspec.decoding.stats": ["DecodingStats"],
     "mlxspec.decoding.text": ["Segment"],

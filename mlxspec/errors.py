@@ -49,8 +49,8 @@ class TrainingError(MlxspecError):
 def in_one_line(error: Exception, room: int = 200) -> str:
     """Return an error's message on one line, or its type if it has no message.
 
-    A message longer than ``room`` characters ends after a sentence, or else after a word and "...". The hub's messages
-    contain request numbers, which help nobody here and are left out.
+    A message longer than ``room`` characters ends after a sentence, or else after a word and "...". Request
+    numbers in the hub's messages are left out.
     """
     text = " ".join(REQUEST_NUMBER.sub("", str(error)).split())
     if len(text) > room:

@@ -1,6 +1,7 @@
 """Atomic writes, JSON and fingerprints, for the whole package."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,11 +16,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlxspec.errors import InUseError, TrainingError, WriteError, advice_for, in_one_line
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 SCRATCH_PREFIX = ".writing-"
 SAMPLES, SAMPLE_BYTES = 256, 2**14  # a large file's fingerprint covers this many samples of this many bytes
@@ -37,7 +33,7 @@ def locked(folder: Path, file: Path | None = None) -> Iterator[None]:
         file: The file to lock, ``.lock`` in the folder if not given.
 
     Raises:
-        InvalidRequestError: Another process holds the folder.
+        InUseError: Another process holds the folder.
     """
     file = file or folder / ".lock"
     missing = [parent for parent in file.parents if not parent.exists()]
@@ -63,12 +59,12 @@ def take_lock(file: Path) -> tuple[int | None, int]:
         The descriptor that holds the lock, None if it could not be taken; and the number of the process that holds it,
         -1 if that is not known, 0 if no process does.
     """
-    while fcntl:
+    while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError:  # not writable, which the first write reports
-            break
+            return None, 0
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(descriptor), file.stat()):
@@ -80,13 +76,12 @@ def take_lock(file: Path) -> tuple[int | None, int]:
             content = os.read(descriptor, 20).strip()
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):  # a file system without locks
-                break
+                return None, 0
             return None, int(content) if content.isdigit() and int(content) else -1
         with suppress(OSError):  # a full disk
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
         return descriptor, 0
-    return None, 0
 
 
 @contextmanager

@@ -18,5 +18,5 @@ def main() -> None:
 
 
 def leave_at_once(number: int, frame: object) -> None:
-    """Exit on Ctrl-C while modules are imported: there is nothing to keep, and a traceback helps nobody."""
+    """Exit on Ctrl-C while modules are imported. There is no result to keep yet."""
     os._exit(130)

@@ -43,7 +43,7 @@ def completed(config: dict[str, Any], tensors: Collection[str]) -> dict[str, Any
         complete["tie_word_embeddings"] = not any(name.endswith("lm_head.weight") for name in tensors)
     defaults = transformers_view(config)
     defaults |= {**rope_keys(defaults), **older_keys({**defaults, **config})}
-    for name in known - {*CONTEXT_NAMES[:1]}:  # a context that nobody declared limits nothing
+    for name in known - {"max_position_embeddings"}:  # a context that the config does not declare is no limit
         if complete.get(name) is None and defaults.get(name) is not None:
             complete[name] = defaults[name]
     if "rope_scaling" in known:

@@ -102,7 +102,7 @@ def test_colors_can_be_turned_off(mlxspec_command, monkeypatch, variables):
 
 
 def test_a_home_folder_that_does_not_exist_is_not_created(mlxspec_process, tmp_path):
-    home = tmp_path / "nobody"
+    home = tmp_path / "missing"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     process = mlxspec_process("generate", "Once", "--max-tokens", "2", env={**environment, "HOME": str(home)})
     process.communicate(timeout=120)

@@ -28,13 +28,8 @@ def collected(stream, words: str) -> list:
     return found
 
 
-class OneToken(nn.Module):
-    """A drafter that is sure of one token, whatever the text."""
-
-    def __init__(self, token: int):
-        super().__init__()
-        self.body = random_llama(2, vocab_size=VOCAB)
-        self.bias = 100.0 * (mx.arange(VOCAB) == token)
+class Changed(nn.Module):
+    """A model whose logits are those of ``body``, changed."""
 
     @property
     def layers(self):
@@ -43,6 +38,15 @@ class OneToken(nn.Module):
     @property
     def args(self):
         return self.body.args
+
+
+class OneToken(Changed):
+    """A drafter that is sure of one token, whatever the text."""
+
+    def __init__(self, token: int):
+        super().__init__()
+        self.body = random_llama(2, vocab_size=VOCAB)
+        self.bias = 100.0 * (mx.arange(VOCAB) == token)
 
     def __call__(self, tokens, cache=None):
         return self.body(tokens, cache) + self.bias
@@ -125,7 +129,7 @@ def test_text_that_was_decoded_before_the_target_failed_is_shown(stories_folder)
     assert "".join(segment.text for segment in segments) == pair.tokenizer.decode(kept)
 
 
-class FailingDrafter(nn.Module):
+class FailingDrafter(Changed):
     """A drafter whose logits overflow after some tokens, although all of its weights are finite."""
 
     def __init__(self, vocab_size: int, dtype: mx.Dtype, failing: tuple[int, ...]):
@@ -133,14 +137,6 @@ class FailingDrafter(nn.Module):
         self.body = random_llama(4, vocab_size=vocab_size, scale=2)
         self.body.set_dtype(dtype)
         self.factor = mx.array([mx.finfo(dtype).max if t in failing else 1 for t in range(vocab_size)], dtype)
-
-    @property
-    def layers(self):
-        return self.body.layers
-
-    @property
-    def args(self):
-        return self.body.args
 
     def __call__(self, tokens, cache=None):
         return self.body(tokens, cache) * self.factor[tokens][..., None] * self.factor[tokens][..., None]

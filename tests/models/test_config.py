@@ -139,6 +139,7 @@ def test_the_files_that_the_index_names_hold_the_weights_and_a_stale_one_does_no
         ({"max_position_embeddings": 512, "rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
         ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, 2048),
         ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 2048),
+        ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 1024),
         # The product is stated already, as DeepSeek and Qwen's long models do.
         ({"max_position_embeddings": 2048,
           "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 512}}, 2048),
@@ -170,7 +171,7 @@ def test_a_learned_table_of_positions_is_a_limit_whatever_is_stated():
     assert mlxspec.ModelPair(random_llama(), model).drafter_context_length == 64
 
 
-def test_a_path_of_the_authors_machine_is_followed_by_nobody(tmp_path):
+def test_a_path_that_exists_on_the_authors_machine_only_is_ignored(tmp_path):
     shutil.copytree(DEMO / "target", tmp_path / "model")
     file = tmp_path / "model" / "tokenizer_config.json"
     settings = json.loads(file.read_text())
