@@ -267,9 +267,11 @@ def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
 
 def new_teacher(target: Target, batches: Batches, settings: TrainingSettings, top_k: int) -> Teacher:
     """Return a teacher that caches the top k tokens, or an online teacher for ``top_k`` 0."""
+    apart = not batches.single  # all processes agree on it
     if not top_k:
-        return OnlineTeacher(target.model)
-    return CachedTeacher(target.model, batches, target.vocab_size, top_k, settings.temperatures[0], target.fingerprint)
+        return OnlineTeacher(target.model, apart)
+    temperature = settings.temperatures[0]
+    return CachedTeacher(target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart)
 
 
 def check_tokenizer(index: Index, target: Target, folder: Path) -> None:

@@ -29,13 +29,15 @@ class OnlineTeacher:
     If the model is a body and a linear head, its logits are computed in chunks from its hidden states. A trial on a few
     tokens decides that. The logits of other models, which cap or scale them, are kept whole.
 
-    Attributes:
-        apart: Whether the documents of a row do not see each other. If not, a row should have only one.
+    Args:
+        target: The target model.
+        apart: Whether to keep the documents of a row apart. If not, a row should have only one. None for whether the
+            target can, which takes a trial.
     """
 
-    def __init__(self, target: nn.Module):
+    def __init__(self, target: nn.Module, apart: bool | None = None):
         self.target = target
-        self.apart = keeps_documents_apart(target)
+        self.apart = keeps_documents_apart(target) if apart is None else apart
         self._windows = attention_windows(target) if self.apart else []
         self._body: Any = getattr(target, "model", None)
         self._head: Any = getattr(target, "lm_head", None) or getattr(
@@ -145,20 +147,28 @@ class CachedTeacher:
         k: Number of tokens at each position.
         temperature: The temperature of the stored probabilities.
         fingerprint: The target's fingerprint.
+        apart: As for ``OnlineTeacher``.
 
     Raises:
         InvalidRequestError: k is out of range.
     """
 
     def __init__(
-        self, target: nn.Module, batches: Batches, vocab_size: int, k: int, temperature: float, fingerprint: str
+        self,
+        target: nn.Module,
+        batches: Batches,
+        vocab_size: int,
+        k: int,
+        temperature: float,
+        fingerprint: str,
+        apart: bool | None = None,
     ):
         if not 1 < k < vocab_size:
             raise InvalidRequestError(
                 f"teacher_top_k is {k}; use 2 to {vocab_size - 1}, or 0 to run the target in every step"
             )
         self.batches, self.temperature, self.k = batches, temperature, k
-        self._online = OnlineTeacher(target)
+        self._online = OnlineTeacher(target, apart)
         self._log_q = mx.zeros((1, vocab_size))  # its shape tells the teacher the size of the vocabulary
         rows = "single" if batches.single else "apart"
         name = f"teacher-{fingerprint}-{k}-of-{batches.length}-{rows}-at-{temperature:g}"

@@ -166,3 +166,14 @@ def test_a_run_from_before_documents_were_kept_apart_is_refused(tmp_path, storie
     record.write_text(json.dumps(content))
     with pytest.raises(TrainingError, match="was created with rows = None, but this run has rows = documents apart"):
         run()
+
+
+def test_a_stage_tries_only_once_whether_a_target_keeps_documents_apart(shards, monkeypatch):
+    tried = []
+    monkeypatch.setattr("mlxspec.training.teachers.keeps_documents_apart", lambda model: tried.append(model) or True)
+    target = random_llama(vocab_size=V)
+    OnlineTeacher(target, apart=True)
+    CachedTeacher(target, Batches([shards], [1.0], LENGTH, 2, 0), V, 5, 1.0, "f", apart=True)
+    assert not tried
+    assert OnlineTeacher(target).apart
+    assert len(tried) == 1
