@@ -5,6 +5,8 @@ Names are imported when they are first used: MLX takes a second to import, which
 
 import importlib
 
+from mlxspec.blas import load_openblas
+
 TYPE_CHECKING = False  # as in ``typing``, which takes a while to import
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from mlxspec.models.pair import ModelPair
 
 __version__ = "0.1.0"
+
+load_openblas()  # before anything imports MLX
 
 MODULES = {
     "mlxspec.decoding.conversation": ["Conversation"],

@@ -9,7 +9,8 @@ import click
 
 from mlxspec import Conversation, InvalidRequestError, MlxspecError
 from mlxspec.cli.generate import Answer, check_max_tokens
-from mlxspec.cli.options import calibrate, decoder_from, decoder_options, detailed, prefill_bar
+from mlxspec.cli.options import calibrate, decoder_from, decoder_options, prefill_bar
+from mlxspec.cli.statistics import detailed
 from mlxspec.files import write_atomically
 
 HELP = """\
@@ -94,7 +95,7 @@ def run(line: str, conversation: Conversation) -> bool:
     elif command == "/system" and argument:
         conversation.reset(argument)
     elif command == "/stats":
-        click.echo(detailed(conversation.decoder.stats), err=True)
+        click.echo(detailed(conversation.decoder), err=True)
     elif command == "/save" and argument:
         save(conversation, Path(argument).expanduser())
     else:

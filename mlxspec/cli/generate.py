@@ -12,11 +12,10 @@ from mlxspec.cli.options import (
     calibrate,
     decoder_from,
     decoder_options,
-    detailed,
     prefill_bar,
-    summary,
     target_name,
 )
+from mlxspec.cli.statistics import detailed, summary
 from mlxspec.decoding.decoder import DEFAULT_MAX_TOKENS, answer_budget
 from mlxspec.decoding.text import StopStrings
 from mlxspec.models.tokens import check_unicode, encode_prompt
@@ -74,7 +73,7 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
     else:
         if answer.text:
             click.echo()
-        click.echo(detailed(decoder.stats) if details else summary(decoder.stats), err=True)
+        click.echo(detailed(decoder) if details else summary(decoder), err=True)
     if answer.finish_reason == "interrupted":
         sys.exit(INTERRUPTED)
 

@@ -1,29 +1,35 @@
 """Options that several verbs share, and the decoder that they describe."""
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
 from tqdm import tqdm
 
 import mlxspec
-from mlxspec import DecodingStats, InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
+from mlxspec import InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, Progress, check_options
 from mlxspec.decoding.verification import DEFAULT_RULE, RULES
 from mlxspec.models.quantizing import QUANTIZATIONS
 
-DRAFTED_BY = {"model": "drafted by the model", "lookup": "drafted by prompt lookup", "none": "without a draft"}
 LONG_PROMPT = 512  # tokens from which a progress bar is shown
-MEASURING = "measuring what a block costs on this machine"
+MEASURING = "measuring how long a pass takes on this machine"
 
 
 class DraftLength(click.ParamType):
+    """A number of tokens, or "auto"."""
+
     name = "int|auto"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """Return the number, or "auto"."""
         if value == "auto" or isinstance(value, int):
             return value
         try:
@@ -32,37 +38,42 @@ class DraftLength(click.ParamType):
             self.fail(f'{value!r} is neither a number nor "auto"', param, ctx)
 
 
+# The second name of an option is mlx-lm's.
 TARGET = click.option(
-    "--target", help="Target model: a folder, hub id or short name.  [default: the built-in demo target]"
+    "--target", "--model", help="Target model: a folder, hub id or short name.  [default: the built-in demo target]"
 )
 DRAFTER = click.option(
     "--drafter",
-    help="Draft model: a folder, hub id or short name; or `lookup` (prompt lookup), `none`, or `auto` (the recommended "
-    "drafter for this target, or prompt lookup where there is none). Append `+lookup` to try prompt lookup as well.  "
-    "[default: auto; the demo's drafter for the demo target]",
+    "--draft-model",
+    help="Drafter: a folder, hub id or short name of a model, `lookup` for prompt lookup, or `none`. With `auto`, "
+    "mlxspec uses the recommended drafter of this target, and prompt lookup where it is faster. Append `+lookup` to a "
+    "model to try prompt lookup as well.  [default: auto; for the demo target, its own drafter]",
 )
 QUANTIZE = click.option(
-    "--quantize", help="Quantize the target once to 4, 8, mxfp4 or nvfp4 and keep the copy; none: do not quantize."
+    "--quantize", help="Quantize the target to 4, 8, mxfp4 or nvfp4 and keep the copy. With none, use it as stored."
 )
 DRAFT_LENGTH = click.option(
     "--draft-length",
+    "--num-draft-tokens",
     type=DraftLength(),
     default=DEFAULT_DRAFT_LENGTH,
     show_default=True,
-    help="Tokens drafted per block; 0 to decode without drafts; auto to choose the fastest length while decoding.",
+    help="Tokens to draft for each pass of the target. 0 decodes without drafts. With auto, mlxspec chooses the fastest "
+    "length while it decodes.",
 )
 VERIFICATION = click.option(
     "--verification",
     type=click.Choice(list(RULES)),
     default=DEFAULT_RULE,
     show_default=True,
-    help="Rule that accepts drafted tokens. With each of them the answer has the target's own distribution; block "
-    "accepts most.",
+    help="Rule that accepts or rejects drafted tokens. Every rule keeps the target's distribution. The rule `block` "
+    "accepts the most tokens.",
 )
 # The fields of ``Sampling``: name, type, default and help are the dataclass's.
 SAMPLING_OPTIONS = [
     click.option(
         f"--{field.name.replace('_', '-')}",
+        *(["--temp"] if field.name == "temperature" else []),
         type=float if field.type is float else int,
         default=field.default,
         show_default=True,
@@ -108,7 +119,7 @@ def decoder_from(
         context: Maximum number of positions.
         draft_length: Tokens drafted per block, or "auto".
         verification: The rule.
-        quiet: Do not say which drafter was chosen.
+        quiet: Print no messages.
         before_weights: As for ``mlxspec.load``.
         sampling: The fields of ``Sampling``.
     """
@@ -117,6 +128,8 @@ def decoder_from(
     check_pair(target, drafter, quantize)
     if drafter == "none" and draft_length not in ("auto", 0):
         raise InvalidRequestError(f"--draft-length {draft_length} needs a drafter; leave out --drafter none")
+    if not quiet:
+        announce_compiling()
     pair = mlxspec.load(
         target, drafter, quantize=quantize, context=tokens, context_length=context, before_weights=before_weights
     )
@@ -136,6 +149,13 @@ def check_pair(target: str | None, drafter: str | None, quantize: str | None) ->
         raise InvalidRequestError("--drafter is empty; name a draft model, lookup, none or auto")
     if target == "":
         raise InvalidRequestError("--target is empty; name a model, or leave it out for the demo")
+
+
+def announce_compiling() -> None:
+    """Say on standard error that MLX will compile its kernels, which it does on Linux the first time it is used."""
+    kernels = Path(tempfile.gettempdir()) / "mlx" / version("mlx") / "cpu"  # where MLX keeps them
+    if mx.default_device().type == mx.cpu and sys.platform == "linux" and not any(kernels.glob("*.so")):
+        click.echo("MLX compiles its kernels for this machine, once; that takes about 20 seconds", err=True)
 
 
 def say_drafter(pair: ModelPair) -> None:
@@ -193,26 +213,3 @@ def prefill_bar(quiet: bool) -> Iterator[Progress]:
     finally:
         for bar in bars:
             bar.close()
-
-
-def summary(stats: DecodingStats) -> str:
-    """Return the line that follows every answer."""
-    return (
-        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
-        f"block efficiency {stats.block_efficiency:.2f}, acceptance rate {stats.acceptance_rate:.2f}"
-    )
-
-
-def detailed(stats: DecodingStats) -> str:
-    """Return all statistics of an answer, several lines."""
-    by_position = [f"{share:.2f}" for share in stats.acceptance_by_position]
-    by = ", ".join(f"{count} {DRAFTED_BY[name]}" for name, count in stats.blocks_by.items())
-    reused = f", {stats.prompt_tokens_reused} of them cached" if stats.prompt_tokens_reused else ""
-    return "\n".join([
-        summary(stats),
-        f"prompt           {stats.prompt_tokens} tokens in {stats.prompt_seconds:.2f} s{reused}",
-        f"decoding         {stats.blocks} blocks in {stats.decode_seconds:.2f} s: {by or '-'}",
-        f"drafted          {stats.drafted} tokens, {stats.draft_length:.1f} per block; {stats.accepted} accepted",
-        f"by position      {' '.join(by_position) or '-'}",
-        f"peak memory      {stats.peak_memory_bytes / 1e6:.0f} MB",
-    ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Estimates how many tokens a block of a given draft length will yield, from the blocks and the text so far."""
+"""Estimates of the tokens that a block of a given draft length yields, from the earlier blocks and the text."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, pairwise
@@ -8,14 +8,14 @@ from typing import Protocol
 MENU = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # the draft lengths that ``Automatic`` chooses from
 LONGEST = MENU[-1]
 
-PRIOR_RATE, PRIOR_WEIGHT = 0.75, 2.0  # of a drafter that has drafted nothing yet; pseudo-count in tokens
+PRIOR_RATE, PRIOR_WEIGHT = 0.85, 2.0  # for a drafter without evidence; the weight is a pseudo-count in tokens
 POSITION_WEIGHT = 2.0  # pseudo-count of the overall rate in each position's rate
 BLOCK_MEMORY = 0.98  # decay of the evidence per block: about the last 50 blocks count
-TOKEN_MEMORY = 0.98  # decay per token of text, for prompt lookup: copied passages come and go
+TOKEN_MEMORY = 0.98  # decay per token of text, for prompt lookup: copied passages start and end abruptly
 
 
 class Yield(Protocol):
-    """An estimate of what a proposer's blocks yield."""
+    """A running estimate of the tokens that a proposer's blocks yield."""
 
     def expected(self) -> dict[int, float]:
         """Return the expected tokens per block, for each draft length of ``MENU`` at least."""
@@ -39,14 +39,14 @@ class Acceptance:
         self.accepted = [0.0] * LONGEST
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """Add one block that drafted ``drafted`` tokens and accepted the first ``accepted`` of them."""
+        """Add one block that drafted ``drafted`` tokens, of which the first ``accepted`` were accepted."""
         self.fade(self.memory)
         for position in range(min(accepted + 1, drafted, LONGEST)):
             self.tried[position] += 1
             self.accepted[position] += position < accepted
 
     def fade(self, factor: float) -> None:
-        """Multiply the weight of all evidence so far by ``factor``."""
+        """Multiply the weight of all evidence by ``factor``, from 0 to 1."""
         self.tried = [factor * n for n in self.tried]
         self.accepted = [factor * n for n in self.accepted]
 
@@ -59,20 +59,20 @@ class Acceptance:
         ]
 
     def expected(self) -> dict[int, float]:
-        """Return the expected tokens per block for each draft length up to ``LONGEST``."""
+        """Return the expected tokens per block, for each draft length up to ``LONGEST``."""
         return dict(enumerate(expected_tokens(self.rates())))
 
 
 class LookupReplay:
-    """What prompt lookup would have yielded on the answers so far, at every draft length of ``MENU``.
+    """An estimate of what prompt lookup would have yielded on the answers so far, at each draft length of ``MENU``.
 
-    Prompt lookup proposes from the text alone. So the host can replay it block by block, without device time and
-    whether or not it was used. The target accepts a lookup token x with probability p(x), and emits x with the same
-    probability. So counting how often the text continues with x estimates acceptance. Only the answer is replayed. The
-    prompt is only searched.
+    Prompt lookup proposes from the text alone. So the host can replay it block by block without using the device, even
+    while another proposer drafts. The target accepts a lookup token x with probability p(x), and emits x with the same
+    probability. So the share of lookup tokens that the text confirms estimates the acceptance rate. Only the answer is
+    replayed. The prompt is only searched.
 
     The replays at different lengths are independent. After a rejected long draft, the next block starts right after a
-    mismatch, where matches are rare. Rates by position from there would underestimate short drafts.
+    mismatch, where matches are rare. Rates by position from such blocks would underestimate short drafts.
 
     Args:
         ngram: Longest suffix that the lookup searches for, in tokens.
@@ -84,9 +84,9 @@ class LookupReplay:
         self.start([])
 
     def start(self, prompt: Sequence[int]) -> None:
-        """Start a new text. The estimates of earlier texts are kept."""
+        """Start a new text with the tokens of its prompt. The estimates from earlier texts are kept."""
         self.text: list[int] = []
-        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended before the end of the text
+        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> index of its last token, latest occurrence
         for replay in self.replays:
             replay.draft = None
         for token in prompt:
@@ -101,11 +101,12 @@ class LookupReplay:
                 replay.draft = self._continuation() if len(self.text) > 1 else None
 
     def expected(self) -> dict[int, float]:
-        """Return the expected tokens per block for each draft length of ``MENU``."""
+        """Return the expected tokens per block, for each draft length of ``MENU``."""
         return {0: 1.0} | {replay.length: replay.tokens / replay.blocks for replay in self.replays}
 
     def _append(self, token: int) -> None:
-        end = len(self.text) - 1  # the text so far ends here, and is about to continue
+        # Recorded before the token is appended, so that the suffix of the text does not match itself.
+        end = len(self.text) - 1
         for n in range(1, min(self.ngram, len(self.text)) + 1):
             self.ends[tuple(self.text[-n:])] = end
         self.text.append(token)
@@ -119,16 +120,20 @@ class LookupReplay:
 
 
 class Replay:
-    """Prompt lookup at one draft length: its running count of blocks and of the tokens they yielded."""
+    """A replay of prompt lookup at one draft length. It counts the blocks and the tokens that they yielded.
+
+    Args:
+        length: Draft length γ, at least 1.
+    """
 
     def __init__(self, length: int):
         self.length = length
         self.draft: Iterator[int] | None = None
-        self.right = 0  # leading tokens of the present draft that the text confirmed
-        self.blocks, self.tokens = 1.0, 1.3  # the prior: one block that yielded little
+        self.right = 0  # leading tokens of the current draft that the text confirmed
+        self.blocks, self.tokens = 1.0, 1.3  # the prior: one block that yielded 1.3 tokens
 
     def ends_with(self, token: int) -> bool:
-        """Add one token of text. Return whether the present block ends with it."""
+        """Add one token of the text. Return whether the current block ends with it."""
         self.blocks *= TOKEN_MEMORY
         self.tokens *= TOKEN_MEMORY
         if self.draft is None:
@@ -152,12 +157,15 @@ def expected_tokens(rates: Sequence[float]) -> list[float]:
 
 
 def expected_blocks(rates: Sequence[float], length: int, tokens: int) -> float:
-    """Return the expected number of blocks for an answer. The end of the answer cuts the last block.
+    """Compute the expected number of blocks for an answer. The end of the answer cuts the last block.
 
     Args:
         rates: Probability that each draft position is accepted, given that the earlier ones were.
-        length: Draft length.
+        length: Draft length γ.
         tokens: Length of the answer, in tokens.
+
+    Returns:
+        The expected number of blocks, 0 for an empty answer.
     """
     reached = [1.0, *accumulate(rates[:length], mul), 0.0]  # probability of at least 0, 1, … accepted tokens
     exactly = [more - less for more, less in pairwise(reached)]

@@ -1,4 +1,4 @@
-"""A block of speculative decoding: draft, verify, accept, commit. One graph, in which the host reads nothing."""
+"""A block of speculative decoding: draft, verify, accept, commit. It is one graph, and the host reads nothing."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,22 +11,22 @@ from mlxspec.decoding.verification import Verify
 
 
 class State(NamedTuple):
-    """What one block hands to the next.
+    """The arrays that one block passes to the next.
 
-    The target's cache covers ``committed − 1`` tokens, the drafter's at least ``committed − len(recent)``. Entries of
-    rejected tokens are masked, then overwritten. To rewind, count fewer tokens.
+    The target's cache covers ``committed − 1`` tokens, the drafter's at least ``committed − len(recent)``. To rewind a
+    cache, the block counts fewer tokens. Entries of rejected tokens are masked, then overwritten.
     """
 
-    recent: mx.array  # the last two committed tokens, one while there is only one; int32
+    recent: mx.array  # the last two committed tokens, or the only one: [1 or 2] int32
     committed: mx.array  # number of committed tokens, prompt included; scalar int32
     target: Buffers  # the target's KV cache
     drafter: Any  # the proposer's state
-    key: mx.array  # of the random numbers
+    key: mx.array  # key of the random number generator
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a block is made of; fixed when it is compiled."""
+    """The models, the rule and the draft length of a block. They are fixed when the block is compiled."""
 
     target: CachedModel
     proposer: Proposer
@@ -35,13 +35,19 @@ class BlockParts:
 
 
 def decode_block(parts: BlockParts, state: State) -> tuple[mx.array, State]:
-    """Draft γ tokens, verify them in one pass of the target, accept some of them, commit those and one more.
+    """Draft γ tokens, verify them in one forward pass of the target, and commit the accepted tokens and one more.
 
-    Every quantity that depends on chance is an array: the tokens, how many are accepted, the lengths of the caches.
+    The tokens, the number of accepted tokens and the lengths of the caches depend on chance, so all of them are arrays.
+
+    Args:
+        parts: The models, the rule and the draft length γ.
+        state: The state after the previous block.
 
     Returns:
-        result: [γ+2] int32. Tokens [γ+1], of which the first accepted + 1 count, then the number accepted.
-        state: for the next block.
+        The result [γ+2] int32, and the state for the next block. The first γ + 1 entries of the result are tokens, of
+        which the leading accepted + 1 are valid. The last entry is the number of accepted tokens.
+
+    Source: Leviathan et al. 2023, algorithm 1.
     """
     gamma = parts.draft_length
     key, subkey = mx.random.split(state.key)
@@ -54,12 +60,12 @@ def decode_block(parts: BlockParts, state: State) -> tuple[mx.array, State]:
     rows = mx.concatenate([state.recent[-1:], drafted])  # [γ+1]
     logits, target = parts.target(rows, state.target, state.committed - 1)  # [γ+1, V]
 
-    # Accept: the leading tokens that stand, then the target's correction or, if all stand, its bonus token.
+    # Accept: the leading accepted tokens, then a token from the residual or, if all are accepted, the bonus token.
     accepted, next_token = parts.verify(logits, q, drafted, uniforms[gamma:])
     padded = mx.concatenate([drafted, mx.zeros(1, mx.int32)])
     emitted = mx.where(mx.arange(gamma + 1) < accepted, padded, next_token)  # [γ+1]
 
-    # Commit: count what stands. Nothing has to be removed from the caches.
+    # Commit: advance the count. Entries of rejected tokens stay in the caches, where they are masked.
     last_two = state.recent.shape[0] + accepted - 1 + mx.arange(2)
     return mx.concatenate([emitted, accepted.reshape(1)]), State(
         recent=mx.concatenate([state.recent, emitted])[last_two],

@@ -48,10 +48,14 @@ class KVCache:
         self.end = end
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [1, H, L, D] after the valid positions. Return the buffers, only up to ``end`` if that is known.
+        """Write new keys and values [1, H, L, D] after the valid positions.
 
-        A value that is not finite is stored as 0, and NaN in its key instead. A mask hides a key from a row, but not a
-        value: 0 · NaN is NaN, and would reach rows before its own. Rows that attend to the key become NaN all the same.
+        A value that is not finite is stored as 0, and its key as NaN. A mask hides a key from a row, but not a value,
+        because 0 · NaN is NaN. Such a value would spoil even the rows before it. Rows that attend to the NaN key still
+        become NaN.
+
+        Returns:
+            The keys and values [1, H, capacity, D], or [1, H, end, D] if ``end`` is known.
         """
         spoiled = values * 0  # 0, or NaN
         keys = keys + (spoiled if keys.shape == values.shape else spoiled.sum(axis=-1, keepdims=True))
@@ -69,16 +73,28 @@ class KVCache:
 
     @property
     def buffers(self) -> tuple[mx.array, mx.array]:
-        """The keys and values after the pass."""
+        """The keys and values [1, H, capacity, D] after the pass.
+
+        Raises:
+            UnsupportedModelError: The layer did not use its cache.
+        """
         if self.keys is None or self.values is None:
             raise UnsupportedModelError("a layer does not use its cache")
         return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:
-        """Return the attention mask: bool [N, positions].
+        """Return the attention mask of the pass.
 
-        Row i attends to the valid positions and to the new ones up to its own, within the window. If the last row's
-        position is the last one, the mask is "causal", for which MLX has special kernels.
+        Row i attends to the valid positions and to the new ones up to its own, within the window.
+
+        Args:
+            N: Number of rows of the pass.
+            return_array: Return an array even where "causal" would do.
+            window_size: Size of the sliding window in positions. None for the layer's own window.
+
+        Returns:
+            A mask [N, positions] bool, or "causal" if ``end`` is known and there is no window. MLX has fast kernels for
+            "causal".
         """
         window = window_size or self.window
         if self.end is not None and window is None and not return_array:
@@ -90,16 +106,20 @@ class KVCache:
 
 
 def capacity_for(length: int) -> int:
+    """Round ``length`` positions up to the capacity of a buffer, a positive multiple of ``CAPACITY_STEP``."""
     return max(1, -(-length // CAPACITY_STEP)) * CAPACITY_STEP
 
 
 def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
-    """Return buffers with the same positions and room for ``length`` positions.
+    """Resize buffers so that they hold ``length`` positions. The positions already stored are kept.
 
     Args:
-        buffers: Keys and values of each layer.
+        buffers: Keys and values of each layer, [1, H, capacity, D].
         length: Number of positions.
-        exactly: Also shrink buffers that a longer text has enlarged, so that a short text does not pay for them.
+        exactly: Also shrink buffers that a longer text has enlarged, so that attention over a short text costs less.
+
+    Returns:
+        The resized buffers, or ``buffers`` if nothing changes.
     """
     capacity, present = capacity_for(length), buffers[0][0].shape[2]
 
@@ -115,9 +135,13 @@ def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
 
 
 class CachedModel:
-    """A model and the shapes of its caches. Every forward pass goes through this class.
+    """A model and the shapes of its caches. Every forward pass in decoding uses this class.
 
-    Raises UnsupportedModelError for a model that cannot run on caches whose length is an array.
+    Args:
+        model: A model with the interface of mlx-lm's models.
+
+    Raises:
+        UnsupportedModelError: The model cannot run on caches whose length is an array.
     """
 
     def __init__(self, model: nn.Module):
@@ -164,15 +188,15 @@ class CachedModel:
         return logits, [cache.buffers for cache in caches]
 
     def prefill(self, tokens: mx.array, kept: list[Buffers], length: int, advanced: Callable[[int], None]) -> Buffers:
-        """Run the model over a text, in chunks.
+        """Run the model over a text, in chunks of ``PREFILL_STEP`` tokens.
 
         Args:
             tokens: Token ids [L] int32.
             kept: A list with buffers that hold the ``length`` positions before ``tokens``, or an empty list. The
-                buffers are removed from the list, because buffers that the caller still held would be copied instead
-                of written in place.
+                buffers are removed from the list. If the caller still held them, MLX would copy them instead of writing
+                in place.
             length: Number of positions before ``tokens``.
-            advanced: Called with the number of tokens of each chunk.
+            advanced: Called after each chunk with its number of tokens.
 
         Returns:
             The buffers after the text.
@@ -189,6 +213,6 @@ class CachedModel:
 
 
 def raised_in_mlxspec(error: Exception) -> bool:
-    """Return whether the code that raised an error is mlxspec's own, such as a bug in this file."""
+    """Return whether mlxspec's own code raised the error. Then it is a bug, not an unsupported model."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith("mlxspec.")

@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxspec.blas import blas_name
 from mlxspec.decoding.block import State
 from mlxspec.decoding.cache import CAPACITY_STEP
 from mlxspec.decoding.compiled import CompiledBlocks, CompiledGraph
@@ -36,8 +37,8 @@ from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder, has_home
 
 FORMAT = 5  # version of the file format; figures in another version are measured again
-FIRST_CAP = (3.5, 10)  # time limit of the first process: the longer of so many seconds and so many target passes
-LATER_CAP = (1.0, 3)  # time limit of a process that only repeats what was measured
+FIRST_CAP = (2.0, 6)  # time limit of the first process: the longer of so many seconds and so many target passes
+LATER_CAP = (0.5, 3)  # time limit of a process that only repeats what was measured
 ROUNDS, ENOUGH = 6, 3  # rounds of a process, if the time allows; rounds after which a figure is final
 QUEUED, SHORT = 3, 0.03  # blocks queued at once, as in decoding, if a block takes less than SHORT seconds
 LONG = 4 * CAPACITY_STEP  # a capacity for measuring the cost of a longer text
@@ -184,7 +185,7 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
     }
     if mx.default_device().type == mx.cpu:
         variables = [name for name in sorted(os.environ) if name.startswith(("OPENBLAS_", "OMP_", "LD_PRELOAD"))]
-        described["blas"] = [[name, os.environ[name]] for name in variables]
+        described["blas"] = [blas_name(), *([name, os.environ[name]] for name in variables)]
         described["cores"] = os.cpu_count()
     return described
 

@@ -1,4 +1,4 @@
-"""Blocks compiled together with the models' weights: one graph for each proposer and draft length."""
+"""Compiled blocks. Each proposer and draft length has one graph, with the models' weights as inputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +18,14 @@ DecodeBlock = Callable[[State], tuple[mx.array, State]]  # as ``decode_block`` w
 
 
 class Weights:
-    """The arrays of some models, as they were when they were last noted.
+    """A snapshot of the weights of some models.
 
-    Used for two things: to restore weights after an interrupted trace, and to detect changed weights, which invalidate
-    the KV cache. While MLX traces a function that has a model's arrays as inputs, it replaces them by tracers. If it is
+    It restores the weights after an interrupted trace. It also detects changed weights, which invalidate the KV cache.
+    While MLX traces a function that has a model's arrays as inputs, it replaces them by tracers. If the trace is
     interrupted, the tracers stay in the model.
+
+    Args:
+        models: The models to watch. Call ``note`` to take the first snapshot.
     """
 
     def __init__(self, models: list[nn.Module]):
@@ -31,30 +34,30 @@ class Weights:
         self._changed = False
 
     def note(self) -> None:
-        """Note the weights as they are now."""
+        """Take a snapshot of the current weights."""
         self._noted = list(arrays(self.models))
 
     def changed(self) -> bool:
-        """Return whether the weights have changed since this was asked last, and note them."""
+        """Return whether the weights have changed since the last call, and take a new snapshot."""
         self._compare()
         changed, self._changed = self._changed, False
         return changed
 
     def restore(self) -> None:
-        """Put the noted weights back into the models."""
+        """Put the weights of the snapshot back into the models."""
         for module, name, array in self._noted:
             module[name] = array
 
     @contextmanager
     def protected(self) -> Iterator[None]:
-        """Restore the weights if functions over them are interrupted while they are traced."""
+        """Restore the weights if the body of the ``with`` statement raises while it traces a function of them."""
         self._compare()
         try:
             yield
         except BaseException:
             self.restore()
             raise
-        self.note()  # they are the same, as new Python objects
+        self.note()  # tracing puts the same arrays back as new Python objects
 
     def _compare(self) -> None:
         before = self._noted
@@ -68,13 +71,13 @@ class Weights:
 class CompiledGraph:
     """A function of arrays, compiled with the weights of ``models`` as inputs.
 
-    As inputs, because a compiled function keeps the arrays that it closes over as they were when it was traced: a
-    drafter that is trained further would keep drafting with its old weights.
+    A compiled function keeps the arrays in its closure as they were when it was traced. With the weights in the
+    closure, a drafter that is trained further would still draft with its old weights. So the weights are inputs.
 
     Args:
-        function: from arrays (and trees of them) to arrays.
-        models: the modules that it runs.
-        weights: the weights of all models of the pair, restored if tracing is interrupted.
+        function: Maps arrays, and trees of arrays, to arrays.
+        models: The modules that the function runs.
+        weights: The weights of all models of the pair, restored if tracing is interrupted.
     """
 
     def __init__(self, function: Callable[..., Any], models: list[nn.Module], weights: Weights):
@@ -102,25 +105,25 @@ class CompiledGraph:
             self._compile()
             raise
         if self._traces:
-            # The weights are back in their places, but as new Python objects.
+            # Tracing puts the same arrays back as new Python objects, which must not count as a change.
             self._traces.clear()
             self._weights.note()
         return result
 
 
 class CompiledBlocks:
-    """The blocks that a pair can be decoded with: ``blocks[choice](state) -> (result, state)``.
+    """The compiled blocks of a pair: ``blocks[choice](state) -> (result, state)``.
 
-    Each is traced when it is first called, and again when the capacity of the caches has grown.
+    Each block is traced when it is first called, and again when the capacity of the caches has grown.
 
     Args:
-        pair: target and drafters.
-        sampling: compiled into the blocks, hence fixed.
-        verification: name of the verification rule.
-        drafting: False leaves the drafters out.
+        pair: Target and drafters.
+        sampling: How tokens are drawn. It is compiled into the blocks and cannot change.
+        verification: Name of the verification rule, a key of ``RULES``.
+        drafting: Whether to use the pair's drafters. If False, the blocks decode without drafts.
 
     Raises:
-        UnsupportedModelError: a model cannot be rewound.
+        UnsupportedModelError: A model cannot be rewound.
     """
 
     def __init__(self, pair: ModelPair, sampling: Sampling, verification: str, drafting: bool = True):
@@ -139,7 +142,7 @@ class CompiledBlocks:
 
     @property
     def drafters(self) -> list[str]:
-        """The names of the proposers that draft something."""
+        """Names of the proposers that can draft, without ``NONE``."""
         return [name for name in self.proposers if name != NONE]
 
     def __getitem__(self, choice: Choice) -> DecodeBlock:
@@ -148,7 +151,12 @@ class CompiledBlocks:
         return self._blocks[choice]
 
     def block(self, proposer: Proposer, choice: Choice) -> DecodeBlock:
-        """Compile a block of a proposer, which need not be one of the pair's."""
+        """Return a compiled block that uses a proposer, which need not be one of the pair's.
+
+        Args:
+            proposer: Drafts the tokens.
+            choice: The proposer's name and the draft length γ.
+        """
         verify = verifier(self.verification, self.sampling, choice.length)
         parts = BlockParts(self.target, proposer, verify, choice.length)
         models = self.weights.models if choice.proposer == MODEL else [self.pair.target]
@@ -162,7 +170,7 @@ class CompiledBlocks:
 
 
 def arrays(models: list[nn.Module]) -> Iterator[tuple[nn.Module, str, mx.array]]:
-    """Yield every array of some models, with the module that holds it and its name there."""
+    """Yield every array of some models, as the module that holds it, its name there and the array."""
     for model in models:
         for _, module in model.named_modules():
             yield from ((module, name, value) for name, value in module.items() if isinstance(value, mx.array))

@@ -1,4 +1,4 @@
-"""A conversation of several turns in which only what is new is prefilled."""
+"""A conversation of several turns. Each turn prefills only the tokens that are new."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,19 +12,27 @@ from mlxspec.models.tokens import EncodedText, Message, encode_formatted
 
 @dataclass
 class Conversation:
-    """Turns of a user and a chat model; the decoder's caches are kept between them.
+    """The turns of a user and a chat model. The decoder keeps its caches between turns.
 
-    Every turn, the whole conversation goes through the chat template and the tokenizer. The tokens of an answer are
-    kept as they were decoded, since their text could be encoded as other tokens, and the caches would have to be filled
-    again from there. What follows the answer is taken from the encoded conversation. Where the template formats an
-    earlier part otherwise than before, the encoded conversation replaces all of it.
+    Each turn formats and encodes the whole conversation. The text of an answer may encode to other tokens than those
+    that were decoded, and the caches would have to be recomputed from there. So the decoded tokens of the answers are
+    kept, and only the tokens after the last answer come from the encoded conversation. If the template now formats an
+    earlier part differently, the encoded conversation replaces all kept tokens.
+
+    Args:
+        decoder: The decoder. Its pair needs a tokenizer with a chat template.
+        system: System prompt, or None.
+        messages: The messages so far, without the system prompt.
+
+    Raises:
+        InvalidRequestError: The model has no chat template.
     """
 
     decoder: SpeculativeDecoder
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
-    _tokens: list[int] = field(default_factory=list)  # the conversation so far, as the model saw and said it
-    _prompt: list[int] = field(default_factory=list)  # the conversation up to the last answer, as the template has it
+    _tokens: list[int] = field(default_factory=list)  # the conversation so far, with the answers as they were decoded
+    _prompt: list[int] = field(default_factory=list)  # the encoded conversation, up to the last answer
 
     def __post_init__(self):
         tokenizer = self.decoder.pair.tokenizer
@@ -32,9 +40,19 @@ class Conversation:
             raise InvalidRequestError("this model has no chat template, so it cannot chat; use a chat model")
 
     def say(self, text: str, max_tokens: int = -1, progress: Progress = lambda done, total: None) -> Iterator[Segment]:
-        """Answer ``text``. If the caller stops listening, what was said until then is the answer.
+        """Send a message and stream the answer. If the caller stops reading early, the part read so far is the answer.
 
-        Raises InvalidRequestError, and leaves the conversation as it was, if the context has no room for it.
+        Args:
+            text: The user's message.
+            max_tokens: Limit of the answer, in tokens. −1 continues until an EOS or a full context.
+            progress: Called with the number of prompt tokens read and of all prompt tokens.
+
+        Returns:
+            An iterator over the segments of the answer.
+
+        Raises:
+            InvalidRequestError: The message is empty, the chat template rejects it, or the context has no room for it.
+                The conversation is unchanged.
         """
         if not text.strip():
             raise InvalidRequestError("the message is empty; say something")
@@ -45,7 +63,7 @@ class Conversation:
         return self._listen(segments)
 
     def reset(self, system: str | None = None) -> None:
-        """Start anew, with another system prompt if one is given."""
+        """Delete all messages. ``system`` replaces the system prompt unless it is None."""
         self.system = system if system is not None else self.system
         self.messages, self._prompt, self._tokens = [], [], []
 
@@ -72,9 +90,15 @@ class Conversation:
 
 
 def tokens_after_answer(tokenizer: Any, whole: EncodedText, last_token: int) -> list[int] | None:
-    """Return the tokens of a conversation behind its last answer, less an EOS that was decoded already.
+    """Find the tokens of a conversation that follow its last answer. An EOS that was already decoded is left out.
 
-    None if it cannot be said where the answer ends, since a token stands for its end and for what follows.
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        whole: The encoded conversation.
+        last_token: Id of the last token that was decoded.
+
+    Returns:
+        The token ids. None if the end of the answer is unknown, because one token covers it and the text that follows.
     """
     if whole.spans is None:
         return None
@@ -85,6 +109,6 @@ def tokens_after_answer(tokenizer: Any, whole: EncodedText, last_token: int) -> 
         at = next(eos, None)
         return None if at is None else whole.ids[at + 1 :]
     at = next(i for i, place in places if place[0] >= end)
-    # Some tokenizers leave white space out of a token's place.
+    # Some tokenizers leave white space out of a token's offsets.
     joined = at > 0 and (whole.offsets[at - 1][1] > end or whole.text[end - 1].isspace())
     return None if joined else whole.ids[at:]

@@ -1,4 +1,4 @@
-"""What a block costs on this device: a table of seconds, and its arithmetic."""
+"""The time that a block takes on this device: a table of measured seconds, and estimates from it."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ MEASURED_AT = capacity_for(1)  # the cache capacity, in positions, at which the 
 class BlockCosts:
     """Seconds of the parts of a block, as ``calibration.py`` measured them.
 
-    A block that drafts γ tokens costs ``rows[γ+1]``, plus ``draft_once + γ · draft_step`` if the draft model drafts
-    them.
+    A block with draft length γ takes ``rows[γ+1]`` seconds. If the draft model drafts, it takes
+    ``draft_once + γ · draft_step`` more.
 
     Args:
         rows: Number of rows -> seconds of a block that verifies them, without drafting. Missing numbers are
@@ -25,8 +25,8 @@ class BlockCosts:
         draft_read: Seconds of each token of text that the draft model reads before it can draft.
         trace: Seconds of tracing a block of a new draft length.
         position: Seconds that one more position of cache capacity adds to a pass over one row.
-        position_row: Seconds that it adds for each further row.
-        position_draft: Seconds that it adds to each token that the draft model drafts.
+        position_row: Seconds that one more position adds for each further row.
+        position_draft: Seconds that one more position adds to each token that the draft model drafts.
     """
 
     rows: Mapping[int, float]
@@ -49,12 +49,12 @@ class BlockCosts:
         return max(self.rows[low] + slope * (rows - low), self.rows[known[0]])
 
     def block(self, choice: Choice) -> float:
-        """Return the seconds of a block."""
+        """Return the seconds of a block, drafting included."""
         drafting = self.draft_once + choice.length * self.draft_step if choice.proposer == MODEL else 0.0
         return self.verify(choice.length + 1) + drafting
 
     def at_length(self, tokens: int) -> "BlockCosts":
-        """Return the costs for a text of ``tokens`` tokens. In a block, attention covers the capacity of the caches."""
+        """Return the costs for a text of ``tokens`` tokens. Attention covers the caches' whole capacity."""
         more = capacity_for(tokens) - MEASURED_AT
         rows = {m: s + more * (self.position + (m - 1) * self.position_row) for m, s in self.rows.items()}
         return replace(self, rows=rows, draft_step=self.draft_step + more * self.position_draft)

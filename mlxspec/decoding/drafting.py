@@ -1,13 +1,13 @@
 """Proposers draft the next tokens: with a draft model, by prompt lookup, or not at all.
 
-A proposer's state is a tree of arrays. The decoder keeps it, passes it in and takes it back. Two invariants hold
-between blocks, where ``committed`` is the number of tokens that are final:
+A proposer's state is a tree of arrays. The decoder stores it between blocks. Two invariants hold between blocks, where
+``committed`` is the number of tokens that are final:
 
 - ``recent`` holds the last two committed tokens, or one if there is only one.
 - The draft model's state covers at least the ``committed − len(recent)`` tokens before them.
 
 ``recent`` holds two tokens because, after a fully accepted block, the draft model has not seen the last token that it
-drafted. It is fed that token together with the next one. So "all accepted" needs no special case.
+drafted. The next block feeds it that token together with the bonus token. So "all accepted" needs no special case.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,12 @@ MODEL, LOOKUP, NONE = "model", "lookup", "none"
 
 
 class Choice(NamedTuple):
-    """The name of a block's proposer, and the number of tokens that it drafts."""
+    """The proposer of a block and its draft length.
+
+    Attributes:
+        proposer: ``MODEL``, ``LOOKUP`` or ``NONE``.
+        length: Draft length γ.
+    """
 
     proposer: str
     length: int
@@ -38,7 +43,11 @@ Proposal = tuple[mx.array, mx.array, Any]  # tokens [γ] int32, their distributi
 
 
 class Proposer(Protocol):
-    """Drafts tokens. ``propose`` and ``record`` run inside the block's graph. Only ``start`` may evaluate arrays."""
+    """Drafts tokens. ``propose`` and ``record`` run inside the block's graph. Only ``start`` may evaluate arrays.
+
+    Attributes:
+        reads: Whether ``start`` runs a model over the text.
+    """
 
     reads: bool  # whether ``start`` runs a model over the text
 
@@ -47,10 +56,10 @@ class Proposer(Protocol):
 
         Args:
             kept: A list with a state that covers the first ``covered`` tokens, or an empty list. The state is removed
-                from the list, because buffers that the caller still held would be copied instead of written in place.
+                from the list. If the caller still held it, MLX would copy its buffers instead of writing in place.
             tokens: Token ids of the text.
             covered: Number of tokens that the state in ``kept`` covers.
-            advanced: Called with the number of tokens of each chunk that was read.
+            advanced: Called after each chunk of the text with its number of tokens.
         """
 
     def with_room(self, state: Any, length: int) -> Any:
@@ -75,7 +84,8 @@ class Proposer(Protocol):
         Args:
             state: The state that ``propose`` returned.
             committed: Number of committed tokens before the block, scalar int32.
-            emitted: Emitted tokens [γ+1] int32. Only the leading n + 1 were committed, where n were accepted.
+            emitted: Emitted tokens [γ+1] int32. If n drafted tokens were accepted, only the leading n + 1 are
+                committed.
         """
 
 
@@ -96,12 +106,15 @@ class ModelProposer:
         self.vocab_size = vocab_size
 
     def start(self, kept: list[Buffers], tokens: list[int], covered: int, advanced: Advanced) -> Buffers:
+        """Run the draft model over the uncovered tokens, except the last two. ``propose`` reads those."""
         return self.run.prefill(self._known(mx.array(tokens[covered:-2], mx.int32)), kept, covered, advanced)
 
     def with_room(self, state: Buffers, length: int) -> Buffers:
+        """Return the KV cache with room for ``length`` positions."""
         return with_room(state, length)
 
     def propose(self, state: Buffers, recent: mx.array, committed: mx.array, uniforms: mx.array) -> Proposal:
+        """Draw γ tokens one after another from the draft model."""
         tokens, probs = [], []
         feed, length = recent, committed - recent.shape[0]
         for i in range(uniforms.shape[0]):
@@ -116,6 +129,7 @@ class ModelProposer:
         return mx.concatenate(tokens), mx.stack(probs), state
 
     def record(self, state: Buffers, committed: mx.array, emitted: mx.array) -> Buffers:
+        """Return the state unchanged."""
         return state  # entries of rejected tokens are overwritten
 
     def _known(self, tokens: mx.array) -> mx.array:
@@ -124,14 +138,16 @@ class ModelProposer:
 
 
 class LookupProposer:
-    """Drafts the tokens that followed the last earlier occurrence of the text's longest repeated suffix.
+    """Drafts the tokens that followed the latest earlier occurrence of the text's longest repeated suffix.
 
-    The suffix has at most ``ngram`` tokens. The state is the text itself, on the device. If nothing matches, the last
-    token is repeated, because a draft must have γ tokens; wrong ones are rejected.
+    The suffix has at most ``ngram`` tokens. The state is the text itself, on the device. A draft must have γ tokens, so
+    if nothing matches, the proposer repeats the last token. The target rejects wrong tokens.
 
     Args:
         lookup: Settings of prompt lookup.
         vocab_size: Size of the target's vocabulary.
+
+    Source: Saxena, "Prompt Lookup Decoding" (2023).
     """
 
     reads = False
@@ -141,17 +157,20 @@ class LookupProposer:
         self.vocab_size = vocab_size
 
     def start(self, kept: list[mx.array], tokens: list[int], covered: int, advanced: Advanced) -> mx.array:
+        """Copy the text to the device: [capacity] int32, padded with zeros."""
         history = mx.array(tokens, dtype=mx.int32)
         return mx.concatenate([history, mx.zeros(capacity_for(len(tokens)) - len(tokens), mx.int32)])
 
     def with_room(self, state: mx.array, length: int) -> mx.array:
+        """Return the text with room for ``length`` tokens."""
         more = capacity_for(length) - state.shape[0]
         return mx.concatenate([state, mx.zeros(more, mx.int32)]) if more > 0 else state
 
     def propose(self, state: mx.array, recent: mx.array, committed: mx.array, uniforms: mx.array) -> Proposal:
+        """Copy γ tokens from after the longest match. Each row of q is one-hot."""
         end = mx.arange(state.shape[0])  # where an earlier occurrence of the suffix would end
         matching = end < committed - 1
-        matched = mx.zeros(state.shape, mx.int32)  # the length of the suffix that is found there
+        matched = mx.zeros(state.shape, mx.int32)  # length of the suffix that matches there
         for back in range(self.lookup.ngram):
             wanted = state[mx.maximum(committed - 1 - back, 0)]
             found = mx.take(state, mx.maximum(end - back, 0)) == wanted
@@ -166,11 +185,16 @@ class LookupProposer:
         return tokens, one_hot(tokens, self.vocab_size), state
 
     def record(self, state: mx.array, committed: mx.array, emitted: mx.array) -> mx.array:
+        """Write the emitted tokens after the committed ones."""
         return mx.slice_update(state, emitted, committed.reshape(1), axes=(0,))
 
 
 class NoProposer:
-    """Drafts nothing. This is plain decoding through the same block."""
+    """Drafts nothing, so the block is plain decoding.
+
+    Args:
+        vocab_size: Size of the target's vocabulary.
+    """
 
     reads = False
 
@@ -178,22 +202,27 @@ class NoProposer:
         self.vocab_size = vocab_size
 
     def start(self, kept: list[Any], tokens: list[int], covered: int, advanced: Advanced) -> None:
-        return None
+        """Return None. There is no state."""
 
     def with_room(self, state: None, length: int) -> None:
-        return None
+        """Return None. There is no state."""
 
     def propose(self, state: None, recent: mx.array, committed: mx.array, uniforms: mx.array) -> Proposal:
+        """Return an empty draft: tokens [0], q [0, V]."""
         return mx.zeros(0, mx.int32), mx.zeros((0, self.vocab_size)), None
 
     def record(self, state: None, committed: mx.array, emitted: mx.array) -> None:
-        return None
+        """Return None. There is no state."""
 
 
 class IdleStates:
-    """The states of the proposers that do not draft at present, and how many tokens of the text each covers.
+    """The states of the proposers that are not drafting, and how many tokens of the text each state covers.
 
-    ``take`` removes a state and ``put_back`` returns it. So only the block that writes into the buffers holds them.
+    ``take`` removes a state and ``put_back`` returns it. While a block runs, only the block holds its buffers, so MLX
+    can write them in place.
+
+    Args:
+        proposers: The proposers by name.
     """
 
     def __init__(self, proposers: dict[str, Proposer]):
@@ -201,7 +230,7 @@ class IdleStates:
         self._states: dict[str, tuple[list[Any], int]] = {}  # the state, and the number of tokens that it covers
 
     def unread(self, name: str, length: int) -> int:
-        """Return how many tokens of a text a proposer would have to read before it drafts.
+        """Return how many tokens of a text a proposer has to read before it can draft.
 
         Args:
             name: Name of the proposer.
@@ -210,23 +239,32 @@ class IdleStates:
         return max(0, length - 2 - self._states.get(name, ([], 0))[1])
 
     def take(self, name: str, tokens: list[int], advanced: Advanced = lambda tokens: None) -> Any:
-        """Return the state for a text. The proposer reads the tokens that its state does not cover.
+        """Remove and return a proposer's state. First, the proposer reads the tokens that the state does not cover.
 
         Args:
             name: Name of the proposer.
             tokens: Token ids of the text.
-            advanced: Called with the number of tokens of each chunk that was read.
+            advanced: Called after each chunk of the text with its number of tokens.
+
+        Returns:
+            The state for the text.
         """
         kept, covered = self._states.pop(name, ([], 0))
         return self.proposers[name].start(kept, tokens, covered, advanced)
 
     def put_back(self, name: str, state: Any, covered: int) -> None:
-        """Store a state that covers the first ``covered`` tokens of the text."""
+        """Store a state. None is not stored.
+
+        Args:
+            name: Name of the proposer.
+            state: The proposer's state.
+            covered: Number of leading tokens of the text that the state covers.
+        """
         if state is not None:
             self._states[name] = [state], covered
 
     def truncate(self, length: int) -> None:
-        """Limit the states to the first ``length`` tokens, after which the text changes. 0 frees all states."""
+        """Limit the states to the first ``length`` tokens, because the text changes after them. 0 frees all states."""
         for name, (kept, covered) in list(self._states.items()):
             if length <= 0:
                 del self._states[name]
@@ -235,7 +273,16 @@ class IdleStates:
 
 
 def proposer_for(drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_size: int) -> Proposer:
-    """Return the proposer for a drafter. Raises InvalidRequestError for anything else."""
+    """Return the proposer for a drafter.
+
+    Args:
+        drafter: A draft model or the settings of prompt lookup.
+        sampling: How the draft model's tokens are drawn.
+        vocab_size: Size of the target's vocabulary.
+
+    Raises:
+        InvalidRequestError: ``drafter`` is something else.
+    """
     if isinstance(drafter, PromptLookup):
         return LookupProposer(drafter, vocab_size)
     if isinstance(drafter, nn.Module):
@@ -248,7 +295,7 @@ def proposer_for(drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_si
 def fitted(logits: mx.array, vocab_size: int) -> mx.array:
     """Fit logits [V'] of the draft model to the target's vocabulary: [vocab_size].
 
-    Surplus tokens of the draft model are cut off. Tokens that it lacks get probability 0.
+    Logits beyond the target's vocabulary are cut off. Tokens that the draft model lacks get probability 0.
     """
     missing = vocab_size - logits.shape[-1]
     if missing <= 0:

@@ -1,4 +1,4 @@
-"""A whole answer in one call."""
+"""Generation of a complete answer in one call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,14 @@ from mlxspec.models.pair import ModelPair
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole answer. ``tokens`` are all that were emitted, an EOS included; ``text`` ends before it."""
+    """A complete answer.
+
+    Attributes:
+        text: The answer. It ends before an EOS or a stop string.
+        tokens: Ids of all emitted tokens, an EOS included.
+        stats: Speed and acceptance statistics.
+        finish_reason: "stop" for an EOS or a stop string, "length" for ``max_tokens`` or the context.
+    """
 
     text: str
     tokens: list[int]
@@ -33,20 +40,28 @@ def generate(
     progress: Progress = lambda done, total: None,
     seed: int | None = None,
 ) -> Generation:
-    """Answer one prompt. For several, keep a ``SpeculativeDecoder``: its blocks are compiled once.
+    """Answer one prompt. For several prompts, use one ``SpeculativeDecoder``, which compiles its blocks only once.
 
     Args:
         pair: Target and drafters.
-        prompt: Text or token ids.
-        max_tokens: Limit of the answer, as for ``SpeculativeDecoder.blocks``.
-        sampling: As for ``SpeculativeDecoder``, like the two that follow.
-        draft_length: Tokens drafted per block, or "auto".
-        verification: The rule.
-        stop: As for ``SpeculativeDecoder.stream``, like the four that follow.
-        system: A system prompt.
-        raw: Leave out the chat template.
+        prompt: Text, which the chat template formats if there is one, or token ids.
+        max_tokens: Limit of the answer, in tokens. −1 continues until an EOS or a full context.
+        sampling: How tokens are drawn. None for temperature 0.
+        draft_length: Draft length γ, or "auto".
+        verification: Name of the verification rule, a key of ``RULES``.
+        stop: The answer ends before the first of these strings.
+        system: System prompt, for the chat template.
+        raw: Skip the chat template.
         progress: Called with the number of prompt tokens read and of all prompt tokens.
-        seed: Replaces the seed of the sampling.
+        seed: Replaces the seed of ``sampling``.
+
+    Returns:
+        The answer and its statistics.
+
+    Raises:
+        InvalidRequestError: An argument is invalid, or the prompt leaves no room in the context.
+        UnsupportedModelError: A model cannot be rewound.
+        NumericalError: The target computes NaN where the next token would be drawn.
     """
     decoder = SpeculativeDecoder(pair, sampling, draft_length, verification)
     segments = list(decoder.stream(prompt, max_tokens, stop, system, raw, progress, seed))

@@ -1,7 +1,8 @@
-"""Turns logits into the distribution that tokens are drawn from, and draws tokens.
+"""Sampling turns logits into the distribution that tokens are drawn from, and draws them.
 
-Target and draft model use the same ``Sampling``. Speculative decoding is exact for the distribution that it returns.
-The filters run in mlx-lm's order: top-p, min-p and top-k on the model's own probabilities, then temperature.
+Target and draft model use the same ``Sampling``. The emitted text has exactly the distribution that it computes from
+the target's logits. The filters run in mlx-lm's order: top-p, min-p and top-k on the model's own probabilities, then
+temperature.
 """
 
 from dataclasses import dataclass, fields
@@ -20,7 +21,18 @@ LARGEST_UNIFORM = 1 - 2**-23
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Raises InvalidRequestError for a value outside its range."""
+    """Settings for drawing the next token.
+
+    Attributes:
+        temperature: 0 takes the most likely token. 1 draws from the model's own distribution.
+        top_p: Draw from the most likely tokens that together have this probability, in (0, 1].
+        top_k: Draw from this many of the most likely tokens. 0 means all.
+        min_p: Leave out tokens less likely than this fraction of the most likely one, in [0, 1].
+        seed: Seed of the random numbers. None for a random seed.
+
+    Raises:
+        InvalidRequestError: A value is outside its range.
+    """
 
     temperature: float = option(0.0, "0 takes the most likely token; 1 draws from the model's own distribution.")
     top_p: float = option(1.0, "Draw from the most likely tokens that together have this probability, in (0, 1].")
@@ -43,7 +55,10 @@ class Sampling:
             raise InvalidRequestError(f"seed is {self.seed}; use a number in [0, 2**64)")
 
     def probs(self, logits: mx.array) -> mx.array:
-        """Return the probabilities [..., V], float32, of logits [..., V]. At temperature 0 the largest logit gets 1."""
+        """Compute probabilities [..., V] float32 from logits [..., V].
+
+        At temperature 0 the largest logit gets probability 1.
+        """
         logits = logits.astype(mx.float32)
         if self.temperature == 0:
             return one_hot(mx.argmax(logits, axis=-1), logits.shape[-1])
@@ -61,6 +76,7 @@ class Sampling:
         return logprobs
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """Return the settings by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -70,7 +86,7 @@ def one_hot(tokens: mx.array, vocab_size: int) -> mx.array:
 
 
 def draw(weights: mx.array, uniforms: mx.array) -> mx.array:
-    """Draw tokens by the inverse of the cumulative distribution.
+    """Draw tokens by inverting the cumulative distribution.
 
     A token of weight 0 is never drawn, because its entry in the cumulative sum is set to 0. The resolution is 2**-24 of
     the total, as for every sampler in float32.

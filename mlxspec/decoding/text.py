@@ -1,4 +1,4 @@
-"""From token ids to text as it comes: whole characters only, and never a part of a stop string."""
+"""Streaming detokenization. It emits only complete characters, and never a part of a stop string."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,17 +7,20 @@ from typing import Any
 
 from mlxspec.errors import InvalidRequestError
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # how an incomplete character decodes
-LONGEST_CHARACTER = 4  # bytes in UTF-8, and so the most tokens that one character may take
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # the decoding of an incomplete character
+LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, so the most tokens that it can take
 LONGEST_WAIT = 16  # tokens without text, after which the window moves on
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Text that has become certain, and the token ids consumed for it since the last segment.
+    """A piece of an answer whose text can no longer change.
 
-    ``drafted`` tells whether the last of them was proposed by the drafter. The last segment of a stream has a
-    ``finish_reason``: "stop" (EOS or a stop string) or "length" (max_tokens or the context).
+    Attributes:
+        text: The text, which may be empty.
+        tokens: Ids of the tokens consumed since the previous segment.
+        drafted: Whether the proposer drafted the last of the tokens.
+        finish_reason: In the last segment, "stop" (EOS or a stop string) or "length" (max_tokens or the context).
     """
 
     text: str
@@ -27,9 +30,14 @@ class Segment:
 
 
 class AnswerText:
-    """The text of an answer, token by token, until an EOS or a stop string ends it.
+    """Decodes the tokens of an answer to text until an EOS or a stop string ends it.
 
     Special tokens are not shown, but a stop string may be one or contain one.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        eos_token_ids: Tokens that end the answer.
+        stops: Stop strings.
     """
 
     def __init__(self, tokenizer: Any, eos_token_ids: set[int], stops: Sequence[str]):
@@ -41,7 +49,7 @@ class AnswerText:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """The text that has become certain; nothing once the answer has ended, what is left comes from ``finish``."""
+        """Add a token. Return the text that can no longer change, or "" once the answer has ended."""
         if token in self._eos_token_ids:
             self.ended = True
             return ""
@@ -55,36 +63,40 @@ class AnswerText:
         return ""
 
     def finish(self) -> str:
-        """The end of the text, with what was held back if nothing came of it."""
+        """Return the rest of the text, up to the stop string if there is one. Call it once, after the last token."""
         if self._stops.found:
             return self._rest
         return self._stops.add(self._text.finish()) + self._stops.finish()
 
 
 class StreamingText:
-    """Decodes one token at a time; the pieces add up to what the tokenizer makes of all tokens at once.
+    """Decodes one token at a time. The pieces add up to the decoding of all tokens at once.
 
-    A piece is what the newest tokens add to the decoding of a short window before them, so that a tokenizer's rules
-    about leading spaces see the same context in both. A character is held back until it is complete, but for no longer
-    than the longest character takes: bytes that are no characters are shown as replacement characters. (They may come
-    out as others than in one piece: some tokenizers judge a run of bytes as a whole.)
+    A piece is the text that the newest tokens add to the decoding of a short window. The window keeps a few tokens
+    before them, so that the tokenizer's rules about leading spaces see the same context. An incomplete character is
+    held back for at most ``LONGEST_CHARACTER`` tokens. Invalid bytes are shown as replacement characters. Their number
+    can differ from that of a decoding at once, because some tokenizers decode a run of bytes as a whole.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._shown = 0  # characters of the window's text
+        self._shown = 0  # characters of the window's text that were returned
         self._new = 0  # tokens since text was last shown
         self._incomplete = 0  # tokens since a character began
 
     def add(self, token: int) -> str:
+        """Add a token. Return the complete characters that it adds, which may be none."""
         self._window.append(token)
         self._new += 1
         text = self._decode()
         whole = text.rstrip(REPLACEMENT)
         grows = len(whole) > self._shown
         self._incomplete = 0 if whole == text else 1 if grows else self._incomplete + 1
-        if self._incomplete == LONGEST_CHARACTER:  # it would be complete by now
+        if self._incomplete == LONGEST_CHARACTER:  # a valid character would be complete by now
             whole, self._incomplete = text, 0
         if len(whole) <= self._shown and self._new < LONGEST_WAIT:
             return ""
@@ -94,7 +106,7 @@ class StreamingText:
         return piece
 
     def finish(self) -> str:
-        """What is still held back, half a character shown as a replacement character."""
+        """Return the text that is still held back. An incomplete character becomes a replacement character."""
         return self._decode()[self._shown :]
 
     def _decode(self) -> str:
@@ -102,7 +114,14 @@ class StreamingText:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string, holding back what could become one."""
+    """Cuts a stream of text before the first stop string. Text that may become a stop string is held back.
+
+    Args:
+        stops: Stop strings, or a single one.
+
+    Raises:
+        InvalidRequestError: A stop string is empty.
+    """
 
     def __init__(self, stops: Sequence[str]):
         if isinstance(stops, str):
@@ -115,10 +134,15 @@ class StopStrings:
         self.found = False
 
     def add(self, text: str, hidden: bool = False) -> str:
-        """The text that is safe to show now. Hidden text is not shown; a stop string may contain it or skip it."""
+        """Add text. Return the text that no stop string can remove anymore.
+
+        Args:
+            text: The new text.
+            hidden: Whether to leave the text out of the result. A stop string may contain hidden text or ignore it.
+        """
         self._held += text
         self._visible += [not hidden] * len(text)
-        ends: list[tuple[int, int]] = []  # last character and first, of each stop string that is there
+        ends: list[tuple[int, int]] = []  # last and first index of each stop string found
         safe = len(self._held)
         for places in self._readings():
             reading = "".join(self._held[place] for place in places)
@@ -129,21 +153,21 @@ class StopStrings:
                     safe = min(safe, places[len(reading) - size])
         if not ends:
             return self._release(safe)
-        # The stop string that is complete first counts, so that it does not matter how the text was cut up.
+        # Use the stop string that is complete first, so that the result does not depend on how the text was split.
         self.found = True
         return self._release(min(ends)[1], drop=True)
 
     def _readings(self) -> list[list[int]]:
-        """The places of what is held, with hidden text and without."""
+        """Return the indices of the held characters, with hidden text and, if there is any, without it."""
         everything = list(range(len(self._held)))
         return [everything] if all(self._visible) else [everything, list(compress(everything, self._visible))]
 
     def finish(self) -> str:
-        """What was held back and did not become a stop string."""
+        """Return the text that was held back and did not become a stop string."""
         return self._release(len(self._held))
 
     def _release(self, count: int, drop: bool = False) -> str:
-        """Return the first characters held, without hidden ones. Keep the rest, or drop it."""
+        """Remove and return the first ``count`` held characters, without hidden ones. ``drop`` discards the others."""
         shown = "".join(compress(self._held[:count], self._visible))
         count = len(self._held) if drop else count
         self._held, self._visible = self._held[count:], self._visible[count:]
@@ -151,5 +175,5 @@ class StopStrings:
 
 
 def overlap(text: str, stop: str) -> int:
-    """The length of the longest beginning of ``stop`` that ``text`` ends with."""
+    """Return the length of the longest proper prefix of ``stop`` that ``text`` ends with, 0 for none."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -30,6 +30,8 @@ FAILED = -1  # in place of a token: the target computed no distribution that one
 def token(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
     """Accept each token with probability min(1, p/q) until the first rejection, then draw from max(0, p − q).
 
+    The module docstring describes the arguments and the result.
+
     Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2.
     """
     q = finite_rows(q)
@@ -42,7 +44,7 @@ def block(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
     At temperature 0 both rules are equal. The uniforms must be independent of each other, and the *largest* length
     whose check succeeds counts. With one uniform for the whole block, or with a stop at the first failed check, the
-    rule would not be exact.
+    rule would not be exact. The module docstring describes the arguments and the result.
 
     Source: Sun et al. 2024, arXiv 2403.10444, algorithm 2.
     """
@@ -58,9 +60,10 @@ def block(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
 
 def match(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-    """Draw the target's own tokens, and accept drafted tokens while they are equal.
+    """Draw tokens from p, and accept drafted tokens while they are equal to them.
 
-    This is mlx-lm's rule. It accepts a token with probability Σ p·q, where ``token`` accepts with Σ min(p, q).
+    This is mlx-lm's rule. It accepts a token with probability Σ p·q, where ``token`` accepts with Σ min(p, q). The
+    module docstring describes the arguments and the result.
     """
     own = draw(p, uniforms)  # [γ+1]
     accepted = leading_count(own[:-1] == tokens)
@@ -68,16 +71,17 @@ def match(p: mx.array, q: mx.array, tokens: mx.array, uniforms: mx.array) -> tup
 
 
 def greedy(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    """Accept tokens while each is the target's most likely one. Every rule does this at temperature 0.
+    """Accept drafted tokens while each is the target's most likely one. Every rule does this at temperature 0.
 
-    No probabilities [γ+1, V] are computed. They would take a noticeable share of a small model's pass.
+    The function does not compute probabilities [γ+1, V], which would take a noticeable share of a small model's pass.
 
     Args:
         logits: The target's logits [γ+1, V].
-        tokens: The drafted tokens [γ].
+        tokens: The drafted tokens [γ] int32.
 
     Returns:
-        As a rule does. next_token is ``FAILED`` if its logits contain NaN, or only −∞.
+        The number of accepted tokens and the next token, as from a rule. The next token is ``FAILED`` if its logits
+        contain NaN, or only −∞.
     """
     largest = mx.max(logits, axis=-1)  # NaN if one of them is
     own = mx.where(largest > -mx.inf, mx.argmax(logits, axis=-1).astype(mx.int32), FAILED)
@@ -96,8 +100,8 @@ def verifier(name: str, sampling: Sampling, draft_length: int) -> Verify:
     function computes.
 
     Rows of the target's logits may contain NaN or infinity. The rules then work on V + 1 symbols: such a row gives the
-    last symbol, "failed", probability 1. No drafter proposes it. So a row that fails ends the text where plain decoding
-    would, with the same probability, and rows that the text does not reach have no effect.
+    last symbol, "failed", probability 1. No drafter proposes it. So a failed row ends the text at the same position as
+    plain decoding, with the same probability. Failed rows that the text does not reach have no effect.
 
     Args:
         name: Key of ``RULES``.
@@ -143,7 +147,16 @@ def finite_rows(q: mx.array) -> mx.array:
 
 
 def probability_ratios(p: mx.array, q: mx.array, tokens: mx.array) -> mx.array:
-    """Return p(x)/q(x) of each drafted token: [γ]. It is 0 where q is 0, which no draw from q gives."""
+    """Compute p(x)/q(x) of each drafted token x.
+
+    Args:
+        p: The target's distributions [γ+1, V].
+        q: The distributions that the tokens were drawn from, [γ, V].
+        tokens: The drafted tokens [γ] int32.
+
+    Returns:
+        The ratios [γ]. A ratio is 0 where q(x) is 0, which happens only for rows of q that were replaced by zeros.
+    """
     at = tokens[:, None]
     p_drafted = mx.take_along_axis(p[:-1], at, axis=-1)[:, 0]
     q_drafted = mx.take_along_axis(q, at, axis=-1)[:, 0]
@@ -151,7 +164,7 @@ def probability_ratios(p: mx.array, q: mx.array, tokens: mx.array) -> mx.array:
 
 
 def block_weights(ratios: mx.array) -> mx.array:
-    """Return P_0 = 1, P_i = min(1, P_{i−1} · ratio_i): [γ] -> [γ+1]. γ is small and known, so the loop is unrolled."""
+    """Compute P_0 = 1, P_i = min(1, P_{i−1} · ratio_i): [γ] -> [γ+1]. γ is small and known, so the loop is unrolled."""
     weights = [mx.ones(())]
     for i in range(ratios.shape[0]):
         weights.append(mx.minimum(weights[-1] * ratios[i], 1))
@@ -159,10 +172,19 @@ def block_weights(ratios: mx.array) -> mx.array:
 
 
 def residual(p: mx.array, q: mx.array, accepted: mx.array, weight: mx.array | float) -> mx.array:
-    """Return the residual max(0, weight·p − q) after the accepted tokens, not normalized: [V].
+    """Compute the residual max(0, weight·p − q) after the accepted tokens. It is not normalized.
 
-    If the residual is 0 everywhere, return p. Only rounding causes this: p and q are equal up to the last bit, and the
-    draw fell into that bit.
+    Only rounding makes the residual 0 everywhere: p and q are equal up to the last bit, and the draw fell into that
+    bit. The row of p is then returned.
+
+    Args:
+        p: The target's distributions [γ+1, V].
+        q: The distributions that the drafted tokens were drawn from, [γ, V].
+        accepted: Number of accepted tokens, scalar int32.
+        weight: Factor of p: 1 for ``token``, P_accepted for ``block``.
+
+    Returns:
+        Nonnegative weights [V].
     """
     row = p[accepted]
     left = mx.maximum(weight * row - padded(q)[accepted], 0)
@@ -175,5 +197,5 @@ def padded(q: mx.array) -> mx.array:
 
 
 def leading_count(accept: mx.array) -> mx.array:
-    """Return how many are true before the first false: [γ] bool -> scalar int32."""
+    """Count the leading true values: [γ] bool -> scalar int32."""
     return mx.cumprod(accept.astype(mx.int32)).sum()

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks against mlx-lm, the parts of a block, tasks, reports and training curves."""

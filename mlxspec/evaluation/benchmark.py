@@ -1,7 +1,7 @@
-"""Measure a pair on this machine against mlx-lm, plain and speculative, in interleaved rounds; the result is JSON.
+"""Benchmarks of a pair on this machine against mlx-lm, plain and speculative. The result is JSON.
 
-In a round, every engine in turn answers the first prompt of a task, then the second, and so on. Speeds and ratios are
-of whole answers, prefill included.
+Engines are compared in interleaved rounds. In a round, every engine in turn answers the first prompt of a task, then
+the second, and so on. Speeds and ratios are those of whole answers, prefill included.
 """
 
 import os
@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxspec import __version__
+from mlxspec.blas import blas_name
 from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, SpeculativeDecoder, check_options
 from mlxspec.decoding.drafting import MODEL
 from mlxspec.decoding.sampling import Sampling
@@ -47,9 +48,18 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """How a benchmark is run. Raises InvalidRequestError for a value outside its range."""
+    """Settings of a benchmark. Raises InvalidRequestError for a value outside its range.
 
-    temperatures: tuple[float, ...] = ()  # none: those of each task, or 0 and 1
+    Attributes:
+        temperatures: Temperatures to measure at. Empty for the sampling of each task, or 0 and 1 if it has none.
+        rounds: Number of interleaved rounds that count.
+        max_tokens: Maximum length of an answer, in tokens.
+        draft_length: Draft length γ of mlxspec, or "auto".
+        peer_draft_length: Draft length γ of mlx-lm's speculative decoding.
+        verification: The verification rule.
+    """
+
+    temperatures: tuple[float, ...] = ()
     rounds: int = 5
     max_tokens: int = 128
     draft_length: int | str = DEFAULT_DRAFT_LENGTH
@@ -71,12 +81,15 @@ class BenchmarkSettings:
 
 
 def new_record(pair: ModelPair, settings: BenchmarkSettings, names: dict[str, Any]) -> Record:
-    """Return a record without results, to which ``profile.py`` may add.
+    """Return a record without results. ``profile.py`` may add to it.
 
     Args:
-        pair: target and drafters.
-        settings: how it will be measured.
-        names: of the models, "target" and "drafter".
+        pair: The target and its drafters.
+        settings: The settings of the benchmark.
+        names: Names of the models, with the keys "target" and "drafter".
+
+    Returns:
+        The record.
     """
     return {
         "format": FORMAT,
@@ -96,15 +109,17 @@ def run_benchmark(
     out: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
-    """Fill a record. It is written after every round, so that an interruption loses only the round it falls into.
+    """Run a benchmark and add the results to a record.
+
+    The record is written after every round, so an interruption loses only the current round.
 
     Args:
-        pair: target and drafters.
-        tasks: the prompts.
-        settings: how to measure.
-        record: of ``new_record``.
-        out: file to write to, if any.
-        progress: is called with the task, the answers done and all answers.
+        pair: The target and its drafters.
+        tasks: The tasks, with their prompts.
+        settings: The settings of the benchmark.
+        record: The record, as ``new_record`` returns it.
+        out: File to write the record to, if any.
+        progress: Called with the current task, the answers done, and the number of all answers.
     """
     wanted = [(task, sampling) for task in tasks for sampling in samplings(task, settings)]
     runs_per_prompt = (settings.rounds + 1) * len(engine_names(pair))
@@ -128,25 +143,34 @@ def run_benchmark(
 
 
 def keep(record: Record, out: Path | None) -> None:
-    """Write the record, if there is a file for it."""
+    """Write the record to ``out``, if it is given."""
     if out:
         write_json(out, record)
 
 
 def samplings(task: Task, settings: BenchmarkSettings) -> list[Sampling]:
-    """Return the samplings that a task is measured with."""
+    """Return the sampling settings that a task is measured with."""
     if settings.temperatures:
         return [Sampling(temperature) for temperature in settings.temperatures]
     return [Sampling(**task.sampling)] if task.sampling else [Sampling(0.0), Sampling(1.0)]
 
 
 def engine_names(pair: ModelPair) -> list[str]:
-    """Return the engines that can decode with a pair, in the order of their turns."""
+    """Return the names of the engines that can decode with a pair, in the order in which they run."""
     return [PLAIN, *([PEER] if isinstance(pair.drafter, nn.Module) else []), OURS]
 
 
 def engines_for(pair: ModelPair, sampling: Sampling, settings: BenchmarkSettings) -> dict[str, Engine]:
-    """Return the engines for one sampling, in the order of their turns."""
+    """Return the engines for one sampling.
+
+    Args:
+        pair: The target and its drafters.
+        sampling: How tokens are sampled.
+        settings: The settings of the benchmark.
+
+    Returns:
+        The engines by name, in the order in which they run.
+    """
     decoder = SpeculativeDecoder(pair, sampling, settings.draft_length, settings.verification)
     decoder.calibrate()  # not inside an answer that is timed
     engines = {PLAIN: mlx_lm_engine(pair, sampling, settings.max_tokens)}
@@ -157,7 +181,7 @@ def engines_for(pair: ModelPair, sampling: Sampling, settings: BenchmarkSettings
 
 
 def round_of(answers: dict[tuple[int, str], Answer], sampling: Sampling) -> Record:
-    """Return the record of one round: sums over the prompts."""
+    """Return the record of one round, summed over the prompts."""
     prompts = {prompt for prompt, _ in answers}
     names = list(dict.fromkeys(name for _, name in answers))
     sums = {name: sum((answers[prompt, name] for prompt in prompts), Answer()) for name in names}
@@ -171,7 +195,7 @@ def round_of(answers: dict[tuple[int, str], Answer], sampling: Sampling) -> Reco
 
 
 def sizes(pair: ModelPair) -> Record:
-    """Return the parameters of both models, and the bytes that a step of each reads."""
+    """Return the number of parameters of target and drafter, and the bytes that a step of each reads."""
     models = {"target": pair.target, "drafter": pair.drafter if isinstance(pair.drafter, nn.Module) else None}
     return {
         f"{name}_{what}": measure(model) if model is not None else 0
@@ -181,12 +205,13 @@ def sizes(pair: ModelPair) -> Record:
 
 
 def machine() -> Record:
-    """Return what the figures depend on: chip, memory, versions and the git revision of a checkout."""
+    """Return what the measurements depend on: chip, memory, versions and the git revision of a checkout."""
     info = mx.device_info()
     return {
         "system": f"{platform.system()} {platform.release()}",
         "chip": info.get("device_name") or platform.processor(),
         "device": str(mx.default_device().type).removeprefix("DeviceType."),
+        "blas": blas_name() if mx.default_device().type == mx.cpu else None,
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "python": platform.python_version(),
@@ -198,7 +223,10 @@ def machine() -> Record:
 
 
 def git_revision() -> str | None:
-    """Return the revision of the checkout that this package runs from, with a "+" if files were changed, or None."""
+    """Return the git revision of the checkout that contains this package, or None.
+
+    A "+" is appended if tracked files were changed.
+    """
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -216,12 +244,12 @@ def git_revision() -> str | None:
 
 
 def summaries(record: Record) -> list[Record]:
-    """Return a row for each task and temperature that has a finished round: medians over its rounds."""
+    """Return one row for each task and temperature that has a finished round. Values are medians over its rounds."""
     return [summary(record, result) for result in record["results"] if result["rounds"]]
 
 
 def summary(record: Record, result: Record) -> Record:
-    """Return the row of one result of a record."""
+    """Return the row of ``summaries`` for one result of a record."""
     rounds, pair = result["rounds"], record["pair"]
     blocks = sum((DecodingStats.from_dict(turn["blocks"]) for turn in rounds), DecodingStats())
     rates = {name: [rate(turn["engines"][name]) for turn in rounds] for name in rounds[0]["engines"]}
@@ -257,12 +285,12 @@ def rate(engine: Record) -> float:
 
 
 def decode_rate(engine: Record) -> float:
-    """Return the tokens per second after the first token or block."""
+    """Return the tokens per second after the first token or block of each answer."""
     return (engine["tokens"] - engine["first_tokens"]) / max(engine["seconds"] - engine["first_seconds"], 1e-9)
 
 
 def medians(rounds: list[Record], figure: Callable[[Record], float | None]) -> dict[str, float | None]:
-    """Return the median of a figure for each engine; None where a round does not have it."""
+    """Return the median of a figure for each engine, or None if a round lacks the figure."""
     found: dict[str, float | None] = {}
     for name in rounds[0]["engines"]:
         values = [value for turn in rounds if (value := figure(turn["engines"][name])) is not None]
@@ -271,12 +299,15 @@ def medians(rounds: list[Record], figure: Callable[[Record], float | None]) -> d
 
 
 def worst(rows: list[Record], name: str = "block_efficiency") -> Record:
-    """Return the row of the task and temperature with the lowest figure."""
+    """Return the row with the lowest value of a figure."""
     return min(rows, key=lambda row: row[name])
 
 
 def compared(before: Record, after: Record) -> list[Record]:
-    """Return, for each task and temperature that both records have, the later figures over the earlier ones."""
+    """Return the ratios of a later record's figures to an earlier one's.
+
+    There is one row for each task and temperature that both records have.
+    """
     first = {(row["task"], row["temperature"]): row for row in summaries(before)}
     rows = []
     for row in summaries(after):

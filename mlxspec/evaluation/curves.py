@@ -1,4 +1,4 @@
-"""The curves of a training run, drawn from the metrics.jsonl that each stage writes. Needs matplotlib."""
+"""Curves of a training run, drawn from the metrics.jsonl of each stage. Drawing needs matplotlib."""
 
 import importlib.util
 import math
@@ -20,7 +20,10 @@ def can_draw() -> bool:
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """Return an empty figure. ``pyplot`` would choose a window system, and keep every figure."""
+    """Return an empty figure of a size in inches.
+
+    It is made without ``pyplot``, which would choose a window system and keep every figure in memory.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,14 +33,17 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draw loss, acceptance rate and block efficiency by step, one column per stage, and return the file.
+    """Draw loss, acceptance rate and block efficiency by step, with one column for each stage.
 
     Args:
-        folder: of a stage or of a whole run.
-        out: a PNG, PDF or SVG file; ``folder/curves.png`` if not given.
+        folder: Folder of a stage or of a whole run.
+        out: A PNG, PDF or SVG file. None for ``folder/curves.png``.
+
+    Returns:
+        The file.
 
     Raises:
-        InvalidRequestError: there are no metrics, no matplotlib, or no such format.
+        InvalidRequestError: There are no metrics, matplotlib is not installed, or the format is unknown.
     """
     if not can_draw():
         raise InvalidRequestError("pictures need matplotlib; install it with: pip install 'mlxspec[plots]'")
@@ -64,14 +70,22 @@ def draw_curves(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def metrics_files(folder: Path) -> list[Path]:
-    """Return the metrics of each stage, in the order in which the stages ran."""
+    """Return the metrics file of each stage, in the order in which the stages ran."""
     own = folder / "metrics.jsonl"
     found = [own] if own.exists() else folder.glob("*/metrics.jsonl")
     return sorted(found, key=lambda path: (path.parent.name != "pretrain", len(path.parent.name), path.parent.name))
 
 
 def draw_smoothed(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: str = "C0") -> None:
-    """Draw a metric as it was logged, thin, and its running mean, thick."""
+    """Draw a metric as a thin line and its running mean as a thick line.
+
+    Args:
+        axis: The axes to draw on.
+        lines: The lines of a metrics file.
+        name: The metric.
+        label: Label of the vertical axis.
+        color: Color of both lines.
+    """
     steps, values = points(lines, name)
     window = min(WINDOW, max(1, len(values) // 5))
     sums = [0.0]
@@ -85,7 +99,10 @@ def draw_smoothed(axis: Any, lines: list[dict[str, Any]], name: str, label: str,
 
 
 def draw_quality(axis: Any, lines: list[dict[str, Any]]) -> None:
-    """Draw acceptance rate (left axis) and block efficiency (right axis), or the gradient norm without them."""
+    """Draw the acceptance rate (left axis) and block efficiency (right axis).
+
+    A stage without acceptance rates gets the gradient norm instead.
+    """
     if not points(lines, "acceptance_rate")[0]:
         draw_smoothed(axis, lines, "gradient_norm", "gradient norm", "C2")
         return
@@ -99,16 +116,16 @@ def draw_quality(axis: Any, lines: list[dict[str, Any]]) -> None:
             label = f"block efficiency, T = {name.removeprefix(f'{EFFICIENCY}_at_')}"
             drawn += right.plot(*points(lines, name), marker=marker, color="C3", linewidth=1, label=label)
         right.set_ylabel("block efficiency, as served")
-    # Below the axes, where no line can be.
+    # Below the axes, where the legend hides no line.
     axis.legend(handles=drawn, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize="small")
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value of a metrics file, which may be damaged, can be drawn."""
+    """Return whether a value can be drawn. A damaged metrics file may contain anything."""
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
 
 
 def points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps at which a metric was logged, and its values."""
+    """Return the steps at which a metric was logged, and the values of the metric."""
     found = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
     return [step for step, _ in found], [value for _, value in found]

@@ -1,4 +1,4 @@
-"""The three ways to decode that are compared: mlx-lm plain, mlx-lm speculative, mlxspec."""
+"""The three engines that are compared: mlx-lm plain, mlx-lm speculative and mlxspec."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -18,25 +18,25 @@ from mlxspec.models.pair import ModelPair
 
 PLAIN, PEER, OURS = "mlx-lm plain", "mlx-lm speculative", "mlxspec"
 PEER_DRAFT_LENGTH = 3  # mlx-lm's own default
-RAPL = Path("/sys/class/powercap")  # Linux: microjoules of each processor package, usually readable by root only
+RAPL = Path("/sys/class/powercap")  # Linux counts the microjoules of each processor package here, usually for root only
 
 Engine = Callable[[list[int], int], "Answer"]  # prompt, seed
 
 
 @dataclass
 class Answer:
-    """Measurements of one answer. ``+`` adds those of several.
+    """Measurements of one answer. ``+`` adds those of two answers, and takes the larger peak memory.
 
     Args:
-        tokens: tokens emitted.
-        first_tokens: those that came with the first token or block.
-        prompt_tokens: tokens of the prompt.
-        seconds: the whole answer, prefill included.
-        first_seconds: until the first token or block.
-        peak_memory_bytes: the most memory that MLX had allocated.
-        joules: energy of the processor packages, None where it cannot be read.
-        ids: the tokens themselves, of one answer.
-        stats: what mlxspec counted, of one answer.
+        tokens: Number of tokens emitted.
+        first_tokens: Number of tokens in the first token or block.
+        prompt_tokens: Number of tokens in the prompt.
+        seconds: Time of the whole answer in seconds, prefill included.
+        first_seconds: Time until the first token or block in seconds.
+        peak_memory_bytes: Peak of the memory that MLX allocated, in bytes.
+        joules: Energy of the processor packages. None where it cannot be read.
+        ids: Token ids of one answer. A sum has none.
+        stats: mlxspec's statistics of one answer. A sum has none.
     """
 
     tokens: int = 0
@@ -61,6 +61,7 @@ class Answer:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the measurements as JSON, without ``ids`` and ``stats``."""
         return {name: value for name, value in vars(self).items() if name not in ("ids", "stats")}
 
 
@@ -70,9 +71,12 @@ def timed(
     """Decode one answer and measure time, memory and, where it can be read, energy.
 
     Args:
-        prompt: token ids.
-        stream: starts the stream of tokens, in pieces.
-        arrived: returns, when the first piece has come, how many tokens were decoded with it.
+        prompt: Token ids of the prompt.
+        stream: Starts the stream of token ids, in pieces.
+        arrived: Called when the first piece arrives. Returns how many tokens were decoded so far.
+
+    Returns:
+        The measurements.
     """
     mx.synchronize()
     mx.reset_peak_memory()
@@ -92,14 +96,17 @@ def timed(
 def mlx_lm_engine(
     pair: ModelPair, sampling: Sampling, max_tokens: int, drafter: nn.Module | None = None, draft_length: int = 0
 ) -> Engine:
-    """Return mlx-lm's own ``stream_generate``.
+    """Return an engine that runs mlx-lm's ``stream_generate``.
 
     Args:
-        pair: its target and tokenizer are used.
-        sampling: how tokens are drawn.
-        max_tokens: of an answer.
-        drafter: a draft model; None for plain decoding.
-        draft_length: tokens that it drafts per block.
+        pair: The pair whose target and tokenizer are used.
+        sampling: How tokens are sampled.
+        max_tokens: Maximum length of an answer, in tokens.
+        drafter: The drafter. None for plain decoding.
+        draft_length: Draft length γ.
+
+    Returns:
+        The engine.
     """
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -123,7 +130,7 @@ def mlx_lm_engine(
 
 
 def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Engine:
-    """Return mlxspec's stream. Like mlx-lm's it makes text, and it reuses nothing of earlier prompts."""
+    """Return an engine that runs mlxspec. Like mlx-lm, it detokenizes, and it reuses no cache of earlier prompts."""
 
     def stream(prompt: list[int], seed: int) -> Iterable[list[int]]:
         for segment in decoder.stream(prompt, max_tokens, seed=seed):
@@ -141,7 +148,10 @@ def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Engine:
 
 
 def joules(folder: Path = RAPL) -> float | None:
-    """Return the energy counter of the processor packages; None where it cannot be read, as on macOS without root."""
+    """Return the energy counter of the processor packages, in joules.
+
+    It is None where the counter cannot be read, as on macOS or without the permission that Linux requires.
+    """
     packages = [path for path in folder.glob("*:*") if path.name.count(":") == 1]
     try:
         return sum(int((path / "energy_uj").read_text()) for path in packages) / 1e6 if packages else None

@@ -1,4 +1,4 @@
-"""How good a drafter is: its block efficiency in the real decoder, and the speed-up that this could give."""
+"""Metrics of a drafter: its block efficiency in the real decoder, and the speed-up that this allows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,22 +22,22 @@ def served_block_efficiency(
     max_tokens: int,
     verification: str = DEFAULT_RULE,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that measures a drafter with the real decoder.
+    """Return a function that measures a drafter's block efficiency with the real decoder.
 
     Args:
-        target: the model that is drafted for.
-        tokenizer: its tokenizer.
-        prompts: token ids.
-        temperatures: to measure at.
-        draft_length: tokens drafted per block.
-        max_tokens: of an answer.
-        verification: the rule.
+        target: The target.
+        tokenizer: The target's tokenizer.
+        prompts: Token ids of each prompt.
+        temperatures: Temperatures to measure at.
+        draft_length: Draft length γ.
+        max_tokens: Maximum length of an answer, in tokens.
+        verification: The verification rule.
 
     Returns:
-        A function of the drafter. Its result has ``block_efficiency_at_T`` for each temperature, in tokens per target
-        pass over all prompts together, and ``block_efficiency``, their mean.
+        A function of the drafter. Its result has ``block_efficiency_at_T`` for each temperature T, in tokens per target
+        pass over all prompts, and ``block_efficiency``, the mean over the temperatures.
     """
-    decoders: dict[float, SpeculativeDecoder] = {}  # kept, so that a drafter that is trained further compiles once
+    decoders: dict[float, SpeculativeDecoder] = {}  # kept, so that a drafter compiles only once while it is trained
 
     def measure(drafter: nn.Module) -> dict[str, float]:
         pair = ModelPair(target, drafter, tokenizer)
@@ -59,7 +59,7 @@ def served_block_efficiency(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters, of a quantized model as it was before."""
+    """Return the number of parameters. A quantized weight counts as many as before quantization."""
     count = 0
     for _, module in model.named_modules():
         for name, weight in module.items():
@@ -71,9 +71,9 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def step_bytes(model: nn.Module) -> int:
-    """Return the bytes of weights that a step over one row reads.
+    """Return the bytes of weights that a step over one token reads.
 
-    That is all of them, except for an embedding that is not also the output head: only one row of it is read.
+    These are all weights, except for an embedding that is not also the output head. Only one row of it is read.
     """
     read = weight_bytes(model)
     tied = not any(name.endswith("lm_head") for name, _ in model.named_modules())
@@ -84,17 +84,22 @@ def step_bytes(model: nn.Module) -> int:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Return the bytes of all weights."""
+    """Return the size of all weights in bytes."""
     return tree_reduce(lambda total, weight: total + weight.nbytes, module.parameters(), 0)
 
 
 def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
-    """Return MBSU = τ / (c·γ + 1), the speed-up where a step costs what it reads.
+    """Return the memory-bound speed-up MBSU = τ / (c·γ + 1).
+
+    It assumes that the time of a step is proportional to the bytes it reads.
 
     Args:
-        block_efficiency: τ, tokens per target pass.
-        cost_ratio: c, the cost of a drafter step over that of a target step.
-        draft_length: γ, mean tokens drafted per block.
+        block_efficiency: Block efficiency τ, in tokens per target pass.
+        cost_ratio: Cost c of a drafter step relative to a target step.
+        draft_length: Mean draft length γ, in tokens per block.
+
+    Returns:
+        The speed-up over plain decoding.
 
     Source: Goel et al. 2024, quoted from memory.
     """

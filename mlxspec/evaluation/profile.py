@@ -1,4 +1,7 @@
-"""The time of a block by its parts, and the speed at each draft length: measured, and predicted by the cost model."""
+"""The time of a block by its parts, and the speed at each draft length.
+
+The speed is both measured and predicted by the cost model.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +30,11 @@ TEXT = CAPACITY_STEP - ROOM  # tokens of text before a block that is timed
 
 
 def drafter_of(compiled: CompiledBlocks) -> str:
-    """Return the name of the pair's drafter, the model before prompt lookup. Raises InvalidRequestError without one."""
+    """Return "model" if the pair has a drafter model, or "lookup" if it has only prompt lookup.
+
+    Raises:
+        InvalidRequestError: The pair has no drafter.
+    """
     for name in (MODEL, LOOKUP):
         if name in compiled.drafters:
             return name
@@ -46,20 +53,23 @@ def calibrated(
     verification: str = DEFAULT_RULE,
     progress: Progress = lambda done, total: None,
 ) -> Record:
-    """Measure the cost table anew, and the speed at each draft length of ``MENU`` and of "auto".
+    """Measure the cost table again, and the speed at each draft length of ``MENU`` and of "auto".
 
     Args:
-        pair: target and drafters.
-        prompts: token ids.
-        sampling: how tokens are drawn.
-        rounds: interleaved rounds that count.
-        max_tokens: of an answer.
-        verification: the rule.
-        progress: is called with the runs done and all runs.
+        pair: The target and its drafters.
+        prompts: Token ids of each prompt.
+        sampling: How tokens are sampled.
+        rounds: Number of interleaved rounds that count.
+        max_tokens: Maximum length of an answer, in tokens.
+        verification: The verification rule.
+        progress: Called with the runs done and the number of all runs.
 
     Returns:
-        For each length the speed-up over drafting nothing: measured, and predicted from the costs and from the
-        acceptance of the longest drafts.
+        A record with the cost table, and the speed-up over plain decoding for each draft length: measured, and
+        predicted. The prediction uses the costs and the acceptance rates of the longest drafts.
+
+    Raises:
+        InvalidRequestError: The pair has no drafter.
     """
     auto = SpeculativeDecoder(pair, sampling, "auto", verification)
     name = drafter_of(auto.compiled)
@@ -73,7 +83,7 @@ def calibrated(
     found = by_engine(interleaved(runs, rounds, progress=progress))
     rates = {length: [stats.tokens_per_second for stats in answers] for length, answers in found.items()}
     seen = sum(found[LONGEST], DecodingStats())
-    reached = [seen.blocks, *seen.accepted_at]  # how often all positions before one were accepted
+    reached = [seen.blocks, *seen.accepted_at]  # [i]: blocks in which all positions before i were accepted
     conditional = [a / b if b else 0.0 for a, b in zip(seen.accepted_at, reached, strict=False)]
     tokens = max(1, round(seen.tokens / (rounds * len(prompts))))  # of an answer
     figures = {
@@ -103,7 +113,16 @@ def calibrated(
 def answering(
     decoder: SpeculativeDecoder, prompts: Sequence[list[int]], max_tokens: int
 ) -> Callable[[int], DecodingStats]:
-    """Return an engine that answers the prompts and returns the statistics of all answers together."""
+    """Return an engine that answers all prompts and returns the sum of their statistics.
+
+    Args:
+        decoder: The decoder.
+        prompts: Token ids of each prompt.
+        max_tokens: Maximum length of an answer, in tokens.
+
+    Returns:
+        A function of the round's number, which serves as the seed.
+    """
 
     def run(number: int) -> DecodingStats:
         total = DecodingStats()
@@ -118,13 +137,16 @@ def answering(
 
 
 def predicted(costs: BlockCosts, choice: Choice, rates: Sequence[float], tokens: int) -> float:
-    """Return the speed-up over drafting nothing that the cost model predicts.
+    """Return the speed-up over plain decoding that the cost model predicts.
 
     Args:
-        costs: the table.
-        choice: proposer and draft length.
-        rates: acceptance of each draft position, given that those before it were accepted.
-        tokens: length of an answer.
+        costs: The cost table.
+        choice: The proposer and the draft length.
+        rates: Acceptance rate of each draft position, given that all earlier ones were accepted.
+        tokens: Length of an answer in tokens.
+
+    Returns:
+        The speed-up.
     """
     blocks = expected_blocks(rates, choice.length, tokens)
     return tokens * costs.block(PLAIN) / (blocks * costs.block(choice))
@@ -138,23 +160,27 @@ PARTS = ("drafting", "verification", "acceptance", "host")
 def profile(
     pair: ModelPair, sampling: Sampling, draft_length: int, verification: str = DEFAULT_RULE, rounds: int = 7
 ) -> Record:
-    """Measure the parts of a block, in seconds: medians over interleaved rounds.
+    """Measure the parts of a block. Times are medians over interleaved rounds, in seconds.
 
-    The draft and the target's pass are timed alone. The other two parts are remainders, so that the parts always add
-    up to the block, and noise can make a small one negative. ``acceptance`` is what a block takes on the device beyond
-    draft and pass. ``host`` is what it takes longer when its result is read and turned into tokens.
+    The draft and the target's pass are timed alone. The other two parts are remainders, so that the parts always add up
+    to the block. Noise can make a small remainder negative. ``acceptance`` is the block's device time beyond the draft
+    and the pass. ``host`` is the additional time when the host reads the result and turns it into tokens.
 
     Args:
-        pair: target and drafters.
-        sampling: how tokens are drawn.
-        draft_length: tokens drafted.
-        verification: the rule.
-        rounds: interleaved rounds that count.
+        pair: The target and its drafters.
+        sampling: How tokens are sampled.
+        draft_length: Draft length γ.
+        verification: The verification rule.
+        rounds: Number of interleaved rounds that count.
 
     Returns:
-        ``PARTS``, their sum ``block``, and the share of the two remainders in it, ``overhead``.
+        The time of each of ``PARTS``, their sum ``block``, and ``overhead``, the share of the two remainders in the
+        sum.
+
+    Raises:
+        InvalidRequestError: The pair has no drafter.
     """
-    # Without a tokenizer no EOS ends the text. How long the context is does not matter for the time.
+    # Without a tokenizer, no EOS ends the text. The context length does not affect the time.
     endless = replace(pair, tokenizer=None, context_length=2**31)
     decoder = SpeculativeDecoder(endless, sampling, draft_length, verification)
     compiled, name = decoder.compiled, drafter_of(decoder.compiled)
@@ -182,12 +208,12 @@ def profile(
 
 
 def timed(timer: Timer) -> Callable[[int], float]:
-    """Return an engine of a timer."""
+    """Return an engine that runs a timer and returns its seconds."""
     return lambda number: timer()
 
 
 def target_pass(compiled: CompiledBlocks, rows: int) -> tuple[Callable[[Any], tuple[Any, Any]], Callable[[], Any]]:
-    """Return a step that is one pass of the target over ``rows`` tokens, and what makes its first state."""
+    """Return a step that runs one target pass over ``rows`` tokens, and a function that makes its first state."""
 
     def one(tokens: mx.array, buffers: Any) -> tuple[mx.array, Any]:
         logits, buffers = compiled.target(tokens, buffers, mx.array(TEXT))
@@ -198,7 +224,7 @@ def target_pass(compiled: CompiledBlocks, rows: int) -> tuple[Callable[[Any], tu
 
 
 def seconds_per_block(decoder: SpeculativeDecoder, draft_length: int) -> float:
-    """Return the seconds of a block while a stream is read, until the caches would have to grow."""
+    """Return the mean seconds of a block while a stream is read, for as many blocks as fit into the caches."""
     count = max(2 * QUEUED, (CAPACITY_STEP - TEXT) // (draft_length + 1) - 3)
     stream = decoder.blocks([1] * TEXT, CAPACITY_STEP * (draft_length + 1))
     next(stream)

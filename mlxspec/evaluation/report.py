@@ -1,4 +1,4 @@
-"""A benchmark's record as one self-contained HTML page, and its pictures as PNG files. Pictures need matplotlib."""
+"""Reports of a benchmark: one self-contained HTML page, and its pictures as PNG files. Pictures need matplotlib."""
 
 import base64
 import html
@@ -39,7 +39,7 @@ PART_COLORS = {"drafting": "#e0a458", "verification": "#2f6f9f", "acceptance": "
 
 
 def read_record(file: Path) -> Record:
-    """Return a record that ``mlxspec bench`` wrote. Raises InvalidRequestError for anything else."""
+    """Read a record that ``mlxspec bench`` wrote. Raises InvalidRequestError for any other file."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         summaries(record)
@@ -56,9 +56,10 @@ def read_record(file: Path) -> Record:
 
 
 def write_report(record: Record, folder: Path) -> Path:
-    """Write ``index.html`` and the PNGs into ``folder`` and return the page.
+    """Write ``index.html`` and the PNG files into ``folder``, and return the path of the page.
 
-    Raises InvalidRequestError if no round was finished.
+    Raises:
+        InvalidRequestError: No round was finished, or matplotlib is not installed.
     """
     if not summaries(record):
         raise InvalidRequestError("the benchmark was interrupted before its first round was finished; run it again")
@@ -74,6 +75,7 @@ def write_report(record: Record, folder: Path) -> Path:
 
 
 def page_of(record: Record, drawn: dict[str, bytes]) -> str:
+    """Return the HTML page of a record. ``drawn`` holds its pictures as PNG by name."""
     pair, rows = record["pair"], summaries(record)
     title = f"{pair['target']} with drafter {pair['drafter']}"
     figures = "".join(
@@ -160,7 +162,7 @@ def engine_cells(row: Record) -> list[list[str]]:
 
 
 def headline(rows: list[Record]) -> str:
-    """Return one sentence: is it faster?"""
+    """Return a sentence that states whether mlxspec is faster than plain decoding, and the lowest block efficiency."""
     ratios = [row["ratio"][PLAIN]["median"] for row in rows]
     lowest = worst(rows)
     verdict = "faster than" if min(ratios) > 1 else "slower than" if max(ratios) < 1 else "not always faster than"
@@ -173,26 +175,29 @@ def headline(rows: list[Record]) -> str:
 
 
 def described(record: Record) -> list[tuple[str, str]]:
-    """Return what was measured and on what, as names and values."""
+    """Return the models, settings, machine and versions as (name, value) pairs."""
     pair, machine, settings = record["pair"], record["machine"], record["settings"]
     return [
         ("target", f"{pair['target']}, {pair['target_parameters']:,} parameters"),
         ("drafter", f"{pair['drafter']}, {pair['drafter_parameters']:,} parameters"),
         ("draft length", f"{settings['draft_length']}; mlx-lm's {settings['peer_draft_length']}"),
         ("answers", f"at most {settings['max_tokens']} tokens, {settings['rounds']} rounds after a warm-up"),
-        ("machine", f"{machine['chip']}, {machine['cores']} cores, {machine['device']}, {machine['system']}"),
+        ("machine", f"{machine['chip']}, {machine['cores']} cores, {machine['device']}, {machine['system']}"
+                    + (f", {machine['blas']}" if machine.get("blas") else "")),
         ("versions", f"mlxspec {machine['mlxspec']} ({machine['revision'] or 'no checkout'}), MLX {machine['mlx']}, "
                      f"mlx-lm {machine['mlx_lm']}, Python {machine['python']}"),
     ]  # fmt: skip
 
 
 def table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
+    """Return an HTML table. All cells are escaped."""
     head = "".join(f"<th>{text(name)}</th>" for name in headings)
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def text(value: Any) -> str:
+    """Return a value as escaped HTML text."""
     return html.escape(str(value))
 
 
@@ -200,7 +205,7 @@ def text(value: Any) -> str:
 
 
 def pictures(record: Record) -> dict[str, bytes]:
-    """Return PNGs by name, of whatever the record has. Raises InvalidRequestError without matplotlib."""
+    """Return the pictures that a record has data for, as PNG by name. Raises InvalidRequestError without matplotlib."""
     if not can_draw():
         raise InvalidRequestError("pictures need matplotlib; install it with: pip install 'mlxspec[plots]'")
     rows, found = summaries(record), {}
@@ -216,6 +221,7 @@ def pictures(record: Record) -> dict[str, bytes]:
 
 
 def png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+    """Return a picture as PNG. ``draw`` draws on its axes, and ``size`` is its width and height in inches."""
     figure = new_figure(size)
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
@@ -226,11 +232,12 @@ def png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
 
 
 def label(row: Record) -> str:
+    """Return the label of a row: its task and temperature."""
     return f"{row['task']}, T = {row['temperature']:g}"
 
 
 def draw_tasks(axis: Any, rows: list[Record]) -> None:
-    """Draw the tokens per second of every engine, a group of bars for each task and temperature."""
+    """Draw the tokens per second of every engine, with one group of bars for each task and temperature."""
     names = [name for name in (PLAIN, PEER, OURS) if name in rows[0]["tokens_per_second"]]
     height = 0.8 / len(names)
     for place, name in enumerate(names):
@@ -246,6 +253,7 @@ def draw_tasks(axis: Any, rows: list[Record]) -> None:
 
 
 def draw_acceptance(axis: Any, rows: list[Record]) -> None:
+    """Draw the acceptance rate by draft position, with one line for each task and temperature."""
     longest = max(len(row["acceptance_by_position"]) for row in rows)
     for row, marker in zip(rows, "os^vD*PX" * (1 + len(rows) // 8), strict=False):
         if shares := row["acceptance_by_position"]:
@@ -259,7 +267,7 @@ def draw_acceptance(axis: Any, rows: list[Record]) -> None:
 
 
 def draw_lengths(axis: Any, calibration: Record) -> None:
-    """Draw the speed-up over drafting nothing, measured and predicted, and that of "auto"."""
+    """Draw the speed-up over plain decoding by draft length, measured and predicted, and the speed-up of "auto"."""
     lengths = calibration["lengths"]
     x = [entry["draft_length"] for entry in lengths]
     axis.axhline(1, color="black", linewidth=0.8)
@@ -278,7 +286,7 @@ def draw_lengths(axis: Any, calibration: Record) -> None:
 
 
 def draw_block(axis: Any, profile: Record) -> None:
-    """Draw one bar whose parts add up to the block. A remainder that noise made negative is taken off, hatched."""
+    """Draw one bar whose parts add up to the block. A negative remainder, which noise can cause, is hatched."""
     start = 0.0
     for part in PARTS:
         milliseconds, share = 1000 * profile[part], profile[part] / profile["block"]

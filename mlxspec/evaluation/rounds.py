@@ -1,8 +1,8 @@
-"""Interleaved rounds: how everything in this package is compared.
+"""Interleaved rounds, with which engines are compared.
 
-Every engine runs once in each round, so that a disturbance of the machine disturbs all engines alike. The first rounds
-compile and warm up and are thrown away. Ratios are taken within a round; the median over the rounds is reported, with
-the least and the most.
+Every engine runs once in each round, so a disturbance of the machine affects all engines alike. The first rounds
+compile and warm up, and their results are discarded. Ratios are taken within a round. Their median, minimum and maximum
+over the rounds are reported.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]  # runs done, runs in all
+Progress = Callable[[int, int], None]  # runs done, number of all runs
 
 
 def interleaved(
@@ -22,13 +22,13 @@ def interleaved(
     warm_up: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[dict[Name, Result]]:
-    """Yield the result of every engine, once per counted round.
+    """Yield the results of all engines, once for each counted round.
 
     Args:
-        engines: name -> a function of the number of the round, which serves as its seed.
-        rounds: rounds that count.
-        warm_up: rounds before them, thrown away.
-        progress: is called before each run and after the last.
+        engines: The engines by name. An engine is a function of the round's number, which serves as its seed.
+        rounds: Number of rounds that count.
+        warm_up: Number of earlier rounds, whose results are discarded.
+        progress: Called before each run and after the last one, with the runs done and the number of all runs.
     """
     total = (warm_up + rounds) * len(engines)
     for number in range(warm_up + rounds):
@@ -42,7 +42,7 @@ def interleaved(
 
 
 def by_engine(rounds: Iterable[Mapping[Name, Result]]) -> dict[Name, list[Result]]:
-    """Return the results of each engine, one per round."""
+    """Return the results of each engine, one for each round."""
     found: dict[Name, list[Result]] = {}
     for results in rounds:
         for name, result in results.items():
@@ -51,7 +51,7 @@ def by_engine(rounds: Iterable[Mapping[Name, Result]]) -> dict[Name, list[Result
 
 
 def seconds(engine: Callable[[int], Any]) -> Callable[[int], float]:
-    """Return an engine whose result is the time that ``engine`` takes."""
+    """Return an engine that measures the seconds that another engine takes."""
 
     def run(number: int) -> float:
         start = time.perf_counter()
@@ -62,7 +62,7 @@ def seconds(engine: Callable[[int], Any]) -> Callable[[int], float]:
 
 
 def tokens_per_second(engine: Callable[[int], Sized]) -> Callable[[int], float]:
-    """Return an engine whose result is the speed at which ``engine`` returns tokens."""
+    """Return an engine that measures the tokens per second of another engine."""
 
     def run(number: int) -> float:
         start = time.perf_counter()
@@ -73,7 +73,7 @@ def tokens_per_second(engine: Callable[[int], Sized]) -> Callable[[int], float]:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the rounds."""
+    """Median, minimum and maximum of a figure over the rounds."""
 
     median: float
     least: float
@@ -83,14 +83,15 @@ class Spread:
         return f"{self.median:.2f} ({self.least:.2f}-{self.most:.2f})"
 
     def to_dict(self) -> dict[str, float]:
+        """Return the three values as JSON."""
         return asdict(self)
 
 
 def spread(figures: Sequence[float]) -> Spread:
-    """Return the median, the least and the most of one figure per round."""
+    """Return the median, minimum and maximum of a figure that has one value for each round."""
     return Spread(statistics.median(figures), min(figures), max(figures))
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """Return the spread of the ratios within each round."""
+    """Return the spread of the ratio ``over`` / ``under``, taken within each round."""
     return spread([a / b for a, b in zip(over, under, strict=True)])

@@ -1,8 +1,8 @@
-"""Tasks: named sets of prompts. Some come with the package, others from files or from public data sets on the hub.
+"""Tasks: named sets of prompts. They come with the package, from files, or from public data sets on the hub.
 
 The paper's four tasks are open-ended instructions (Dolly), news summaries (CNN/DailyMail, XSum) and translation (WMT18,
-German to English). The sampling given here for them (temperature 0.6 with top-p 0.9 for the first, greedy for the
-others) is quoted from memory, and the wording of the prompts is ours: both are only defaults.
+German to English). Their sampling here is temperature 0.6 with top-p 0.9 for Dolly, and greedy for the others. These
+values are quoted from memory, and the wording of the prompts is our own. Both are only defaults.
 """
 
 import json
@@ -20,9 +20,9 @@ from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
 from mlxspec.training.corpus import BadLines, Document, corpus_files, parse_line, prompt_of, read_documents
 
 OWN = Path(__file__).parent / "prompts"
-MOST_SKIPPED = 1000  # prompts that do not fit, before a task is given up
+MOST_SKIPPED = 1000  # a task is rejected after this many prompts that do not fit
 OWN_TASKS = tuple(path.stem for path in sorted(OWN.glob("*.jsonl")))
-ROWS = "https://datasets-server.huggingface.co/rows"  # serves a data set in pages: no copy of it, no parquet
+ROWS = "https://datasets-server.huggingface.co/rows"  # serves pages of a data set, so it need not be downloaded
 PAGE = 100  # the most rows that the service returns at once
 TIMEOUT = 30.0  # seconds
 
@@ -37,7 +37,7 @@ class Task:
 
 
 class HubSet(NamedTuple):
-    """A public data set on the hub."""
+    """A public data set on the hub: its name, config and split."""
 
     name: str
     config: str
@@ -45,7 +45,7 @@ class HubSet(NamedTuple):
 
 
 def open_instruction(row: dict[str, Any]) -> str | None:
-    """Return an instruction of Dolly that needs no accompanying text, or None."""
+    """Return the instruction of a Dolly row if it needs no accompanying text, else None."""
     return row["instruction"] if row["category"] in ("creative_writing", "brainstorming", "open_qa") else None
 
 
@@ -64,17 +64,21 @@ TASK_NAMES = (*OWN_TASKS, *HUB_TASKS)
 
 
 def read_tasks(names: Sequence[str], tokenizer: Any, count: int, room: float = float("inf")) -> list[Task]:
-    """Read the first prompts of each task that fit.
+    """Read the first prompts of each task that are not too long.
 
     Args:
-        names: each one of TASK_NAMES or a .jsonl file. The lines of a file have "prompt", "text" or "messages", or they
-            are Spec-Bench's: then each category is a task, and the first turn of each conversation is the prompt.
-        tokenizer: the target's.
-        count: prompts per task.
-        room: the most tokens that a prompt may have.
+        names: Names from ``TASK_NAMES``, or .jsonl files. The lines of a file have "prompt", "text" or "messages", or
+            they are those of Spec-Bench. Each category of Spec-Bench is a task, whose prompts are the first turns.
+        tokenizer: The target's tokenizer.
+        count: Number of prompts for each task.
+        room: Largest number of tokens in a prompt.
+
+    Returns:
+        The tasks.
 
     Raises:
-        MlxspecError: a name is unknown, no prompt of a task fits, or a line is malformed (by file and number).
+        MlxspecError: A name is unknown, a task has no prompt that fits, or a line is malformed. The message names its
+            file and number.
     """
     if not names:
         raise InvalidRequestError(f"name at least one task: a .jsonl file or {', '.join(TASK_NAMES)}")
@@ -99,7 +103,7 @@ Content = str | list[Message]
 
 
 def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, Any]]]:
-    """Yield title, contents and sampling of each task that a name stands for."""
+    """Yield (title, contents, sampling) of each task that a name refers to."""
     if name in OWN_TASKS:
         yield name, file_contents(OWN / f"{name}.jsonl")[name], {}
     elif name in HUB_TASKS:
@@ -115,6 +119,11 @@ def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, Any]]]:
 
 
 def hub_contents(source: HubSet, text_of: Callable[[dict[str, Any]], str | None]) -> Iterator[str]:
+    """Yield the prompts of a public data set, as ``text_of`` makes them from its rows.
+
+    Raises:
+        InvalidRequestError: The data set cannot be read, or a row has other columns than ``text_of`` expects.
+    """
     for row in rows_of(source):
         try:
             text = text_of(row)
@@ -128,7 +137,7 @@ def hub_contents(source: HubSet, text_of: Callable[[dict[str, Any]], str | None]
 
 
 def rows_of(source: HubSet) -> Iterator[dict[str, Any]]:
-    """Yield all rows of a data set, in order. Raises InvalidRequestError where they cannot be read."""
+    """Yield all rows of a public data set in order. Raises InvalidRequestError if they cannot be read."""
     offset = 0
     while True:
         page: dict[str, Any] = {"offset": offset, "length": PAGE}
@@ -137,7 +146,7 @@ def rows_of(source: HubSet) -> Iterator[dict[str, Any]]:
             reply = huggingface_hub.get_session().get(ROWS, params=page, timeout=TIMEOUT)
             reply.raise_for_status()
             rows = [entry["row"] for entry in reply.json()["rows"]]
-        except Exception as error:  # of the network, of the service, of its reply
+        except Exception as error:  # the network, the service or its reply may fail in many ways
             raise InvalidRequestError(
                 f"{source.name} cannot be read from the hub now ({in_one_line(error)}); connect to the network, or "
                 "give prompts in a .jsonl file"
@@ -149,9 +158,10 @@ def rows_of(source: HubSet) -> Iterator[dict[str, Any]]:
 
 
 def file_contents(file: Path) -> dict[str, list[Content]]:
-    """Return prompts by title, which is the file's name or a category of Spec-Bench.
+    """Return prompts by title. A title is the name of the file or a category of Spec-Bench.
 
-    Raises InvalidRequestError for a bad line.
+    Raises:
+        InvalidRequestError: The file cannot be read, has no prompts, or has a bad line.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # a JSON string may hold what splitlines() splits at
@@ -169,6 +179,7 @@ def file_contents(file: Path) -> dict[str, list[Content]]:
 
 
 def content_of(record: Document) -> Content:
+    """Return the prompt of a document. Raises InvalidRequestError, with the file and line, if it has none."""
     try:
         return prompt_of(record.content)
     except MlxspecError as error:
@@ -176,7 +187,7 @@ def content_of(record: Document) -> Content:
 
 
 def spec_bench(file: Path, lines: list[str]) -> dict[str, list[Content]]:
-    """Return prompts by category from lines {"question_id", "category", "turns"}."""
+    """Return prompts by category from the lines of Spec-Bench. Raises InvalidRequestError for a bad line."""
     found: dict[str, list[Content]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -196,6 +207,7 @@ def spec_bench(file: Path, lines: list[str]) -> dict[str, list[Content]]:
 
 
 def encoded(content: Content, tokenizer: Any) -> list[int]:
+    """Return the token ids of a prompt."""
     if isinstance(content, str):
         return encode_prompt(tokenizer, content)
     return encode_conversation(tokenizer, content)

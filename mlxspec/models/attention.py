@@ -1,4 +1,4 @@
-"""The kind of attention a model has, as shown by the caches that mlx-lm creates for it."""
+"""The kind of attention that a model has, derived from the caches that mlx-lm creates for it."""
 
 import re
 
@@ -16,7 +16,7 @@ def attention_windows(model: nn.Module) -> list[int | None]:
 
     Raises:
         UnsupportedModelError: The model's state cannot be rewound to an earlier token, which a rejected draft requires.
-            This holds for state-space, linear-attention, chunked and compressed caches.
+            State-space, linear-attention, chunked and compressed caches cannot be rewound.
     """
     windows: list[int | None] = []
     for cache in make_prompt_cache(model):
@@ -33,13 +33,16 @@ def attention_windows(model: nn.Module) -> list[int | None]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the maximum number of positions that the model's config declares, or None."""
+    """Return the maximum number of positions that the model's config declares, or None if it declares none."""
     args = getattr(model, "args", None)
     return declared_context({name: getattr(args, name, None) for name in (*CONTEXT_NAMES, "rope_scaling")})
 
 
 def position_table(model: nn.Module) -> int | None:
-    """Return the number of rows of a learned table of positions, beyond which nothing may be read, or None."""
+    """Return the number of rows of the model's learned position table, or None if there is no such table.
+
+    Positions beyond the table cannot be read. If there are several tables, the smallest counts.
+    """
     tables = [
         module.weight.shape[0]
         for name, module in model.named_modules()
@@ -49,5 +52,5 @@ def position_table(model: nn.Module) -> int | None:
 
 
 def model_type(model: nn.Module) -> str:
-    """Return mlx-lm's name for the architecture, or else the name of the class."""
+    """Return mlx-lm's name for the architecture, or the class name if there is none."""
     return getattr(model, "model_type", None) or type(model).__name__

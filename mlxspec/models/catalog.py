@@ -1,4 +1,4 @@
-"""Short names for models that work together: Llama 2 Chat targets, and drafters that use the same tokenizer."""
+"""Short names for models that work together: Llama 2 Chat targets and drafters with the same tokenizer."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class KnownModel:
         name: The short name.
         hub_id: The repository on the Hugging Face hub.
         role: "target" or "drafter".
-        gigabytes: Memory of the weights on a GPU, as ``load`` keeps them by default.
-        license: The license's name.
-        quantize: How ``load`` quantizes the model by default, "none" for as stored.
+        gigabytes: GPU memory of the weights with ``load``'s default settings, in GB.
+        license: Name of the license.
+        quantize: How ``load`` quantizes the model by default. "none" keeps the stored precision.
         drafter: For a target, the short name of the drafter that ``drafter="auto"`` selects.
     """
 

@@ -1,6 +1,6 @@
-"""Checks that a model folder is complete and safe to read, made before anything else opens its files.
+"""Checks that a model folder is complete and safe to read. They run before anything else opens its files.
 
-Model folders come from strangers. mlxspec reads only safetensors files and npz files without pickled objects, does not
+Model folders are untrusted. mlxspec reads only safetensors files and npz files without pickled objects. It does not
 follow links that lead out of the folder, and never imports or runs code from a model folder.
 """
 
@@ -17,7 +17,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layers")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that asks for its own code to be run or links to files outside of it.
+    """Refuse a folder that requires its own code to be run, or that links to files outside of it.
 
     The hub's cache consists of links into itself. Those are allowed, wherever the cache lies.
 
@@ -45,17 +45,17 @@ def check_folder(folder: Path) -> None:
 def leads_out(name: str, folder: Path) -> bool:
     """Return whether a path in a config names an existing file outside of the folder.
 
-    Configs often contain paths of the machine that they were written on. Those that do not exist are harmless.
+    Configs often contain paths of the machine that they were written on. Paths that do not exist are harmless.
     """
     try:
         found = [path.resolve() for path in (Path(name), folder / name) if path.exists()]
-    except (OSError, ValueError):  # no path at all: too long, or with a zero byte
+    except (OSError, ValueError):  # not a valid path: too long, or with a zero byte
         return False
     return not all(path.is_relative_to(folder.resolve()) for path in found)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises ModelLoadError if it does not."""
+    """Read a JSON file that contains an object. Raises ModelLoadError if it cannot be read or is something else."""
     try:
         content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -88,9 +88,9 @@ def check_numbers(config: dict[str, Any], path: Path, tensors: int) -> None:
 
 
 def check_safetensors(path: Path) -> list[str]:
-    """Return the names of the tensors in a file, after checking that the file is complete.
+    """Check that a safetensors file is complete, and return the names of its tensors.
 
-    MLX does not check it. Missing bytes would be read as weights.
+    MLX does not check this, and would use arbitrary numbers for missing bytes.
 
     Raises:
         ModelLoadError: The file is not a safetensors file, or is truncated.

@@ -1,7 +1,7 @@
-"""Completes the config.json of a model, so that mlx-lm reads it as transformers does.
+"""Completes a model's config.json, so that mlx-lm reads it as transformers does.
 
-Two things differ. transformers 5 nests the settings of rotary embedding in ``rope_parameters``, where most of mlx-lm's
-models do not look. And for a key that config.json leaves out, the two libraries have different defaults.
+The two libraries differ in two ways. transformers 5 nests the settings of rotary embedding in ``rope_parameters``,
+where most of mlx-lm's models do not look. And they have different defaults for keys that config.json leaves out.
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len
 
 
 def completed(config: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
-    """Return a config with the keys that mlx-lm's model would miss.
+    """Add the keys that mlx-lm's model needs and the config lacks.
 
     Args:
         config: The content of config.json, or a part of it that has a ``model_type``.
         tensors: Names of the stored tensors.
 
     Returns:
-        A copy. Keys that config.json has stay as they are, except that ``rope_parameters`` take precedence over the
-        older keys, as in transformers.
+        A completed copy. Existing keys are unchanged, except that ``rope_parameters`` take precedence over the older
+        keys, as in transformers.
     """
     complete = {**config, **rope_keys(config)}
     if isinstance(text := config.get("text_config"), dict) and "model_type" in text:
         complete["text_config"] = completed(text, tensors)
     known = keys_of_mlx_lm(complete)
     if "tie_word_embeddings" in known and complete.get("tie_word_embeddings") is None:
-        # The libraries' defaults differ. The tensors settle it.
+        # The libraries' defaults differ, so the tensors decide.
         complete["tie_word_embeddings"] = not any(name.endswith("lm_head.weight") for name in tensors)
     defaults = transformers_view(config)
     defaults |= {**rope_keys(defaults), **older_keys({**defaults, **config})}
@@ -69,7 +69,7 @@ def rope_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def older_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return settings under names that transformers no longer writes."""
+    """Return settings under older names, which mlx-lm reads and transformers no longer writes."""
     found = {"n_ctx": config["n_positions"]} if "n_positions" in config else {}
     layers = config.get("layer_types")
     if isinstance(layers, list) and "full_attention" in layers and "sliding_attention" in layers:
@@ -78,7 +78,7 @@ def older_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def keys_of_mlx_lm(config: dict[str, Any]) -> set[str]:
-    """Return the keys that mlx-lm's model for a config reads, or an empty set if there is no such model."""
+    """Return the config keys that mlx-lm's model reads, or an empty set if mlx-lm has no such model."""
     kind = str(config.get("model_type"))
     try:
         module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
@@ -88,19 +88,19 @@ def keys_of_mlx_lm(config: dict[str, Any]) -> set[str]:
 
 
 def transformers_view(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config as transformers completes it, or an empty one if transformers does not know the model."""
+    """Return a config with transformers' defaults, or an empty one if transformers does not know the model."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it comments on keys that it does not know
+    logging.disable(logging.WARNING)  # transformers warns about keys that it does not know
     try:
         return AutoConfig.for_model(**config).to_dict()
-    except Exception:  # a malformed config makes it raise anything; mlx-lm then says what is wrong
+    except Exception:  # a malformed config may raise anything; mlx-lm reports the problem later
         return {}
     finally:
         logging.disable(level)
 
 
 def declared_context(config: dict[str, Any]) -> int | None:
-    """Return the number of positions that a config declares, or None.
+    """Return the maximum number of positions that a config declares, or None if it declares none.
 
     Scaled rotary embedding multiplies the context that the model was trained with. Some configs state the product,
     others the trained context, so the larger number counts.
@@ -114,7 +114,12 @@ def declared_context(config: dict[str, Any]) -> int | None:
 
 
 def stretched_context(config: dict[str, Any], stated: int) -> int:
-    """Return the context after rope scaling, 0 without it."""
+    """Return the context after rope scaling, in positions. It is 0 without scaling.
+
+    Args:
+        config: The config, or its ``text_config``.
+        stated: The context that the config states, in positions.
+    """
     scaling = rope_keys(config).get("rope_scaling") or config.get("rope_scaling")
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in MULTIPLYING:
         return 0

@@ -1,7 +1,7 @@
 """The drafter: a small Llama-architecture language model as MLX modules.
 
-Attribute names are those of Hugging Face's ``LlamaForCausalLM``, so the flattened parameters have the names of its
-checkpoint layout.
+The modules use the attribute names of Hugging Face's ``LlamaForCausalLM``. So the flattened parameters have the names
+of its checkpoint layout.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -87,12 +87,12 @@ class DrafterConfig:
 
     @property
     def key_value_heads(self) -> int:
-        """``num_key_value_heads`` as a number."""
+        """Number of key and value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Size of an attention head."""
+        """Size of an attention head, hidden_size / num_attention_heads."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -106,12 +106,13 @@ class DrafterConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "DrafterConfig":
-        """Read the content of a Hugging Face ``config.json``.
+        """Create a config from the content of a Hugging Face ``config.json``.
 
-        Missing keys take Hugging Face's defaults. They differ from mlx-lm's, which ties the embeddings by default.
+        Missing keys take Hugging Face's defaults. mlx-lm's defaults differ: it ties the embeddings.
 
         Raises:
-            ModelLoadError: The config is not that of a Llama, or has a feature that ``Drafter`` lacks.
+            ModelLoadError: The config is not that of a Llama model, or has a feature that ``Drafter`` lacks.
+            InvalidRequestError: A size is out of range.
         """
         known = {f.name for f in fields(cls)}
         settings = {key: value for key, value in config.items() if key in known}
@@ -198,7 +199,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer with pre-normalization: [B, L, hidden_size] -> [B, L, hidden_size]."""
+    """One transformer layer with pre-normalization: [B, L, hidden_size] -> [B, L, hidden_size]."""
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -213,7 +214,7 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaBody(nn.Module):
-    """The model without its head: token ids [B, L] -> hidden states [B, L, hidden_size]."""
+    """The model without its output head: token ids [B, L] -> hidden states [B, L, hidden_size]."""
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -222,12 +223,13 @@ class LlamaBody(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: list | None = None, recompute: bool = False) -> mx.array:
-        """Return the hidden states after the last normalization.
+        """Return the hidden states [B, L, hidden_size] after the last normalization.
 
         Args:
             tokens: Token ids [B, L].
             cache: One KV cache for each layer, or None.
-            recompute: Keep only the layers' inputs for a backward pass, and compute the rest again in it.
+            recompute: Store only each layer's input for the backward pass, and recompute its other activations there.
+                This saves memory.
 
         Source: Chen et al. 2016, arXiv 1604.06174 (``recompute``).
         """
@@ -241,7 +243,11 @@ class LlamaBody(nn.Module):
 
 
 class Drafter(nn.Module):
-    """A Llama model: token ids [B, L] -> logits [B, L, V]. It takes the same caches as mlx-lm's models."""
+    """A Llama model: token ids [B, L] -> logits [B, L, V]. It accepts the same caches as mlx-lm's models.
+
+    Args:
+        config: Shape of the model.
+    """
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -258,7 +264,7 @@ class Drafter(nn.Module):
 
     @property
     def layers(self) -> list[DecoderLayer]:
-        """The layers, under the name that mlx-lm uses."""
+        """The transformer layers, under the name that mlx-lm uses."""
         return self.model.layers
 
     @property
@@ -285,11 +291,11 @@ class Drafter(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> "Drafter":
-        """Read an unquantized drafter for training. Use ``mlxspec.load`` to decode with it.
+        """Read an unquantized drafter for training. To decode with it, use ``mlxspec.load``.
 
         Args:
             folder: A folder that ``save`` or ``mlxspec export`` wrote.
-            dtype: Precision of the weights. None for as stored.
+            dtype: Precision of the weights. None keeps the stored precision.
 
         Raises:
             ModelLoadError: A file is missing, or the weights do not fit the config.

@@ -29,7 +29,7 @@ MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card states about a drafter. The card says "not recorded" where a value is None.
+    """Facts that a model card states about a drafter. The card says "not recorded" where a value is None.
 
     Attributes:
         license: License identifier, such as "apache-2.0".
@@ -47,17 +47,17 @@ class CardFacts:
 
 
 def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: CardFacts = CardFacts()) -> list[Path]:
-    """Write a drafter to a new folder, for other tools.
+    """Write a drafter to a new folder, in the layout that other tools load.
 
     Args:
         drafter: Folder, hub id or short name of a Llama model.
         out: The folder to create.
-        quantize: "4", "8", "mxfp4" or "nvfp4"; only MLX can then load the result. None keeps the stored precision and
-            dequantizes a quantized model.
-        facts: What the model card states.
+        quantize: "4", "8", "mxfp4" or "nvfp4". Only MLX can load the quantized result. None keeps the stored precision,
+            and dequantizes a quantized model.
+        facts: Facts for the model card.
 
     Returns:
-        The files that were written.
+        The paths of the files that were written.
 
     Raises:
         ModelLoadError: The drafter cannot be read.
@@ -77,7 +77,7 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
     if quantize:
         model, config = quantized(model, config, quantize)
     with locked(out, out.with_name(f".{out.name}.lock")), replacing(out) as aside:
-        if out.exists():  # another process has made it meanwhile
+        if out.exists():  # another process has created it meanwhile
             raise InvalidRequestError(f"{out} exists; choose a folder that does not exist yet")
         aside.mkdir()
         weights = dict(tree_flatten(model.parameters()))
@@ -92,7 +92,10 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
 
 
 def to_hugging_face(model: nn.Module, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Dequantize a Llama model, and put the rows of q and k in Hugging Face's half-split order."""
+    """Convert a Llama model and its config to Hugging Face's layout.
+
+    Quantized weights are dequantized. The rows of q and k are put in Hugging Face's half-split order.
+    """
     llama: Any = dequantize_model(model)
     if config.get("rope_traditional"):
         for layer in llama.layers:
@@ -100,18 +103,22 @@ def to_hugging_face(model: nn.Module, config: dict[str, Any]) -> tuple[Any, dict
             attention.q_proj.weight = half_split(attention.q_proj.weight, attention.n_heads)
             attention.k_proj.weight = half_split(attention.k_proj.weight, attention.n_kv_heads)
     config = {key: value for key, value in config.items() if key not in MLX_ONLY and value is not None}
-    # If the config does not say, transformers and mlx-lm assume different things.
+    # If the key is missing, the defaults of transformers and mlx-lm differ.
     config["tie_word_embeddings"] = llama.args.tie_word_embeddings
     return llama, {**config, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 
 
 def half_split(rows: mx.array, heads: int) -> mx.array:
-    """Reorder the rows of a projection from Meta's interleaved pairs to Hugging Face's two halves. [rows, H]."""
+    """Reorder the rows of a projection [rows, H] from Meta's interleaved pairs to Hugging Face's two halves."""
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write_tokenizer(source: Path, out: Path) -> None:
-    """Write the tokenizer of ``source`` to ``out`` in Hugging Face's layout. Raises ModelLoadError without one."""
+    """Copy the tokenizer of ``source`` to ``out``, converted to Hugging Face's layout if needed.
+
+    Raises:
+        ModelLoadError: ``source`` has no tokenizer.
+    """
     if not any((source / name).exists() for name in TOKENIZER_FILES):
         raise ModelLoadError(f"{source} has no tokenizer; copy the target's tokenizer.json into it first")
     if (source / "tokenizer.json").exists():
@@ -124,7 +131,15 @@ def write_tokenizer(source: Path, out: Path) -> None:
 
 
 def model_card(name: str, config: dict[str, Any], parameters: int, quantize: str | None, facts: CardFacts) -> str:
-    """Return the text of the model card, README.md on the hub."""
+    """Return the text of the model card, README.md on the hub.
+
+    Args:
+        name: Name of the model.
+        config: The exported config.
+        parameters: Number of stored values.
+        quantize: The quantization, or None.
+        facts: Facts about the drafter.
+    """
     stated = {field.name: getattr(facts, field.name) or "not recorded" for field in fields(facts)}
     shape = f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, {config['vocab_size']} tokens"
     return f"""---
@@ -185,7 +200,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
 
 def check_repository_name(repository: str) -> None:
-    """Raise InvalidRequestError if the hub does not allow this name for a repository of models."""
+    """Check a repository name. Raises InvalidRequestError if the hub does not allow it or it has no owner."""
     try:
         validate_repo_id(repository)
         if "/" not in repository:

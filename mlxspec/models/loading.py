@@ -33,7 +33,7 @@ from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.memory import check_memory
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
-from mlxspec.models.quantizing import quantized_copy
+from mlxspec.models.quantizing import dequantized, faster_dequantized, quantized_copy
 from mlxspec.models.sentencepiece_bpe import fast_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 
@@ -66,8 +66,9 @@ def load(
             that is prompt lookup alone, and the pair's ``drafter_note`` says why.
         dtype: Precision of weights and quantization scales. None for float32 on the CPU back end, where 16 bits are
             ten times slower, and for 16 bits on a GPU.
-        quantize: "4", "8", "mxfp4" or "nvfp4" to quantize the target; the copy is kept on disk. "none" for as stored.
-            None for the short name's default, or else for as stored.
+        quantize: "4", "8", "mxfp4" or "nvfp4" to quantize the target. The copy is kept on disk. "none" for as stored.
+            None for the short name's default, or else for as stored. With None, a small quantized target is held in
+            float32 on the CPU back end where that is faster. The weights have the same values then.
         context: Number of tokens whose caches must fit into memory next to the weights. None for the models' own
             context, but at most 4096. It does not limit decoding.
         context_length: Maximum number of positions of the target. None for what its config declares. A table of
@@ -127,9 +128,10 @@ def load_pair(
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     context_length = context_length or declared_context(read_config(target_folder))
     before_weights(tokenizer, context_length)
-    draft_model: Any = read_model(drafter_folder, dtype) if drafter_folder else drafter
+    draft_model: Any = read_model(drafter_folder, dtype, widen=True) if drafter_folder else drafter
     drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
-    pair = ModelPair(read_model(target_folder, dtype), draft_model, tokenizer, context_length, lookup, drafter_context)
+    target_model = read_model(target_folder, dtype, widen=quantize is None)
+    pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)
     pair.drafter_name = name_of(drafter) + ("+lookup" if lookup else "")
     return pair
 
@@ -200,12 +202,13 @@ def model_folder(name: str | Path) -> Path:
         ) from None
 
 
-def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
+def read_model(folder: Path, dtype: mx.Dtype | None = None, widen: bool = False) -> nn.Module:
     """Read the model of a folder into memory.
 
     Args:
         folder: The model's folder.
         dtype: Precision of the weights. None for ``preferred_dtype``.
+        widen: Dequantize a quantized model where that is faster (``faster_dequantized``).
 
     Raises:
         ModelLoadError: The model cannot be read or has NaN weights.
@@ -213,6 +216,8 @@ def read_model(folder: Path, dtype: mx.Dtype | None = None) -> nn.Module:
     """
     model, _ = read_lazily(folder)
     attention_windows(model)
+    if widen and (dtype is None or dtype == mx.float32) and faster_dequantized(model):
+        model = dequantized(model)
     model.set_dtype(dtype or preferred_dtype(model))
     for name, weight in dict(tree_flatten(model.parameters())).items():
         try:

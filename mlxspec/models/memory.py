@@ -1,6 +1,6 @@
-"""Estimates of the memory that models need, made before anything is loaded.
+"""Estimates of the memory that models need, computed before anything is loaded.
 
-A model that does not fit makes the operating system swap, so it is refused instead.
+A model that does not fit would make the operating system swap, so it is refused.
 """
 
 import os
@@ -13,7 +13,7 @@ from mlxspec.errors import ModelLoadError
 from mlxspec.models.config import declared_context
 
 WEIGHTS = ("model*.safetensors", "weights*.npz")
-DEFAULT_CONTEXT = 4096  # tokens whose keys and values are counted if the caller does not say how many
+DEFAULT_CONTEXT = 4096  # tokens to count caches for if the caller gives no number
 
 
 def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None) -> None:
@@ -21,7 +21,7 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
 
     Args:
         models: The folder and the config of each model.
-        context: Number of tokens to count caches for, at most what each config states. None for 4096.
+        context: Number of tokens to count caches for, limited to what each config declares. None for 4096.
         dtype: Precision of the weights in memory. None for the device's default.
 
     Raises:
@@ -42,7 +42,16 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
 
 
 def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> int:
-    """Return the bytes of the weights in memory: those of the files, doubled if 16-bit weights become float32."""
+    """Estimate the memory of a model's weights from the size of its files.
+
+    Args:
+        folder: The model's folder.
+        config: The content of config.json.
+        dtype: Precision of the weights in memory. None for the device's default.
+
+    Returns:
+        The size in bytes. It is twice that of the files if 16-bit weights become float32.
+    """
     stored = sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
     stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
     widened = stored_in_16_bits and "quantization" not in config and bytes_per_number(dtype) == 4
@@ -50,7 +59,7 @@ def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -
 
 
 def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int:
-    """Return the bytes of keys and values at one position of all layers, or 0 if the config lacks a size."""
+    """Return the bytes of the keys and values of one position in all layers, or 0 if the config lacks a size."""
     try:
         layers = config.get("num_hidden_layers") or config["n_layers"]
         heads = config.get("num_attention_heads") or config["n_heads"]
@@ -62,14 +71,14 @@ def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int
 
 
 def bytes_per_number(dtype: mx.Dtype | None) -> int:
-    """Return the bytes of a number, by default in the precision that ``load`` uses on this device."""
+    """Return the bytes of one number of this type. None stands for the type that ``load`` uses on this device."""
     if dtype is not None:
         return dtype.size
     return 4 if mx.default_device().type == mx.cpu else 2
 
 
 def device_limit() -> int:
-    """Return the bytes that arrays may take: the working set that Metal recommends, or the machine's memory."""
+    """Return the memory that arrays may use, in bytes: Metal's recommended working set, or else the device's memory."""
     info = mx.device_info()
     known = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
     return int(known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,9 +1,9 @@
 """The MLX layout of 2023: ``weights.npz``, a small config and a bare ``tokenizer.model``.
 
-mlx-lm no longer reads this layout, but the best known 4-bit Llama 2 Chat repository still uses it. Names and the order
-of the rows of q and k are those of Meta's release: rotary embedding rotates neighboring pairs instead of two halves.
-mlx-lm's Llama supports that as ``rope_traditional``, so the weights are used as they are. A config may state
-``"rope_traditional": false``: its rows are in the order of Hugging Face's checkpoints.
+mlx-lm no longer reads this layout, but the best known 4-bit Llama 2 Chat repository still uses it. The layout has the
+weight names of Meta's release, and its order of the rows of q and k. In that order, rotary embedding rotates
+neighboring pairs instead of two halves. mlx-lm's Llama supports this as ``rope_traditional``, so the weights are used
+unchanged. If a config states ``"rope_traditional": false``, its rows are in the order of Hugging Face's checkpoints.
 """
 
 import re
@@ -52,7 +52,7 @@ def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module
         The model, and its config with Hugging Face's names.
 
     Raises:
-        ModelLoadError: The layout does not have a weight of some name.
+        ModelLoadError: A weight has a name that the layout does not have, or a size in the config is impossible.
     """
     weights = {new_name(name): array for file in files for name, array in load_arrays(file).items()}
     check_numbers(config, files[0].parent / "config.json", tensors=len(weights))
@@ -71,7 +71,7 @@ def read_old_model(config: dict[str, Any], files: list[Path]) -> tuple[nn.Module
 
 
 def new_name(name: str) -> str:
-    """Translate the name of a weight. Raises ModelLoadError for an unknown name."""
+    """Translate the name of a weight to Hugging Face's. Raises ModelLoadError for an unknown name."""
     if match := LAYER_KEY.fullmatch(name):
         layer, part, kind = match.groups()
         if part in LAYER_NAMES:
@@ -82,7 +82,7 @@ def new_name(name: str) -> str:
 
 
 def new_config(config: dict[str, Any], weights: dict[str, mx.array]) -> dict[str, Any]:
-    """Translate a config for mlx-lm's Llama. Sizes that the old config lacks are read off the tensors."""
+    """Translate a config for mlx-lm's Llama. Sizes that the old config lacks come from the shapes of the weights."""
     vocab_size, _ = weights["model.embed_tokens.weight"].shape
     return {
         "model_type": "llama",

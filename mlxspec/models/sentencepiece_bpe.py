@@ -1,7 +1,7 @@
 """A fast tokenizer built from a bare SentencePiece ``tokenizer.model``. It encodes text as SentencePiece does.
 
-transformers 5 reads such a file without the leading-space rule and without BOS. So the tokenizer is built here, from
-the pieces, their scores and types, and the normalization rules that the file contains.
+transformers 5 reads such a file without the leading-space rule and without BOS. So this module builds the tokenizer
+from the pieces, their scores and types, and the normalization rules in the file.
 """
 
 from pathlib import Path
@@ -25,14 +25,14 @@ def fast_tokenizer(file: Path, prepend_scheme: str | None = None, **options: Any
 
     Args:
         file: The file.
-        prepend_scheme: Where a space is put before a text, as the tokenizers library names it: "first", only where the
-            whole text begins; "never". None for SentencePiece's way, by the file: also after each added token, which
-            ends a text.
-        options: Arguments of PreTrainedTokenizerFast, such as ``eos_token``. The special tokens are the file's by
-            default, and a text begins with BOS.
+        prepend_scheme: Where a space is put before text, in the terms of the tokenizers library. "first" puts one only
+            at the start of the whole text, "never" puts none. None follows SentencePiece: if the file's rules put a
+            space before text, it is put after each added token too.
+        options: Arguments of PreTrainedTokenizerFast, such as ``eos_token``. By default the special tokens are those of
+            the file, and a text begins with BOS.
 
     Raises:
-        ModelLoadError: The file holds no BPE model.
+        ModelLoadError: The file is not a SentencePiece BPE model.
     """
     # transformers reads such files with this module too; protobuf allows only one schema of a name in a process.
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf defines it at run time
@@ -72,9 +72,9 @@ def fast_tokenizer(file: Path, prepend_scheme: str | None = None, **options: Any
 
 
 def merges(model: Any) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that form a third, best score first: SentencePiece merges the best-scoring pair.
+    """Return all pairs of pieces that form another piece, best score first, as SentencePiece merges them.
 
-    Only normal pieces are formed, so text that spells "<0x0A>" or "</s>" stays text.
+    Only normal and user-defined pieces are formed, so text that spells "<0x0A>" or "</s>" stays text.
     """
     score = {piece.piece: piece.score for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)}
     pairs = [
@@ -87,9 +87,11 @@ def merges(model: Any) -> list[tuple[str, str]]:
 
 
 def normalizer(spec: Any, marks_spaces: bool) -> normalizers.Normalizer:
-    """Return SentencePiece's normalization rules as a normalizer of the tokenizers library.
+    """Convert SentencePiece's normalization rules to a normalizer of the tokenizers library.
 
-    Those for spaces are left out if something else marks them.
+    Args:
+        spec: The rules, a NormalizerSpec.
+        marks_spaces: Whether to include the rules that mark spaces. False if the pre-tokenizer marks them.
     """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
@@ -105,14 +107,17 @@ def normalizer(spec: Any, marks_spaces: bool) -> normalizers.Normalizer:
 
 
 def without_dummy_prefix(spec: Any) -> list[decoders.Decoder]:
-    """Return the decoder that removes the leading space, or all leading spaces if extra white space is removed."""
+    """Return the decoders that remove the space that encoding puts before a text, or none if it puts none.
+
+    They remove all leading spaces if the file's rules remove extra white space.
+    """
     if not spec.add_dummy_prefix:
         return []
     return [decoders.Strip(" ", LONGEST_RUN if spec.remove_extra_whitespaces else 1, 0)]
 
 
 def add_special(tokenizer: Tokenizer, model: Any) -> None:
-    """Add the control tokens and the user-defined tokens."""
+    """Add the model's unknown, control and user-defined tokens to the tokenizer."""
     special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
@@ -120,5 +125,5 @@ def add_special(tokenizer: Tokenizer, model: Any) -> None:
 
 
 def piece_or_none(model: Any, index: int) -> str | None:
-    """Return a piece by id, or None for an id that the model lacks, such as −1 for no BOS."""
+    """Return the piece with an id, or None if the model has no such id. An id of −1 means, for example, no BOS."""
     return model.pieces[index].piece if 0 <= index < len(model.pieces) else None

@@ -1,8 +1,8 @@
 """Encode prompts and conversations, and compare tokenizers.
 
-Text is encoded as transformers does it. A conversation is formatted as a whole by the chat template, and encoded as a
-whole. One thing is added: a user's text never becomes a control token. "</s>" or "<|im_start|>" in a prompt is encoded
-letter by letter. Only a ``raw`` prompt, where the caller supplies the complete template, may spell control tokens.
+Text is encoded as in transformers. The chat template formats a conversation as a whole, and the result is encoded as a
+whole. There is one difference: a user's text never becomes a control token. "</s>" or "<|im_start|>" in a prompt is
+encoded letter by letter. Only a ``raw`` prompt, for which the caller writes the template, may spell control tokens.
 """
 
 import json
@@ -18,7 +18,7 @@ from mlxspec.errors import InvalidRequestError, TokenizerMismatchError, in_one_l
 Message = dict[str, str]  # role and content
 Span = tuple[int, int]  # start and end in a string
 MARK = "\ue000"  # a private-use character, which templates leave unchanged
-LETTER, SYMBOL = "ꔀ", "⁂"  # which no normalizer changes and no control token contains
+LETTER, SYMBOL = "ꔀ", "⁂"  # no normalizer changes these, no control token contains them
 
 # Meta's template, for Llama 2 Chat repositories that have none.
 LLAMA2_TEMPLATE = (
@@ -36,13 +36,13 @@ LLAMA2_TEMPLATE = (
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids, and where they come from.
+    """Token ids and their positions in the text.
 
     Attributes:
         text: The text, for a conversation the output of the chat template.
         ids: The token ids.
-        offsets: The part of the text that each token stands for.
-        spans: The part of the text that each message is. None if the chat template rewrites messages.
+        offsets: The span of text of each token.
+        spans: The span of text of each message. None if the chat template rewrites messages.
     """
 
     text: str
@@ -52,7 +52,13 @@ class EncodedText:
 
 
 class ControlToken(NamedTuple):
-    """A control token in a text."""
+    """A control token and its position in a text.
+
+    Attributes:
+        start: Index of its first character.
+        end: Index after its last character.
+        name: Text of the token.
+    """
 
     start: int
     end: int
@@ -60,9 +66,12 @@ class ControlToken(NamedTuple):
 
 
 def check_same_tokens(target: Any, drafter: Any) -> None:
-    """Raise TokenizerMismatchError, with the first difference, unless both tokenizers map ids to the same tokens.
+    """Check that both tokenizers map ids to the same tokens.
 
     Ids that only one tokenizer has are padding of its vocabulary and are ignored.
+
+    Raises:
+        TokenizerMismatchError: They differ. The message names the first difference.
     """
     target_tokens, drafter_tokens = (
         {token_id: token for token, token_id in tokenizer.get_vocab().items()} for tokenizer in (target, drafter)
@@ -76,13 +85,13 @@ def check_same_tokens(target: Any, drafter: Any) -> None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-    """Encode one prompt, through the chat template if the tokenizer has one, else as plain text.
+    """Encode one prompt, with the chat template if the tokenizer has one, else as plain text.
 
     Args:
         tokenizer: mlx-lm's tokenizer.
         prompt: The text.
         system: System prompt, for the chat template.
-        raw: Skip the template, and encode control tokens that the prompt spells as control tokens.
+        raw: Skip the chat template, and let the prompt spell control tokens.
 
     Returns:
         The token ids.
@@ -108,7 +117,7 @@ def encode_prompt(tokenizer: Any, prompt: str, system: str | None = None, raw: b
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Encode plain texts as the tokenizer does by default, with BOS if it puts one. What they spell is text."""
+    """Encode plain texts with the tokenizer's default BOS and EOS. A text that spells a control token stays text."""
     control = control_tokens(tokenizer)
     return [
         without_names(tokenizer, frozenset(control.items())).tokenizer.encode(text).ids
@@ -119,28 +128,28 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Return the ids of a conversation up to the start of the next answer, as ``encode_formatted`` does."""
+    """Encode a conversation as ``encode_formatted`` does. Return the ids up to the start of the next answer."""
     return encode_formatted(tokenizer, messages).ids
 
 
 def encode_formatted(tokenizer: Any, messages: list[Message], answered: bool = False) -> EncodedText:
-    """Encode a conversation through the tokenizer's chat template.
+    """Encode a conversation with the tokenizer's chat template.
 
-    Where no message spells a control token, the ids are those of transformers' ``apply_chat_template``. Where one
-    does, the rest of the text still gets the same ids.
+    If no message spells a control token, the ids are those of transformers' ``apply_chat_template``. If one does, only
+    the ids of that spelling differ.
 
     Args:
         tokenizer: mlx-lm's tokenizer.
         messages: The conversation.
-        answered: The last message is an answer, and nothing follows it. By default the text ends where the next answer
+        answered: Whether the text ends with the last message, an answer. By default it ends where the next answer
             starts.
 
     Returns:
-        The ids, with their place in the formatted text.
+        The ids and their positions in the formatted text.
 
     Raises:
-        InvalidRequestError: A message is not Unicode, the template rejects the conversation, or it rewrites a message
-            so that a control token in it cannot be told from the template's own.
+        InvalidRequestError: A message is not Unicode, a role spells a control token, the template rejects the
+            conversation, or the template rewrites a message that spells a control token.
     """
     text = render(tokenizer, messages, answered)
     frame = render(tokenizer, [{**message, "content": MARK} for message in messages], answered)
@@ -153,7 +162,7 @@ def encode_formatted(tokenizer: Any, messages: list[Message], answered: bool = F
     if spans is not None:
         own = [place for place in found if not any(place.start < end and start < place.end for start, end in spans)]
         if len(own) < len(found):
-            # Next to a control token that is text, the tokenizer may take others for control tokens than it did here.
+            # A spelled control token can change how its neighbors are read. So look again with the messages blanked.
             blank = blanked(text, spans)
             own += control_places(tokenizer, blank, encode(tokenizer, [blank])[0], control)
             return EncodedText(text, *encode_with_own(tokenizer, text, own, control), spans)
@@ -168,7 +177,19 @@ def encode_formatted(tokenizer: Any, messages: list[Message], answered: bool = F
 
 
 def render(tokenizer: Any, messages: list[Message], answered: bool = False) -> str:
-    """Return the conversation as the chat template formats it, up to the start of the next answer."""
+    """Format a conversation with the chat template.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        messages: The conversation.
+        answered: Whether the text ends with the last message. By default it ends where the next answer starts.
+
+    Returns:
+        The formatted text.
+
+    Raises:
+        InvalidRequestError: A message is not Unicode, or the template rejects the conversation.
+    """
     for message in messages:
         check_unicode(message["content"])
     try:
@@ -180,7 +201,13 @@ def render(tokenizer: Any, messages: list[Message], answered: bool = False) -> s
 
 
 def encode(tokenizer: Any, texts: list[str], add_special_tokens: bool = False) -> list[Encoding]:
-    """Encode texts as transformers does, control tokens included. The texts are distributed over the cores."""
+    """Encode texts as transformers does, so that a text may spell control tokens. The texts are encoded in parallel.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        texts: The texts.
+        add_special_tokens: Whether to add the tokenizer's default BOS and EOS.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -191,12 +218,12 @@ def encode(tokenizer: Any, texts: list[str], add_special_tokens: bool = False) -
 def control_tokens(tokenizer: Any, frame: str | None = None) -> dict[str, int]:
     """Return the ids of the control tokens by their text.
 
-    These are the special tokens, and the other added tokens that the chat template writes. White space is none: some
-    tokenizers have added tokens for line breaks.
+    Control tokens are the special tokens, and the other added tokens that the chat template writes. White space is not
+    included, because some tokenizers have added tokens for line breaks.
 
     Args:
         tokenizer: mlx-lm's tokenizer.
-        frame: What the template writes around the messages of a conversation. None for a short conversation.
+        frame: The text that the template writes around the messages of a conversation. None for a short conversation.
     """
     frame = template_frame(tokenizer) if frame is None else frame
     written = {*encode(tokenizer, [frame])[0].ids}
@@ -209,7 +236,10 @@ def control_tokens(tokenizer: Any, frame: str | None = None) -> dict[str, int]:
 
 
 def template_frame(tokenizer: Any) -> str:
-    """Return what the chat template writes around the messages of a short conversation; nothing without a template."""
+    """Return the text that the chat template writes around the messages of a short conversation.
+
+    It is empty if there is no template.
+    """
     roles = ["system", "user", "assistant", "user"] if tokenizer.has_chat_template else []
     for first in range(len(roles)):
         try:
@@ -220,15 +250,25 @@ def template_frame(tokenizer: Any) -> str:
 
 
 def control_places(tokenizer: Any, text: str, encoding: Encoding, control: dict[str, int]) -> list[ControlToken]:
-    """Return the control tokens that a text spells, according to its encoding. BOS may be there without being spelled.
+    """Find the control tokens that a text spells.
 
-    An unknown character becomes the unknown token and does not spell it.
+    A BOS that the tokenizer added is not spelled by the text. An unknown character becomes the unknown token, but does
+    not spell it.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        text: The text.
+        encoding: The encoding of the text.
+        control: The ids of the control tokens by their text.
+
+    Returns:
+        The control tokens and their positions in the text.
     """
     names = {token: name for name, token in control.items()}
     found = []
     for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         if token in names:
-            # A token may take what is around it, and may be spelled otherwise before normalization.
+            # A token may include the space around it, and its spelling may differ before normalization.
             name, part = names[token], text[start:end]
             spelled = name if name in part else "" if token == tokenizer.unk_token_id else part.strip()
             if spelled:
@@ -238,7 +278,10 @@ def control_places(tokenizer: Any, text: str, encoding: Encoding, control: dict[
 
 
 def blanked(text: str, spans: list[Span]) -> str:
-    """Return a text in which messages are blank: letters remain letters, and white space remains."""
+    """Replace the characters of messages by placeholders. White space stays.
+
+    Letters and digits become ``LETTER``, other characters become ``SYMBOL``.
+    """
     chars = list(text)
     for start, end in spans:
         chars[start:end] = [
@@ -249,11 +292,11 @@ def blanked(text: str, spans: list[Span]) -> str:
 
 @dataclass(frozen=True)
 class WithoutNames:
-    """A tokenizer whose control tokens have secret names, so that no text spells one.
+    """A tokenizer whose control tokens have secret names, so that no text can spell one.
 
     Attributes:
-        tokenizer: It has the same ids, and the same rules about the surroundings of added tokens.
-        secret: The secret names by the usual ones.
+        tokenizer: The tokenizer. It has the same ids, and the same rules about the characters around added tokens.
+        secret: The secret name of each control token, by its usual name.
     """
 
     tokenizer: Tokenizer
@@ -262,10 +305,11 @@ class WithoutNames:
 
 @lru_cache(maxsize=4)
 def without_names(tokenizer: Any, control: frozenset[tuple[str, int]]) -> WithoutNames:
-    """Rename the control tokens of a copy of the tokenizer. It takes about a second for a large vocabulary.
+    """Rename the control tokens in a copy of the tokenizer. This takes about a second for a large vocabulary.
 
-    The vocabulary and the merges are without the names too, since a model may form a control token from its letters.
-    A secret name begins and ends as the usual one does: whether a token next to it is a word of its own depends on it.
+    The names are removed from the vocabulary and the merges too, because a model may form a control token from its
+    letters. A secret name begins and ends with the same characters as the usual one. They decide whether a neighboring
+    token is a word of its own.
     """
     key = secrets.token_hex(16)
     secret = {name: f"{name[0]}{key}{token:08x}{name[-1]}" for name, token in control}
@@ -291,17 +335,17 @@ def without_names(tokenizer: Any, control: frozenset[tuple[str, int]]) -> Withou
 def encode_with_own(
     tokenizer: Any, text: str, own: list[ControlToken], control: dict[str, int]
 ) -> tuple[list[int], list[Span]]:
-    """Encode a text in which the template's own control tokens are the only ones.
+    """Encode a text so that only the template's own control tokens become control tokens.
 
     Args:
         tokenizer: mlx-lm's tokenizer.
         text: The text.
-        own: Places that may be the template's own control tokens. The tokenizer's rules decide: a token that has to
-            stand alone as a word, for instance, is none next to a letter.
-        control: The ids of all control tokens.
+        own: Places that may be the template's own control tokens. The tokenizer's rules decide. For example, a token
+            that must stand alone as a word is not a control token next to a letter.
+        control: The ids of all control tokens by their text.
 
     Returns:
-        The ids and their places in the text.
+        The ids and their positions in the text.
     """
     renamed = without_names(tokenizer, frozenset(control.items()))
     secret_control = {renamed.secret[name]: token for name, token in control.items()}
@@ -309,7 +353,7 @@ def encode_with_own(
     own = [place for i, place in enumerate(own) if i == 0 or place.start >= own[i - 1].end]
     while True:
         changed, done = "", 0
-        origin: list[int] = []  # of each character of the changed text, in the text
+        origin: list[int] = []  # index in ``text`` of each character of ``changed``
         starts: dict[int, ControlToken] = {}
         for place in own:
             changed += text[done : place.start]
@@ -328,16 +372,17 @@ def encode_with_own(
 
 
 def message_spans(text: str, frame: str, messages: list[Message]) -> list[Span] | None:
-    """Return the part of a formatted conversation that each message is.
+    """Find each message in a formatted conversation.
+
+    A template may strip the white space around a message and, as those of reasoning models do, leave out its beginning.
 
     Args:
         text: The conversation as the chat template formats it.
-        frame: The same conversation with MARK in place of each message.
+        frame: The same conversation with ``MARK`` in place of each message.
         messages: The conversation.
 
     Returns:
-        The spans, or None if the template changes messages by more than white space around them, and leaving out their
-        beginning, as templates of reasoning models do.
+        The span of each message, or None if the template changes messages in any other way.
     """
     before, *behinds = frame.split(MARK)
     if len(behinds) != len(messages) or not text.startswith(before):
@@ -353,21 +398,31 @@ def message_spans(text: str, frame: str, messages: list[Message]) -> list[Span] 
 
 
 def shown_length(text: str, position: int, content: str, behind: str) -> int | None:
-    """Return how many characters a message takes at a position of the text, None if it is not there."""
+    """Measure a message at a position of a formatted conversation.
+
+    Args:
+        text: The formatted conversation.
+        position: Index where the message would start.
+        content: The message.
+        behind: The text that the template writes after the message.
+
+    Returns:
+        Number of characters of the message, or None if it is not there.
+    """
     for shown in (content, content.strip()):
         if text.startswith(shown + behind, position):
             return len(shown)
     for shown in (content, content.strip()):
         end = position + len(shown)
         while (end := text.rfind(behind, position, end + len(behind) - 1)) >= 0:
-            # Most candidates differ in the last characters.
+            # Compare the last characters first, because most candidates differ there.
             if shown.endswith(text[max(position, end - 20) : end]) and shown.endswith(text[position:end]):
                 return end - position
     return None
 
 
 def check_unicode(text: str) -> None:
-    """Raise InvalidRequestError if the text contains surrogates."""
+    """Check that a text is valid Unicode. Raises InvalidRequestError if it contains surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -375,6 +430,9 @@ def check_unicode(text: str) -> None:
 
 
 def end_token(tokenizer: Any) -> int | None:
-    """Return the token that ends a text: the tokenizer's EOS, or the smallest id if it names several others."""
+    """Return the id of the token that ends a text, or None if there is none.
+
+    It is the tokenizer's EOS. If the tokenizer names several others instead, it is the smallest of their ids.
+    """
     named = getattr(tokenizer, "eos_token_id", None)
     return named if named in tokenizer.eos_token_ids else min(tokenizer.eos_token_ids, default=None)

@@ -1,4 +1,7 @@
-"""Batches of rows from shards, as a function of (seed, step). To resume, a run needs to know only its step."""
+"""Batches of rows from token shards.
+
+A batch is a function of the seed and the step. To resume, a run needs to know only its step.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from mlxspec.training.shards import Rows, TokenShards
 class Batches:
     """Batches that take a fixed share of their rows from each of several sources.
 
-    Within a source, rows come in a random order, and every row comes once before any comes again.
+    Within a source the order of the rows is random. Every row is used once before any row is used again.
 
     Args:
         shards: The sources.
@@ -20,7 +23,7 @@ class Batches:
         length: Positions in a row.
         batch: Rows in a batch.
         seed: Seed of the order.
-        single: A row has no more than one document.
+        single: Whether each row holds at most one document.
 
     Raises:
         TrainingError: A source has no rows.
@@ -42,7 +45,7 @@ class Batches:
                 raise TrainingError(f"{source.folder} has no tokens to learn; add text")
 
     def row_numbers(self, step: int) -> list[tuple[int, int]]:
-        """Return (number of the source, number of the row in it) for each row of a step, counted from 0."""
+        """Return the rows of a step as pairs (source, row in the source). All are counted from 0."""
         return [self._row_number(step * self.batch + i) for i in range(self.batch)]
 
     def __call__(self, step: int) -> Rows:
@@ -50,7 +53,7 @@ class Batches:
         return self.read(self.row_numbers(step))
 
     def read(self, row_numbers: Sequence[tuple[int, int]]) -> Rows:
-        """Return rows by (number of the source, number of the row in it)."""
+        """Return rows by their pairs (source, row in the source)."""
         rows = [self.shards[source].rows(self.length, [row], self.single) for source, row in row_numbers]
         return Rows(*map(np.concatenate, zip(*rows, strict=True)))
 
@@ -59,7 +62,7 @@ class Batches:
         return self.shards[source].count_rows(self.length, self.single)
 
     def _row_number(self, number: int) -> tuple[int, int]:
-        """Return the ``number``-th row of training. Among the first n rows each source has n times its share, ± 1."""
+        """Return the ``number``-th row of training. After n rows, each source has supplied n times its share, ± 1."""
         start = 0.0
         for source, end in enumerate(self._ends):
             used, used_after = (rows_below(number + i, end) - rows_below(number + i, start) for i in (0, 1))
@@ -71,15 +74,23 @@ class Batches:
 
 
 def rows_below(rows: int, share: float) -> int:
-    """Return how many of ``rows`` belong to the sources up to a cumulative share."""
+    """Return how many of the first ``rows`` rows belong to the sources up to a cumulative share."""
     return int(np.floor(rows * share + 1e-9))
 
 
 def permuted(place: int, count: int, seed: tuple[int, ...]) -> int:
-    """Return the entry at ``place`` of a random permutation of ``range(count)``, without storing the permutation.
+    """Return one entry of a random permutation of ``range(count)`` without storing the permutation.
 
     A Feistel network permutes the numbers below the next power of four. It is applied again until the result is below
     ``count``, which still gives a permutation.
+
+    Args:
+        place: Index of the entry, below ``count``.
+        count: Length of the permutation.
+        seed: Seed of the permutation.
+
+    Returns:
+        The entry at ``place``.
 
     Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (cycle walking).
     """

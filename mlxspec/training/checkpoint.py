@@ -1,8 +1,9 @@
 """Checkpoints of a training run.
 
-A checkpoint is a folder ``step-00001000`` with the weights, the optimizer's state and ``state.json``. It is written
-aside and renamed, so a run that is killed at any moment finds its last complete checkpoint. Random keys and the
-position in the data are functions of (seed, step), so a checkpoint stores only the step for them.
+A checkpoint is a folder ``step-00001000`` with the weights, the optimizer's state and ``state.json``. It is written to
+a temporary folder, which is then renamed. A run that is killed at any moment therefore finds its last complete
+checkpoint. Random keys and the position in the data are functions of (seed, step), so a checkpoint stores only the step
+for them.
 """
 
 import shutil
@@ -17,26 +18,26 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxspec.errors import TrainingError, in_one_line
 from mlxspec.files import load_arrays, read_json, remove_leftovers, replacing, write_json
 
-KEPT = 2  # checkpoints
+KEPT = 2  # number of checkpoints that are not deleted
 
 
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write a checkpoint, and delete all but the last two.
+    """Write a checkpoint and delete all but the last two.
 
     Args:
         folder: The run's folder.
         step: Number of steps taken.
         model: The model.
-        optimizer: Its optimizer.
-        state: What else to store, as JSON.
+        optimizer: The model's optimizer.
+        state: Further state to store, as JSON.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        TrainingError: The disk is full or not writable. The checkpoints before it remain.
+        WriteError: The checkpoint cannot be written, for example because the disk is full. Earlier checkpoints remain.
     """
     checkpoint = folder / checkpoint_name(step)
     with replacing(checkpoint) as aside:
@@ -55,13 +56,13 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
     Args:
         folder: The run's folder.
         model: The model.
-        optimizer: Its optimizer.
+        optimizer: The model's optimizer.
 
     Returns:
         The stored state with the key "step", or None if there is no checkpoint.
 
     Raises:
-        TrainingError: The checkpoint cannot be read, or is that of another model.
+        TrainingError: The checkpoint cannot be read, or belongs to another model.
     """
     remove_leftovers(folder)
     found = checkpoints(folder)
@@ -98,7 +99,7 @@ def unreadable(checkpoint: Path, error: Exception) -> TrainingError:
 
 
 def last_step(folder: Path) -> int:
-    """Return the step of the last checkpoint, 0 if there is none. Raises TrainingError if it is damaged."""
+    """Return the step of the last checkpoint, or 0 if there is none. Raises TrainingError if it is damaged."""
     found = checkpoints(folder)
     return read_state(found[-1])["step"] if found else 0
 
@@ -109,5 +110,5 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the folders of all checkpoints, the last one at the end."""
+    """Return the folders of all checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))

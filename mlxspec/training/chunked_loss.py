@@ -1,8 +1,8 @@
 """A loss and its gradient from hidden states and the head's weights, computed in chunks of positions.
 
-The logits [positions, vocabulary] limit the size of a batch: 2048 × 32000 in float32 are 262 MB, and a plain loss keeps
-five such arrays or more. Here the logits of a chunk are freed once its gradient has been added to the sum. The gradient
-is computed in the forward pass, where p and q are available. The backward pass only scales it.
+The logits [positions, vocabulary] limit the size of a batch. 2048 × 32000 logits in float32 take 262 MB, and a plain
+loss keeps five such arrays or more. Here the logits of a chunk are freed once its gradient has been added to the sum.
+The gradient is computed in the forward pass, where p and q are available. The backward pass only scales it.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,12 @@ import mlx.core as mx
 from mlxspec.models.memory import device_limit
 from mlxspec.training.losses import Distributions, Loss, acceptance, reward
 
-# Logits in a chunk: 4 MB in the CPU's caches. A GPU reads the head once for each chunk, so that larger ones are faster.
+# Logits in a chunk. On the CPU, 4 MB fit into its caches. A GPU reads the head once for each chunk, so it prefers large
+# chunks.
 FEW_LOGITS, MANY_LOGITS = 2**20, 2**24
 MEMORY_SHARE = 16  # on a GPU, the arrays of a chunk may take this fraction of the memory
 CHUNK_ARRAYS = 24  # arrays of a chunk's size, of 4 bytes for each logit, that MLX holds at once
-FEWEST_ROWS = 32  # in a chunk. Chunks are unrolled: with a large vocabulary there would be a thousand of them.
+FEWEST_ROWS = 32  # in a chunk. Chunks are unrolled, and with a large vocabulary there would be thousands of them.
 
 # (a chunk of the teacher's arrays, the drafter's log q [n, V]) -> p and log p [n, V]
 TeacherProbs = Callable[[tuple[mx.array, ...], mx.array], tuple[mx.array, mx.array]]
@@ -41,7 +42,7 @@ def weighted_loss(
     teacher_probs: TeacherProbs | None = None,
     chunk: int | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Return (Σ w·L, Σ w·α) over the positions.
+    """Sum a loss L and the acceptance rate α over positions: (Σ w·L, Σ w·α).
 
     The first sum can be differentiated with respect to ``hidden`` and ``head``.
 
@@ -49,12 +50,12 @@ def weighted_loss(
         loss: The loss L.
         hidden: The drafter's last hidden states [N, H].
         head: Weights of the drafter's head [V, H].
-        positions: Tokens, weights w, the teacher's arrays and temperature.
+        positions: Tokens, weights w, the teacher's arrays and the temperature.
         teacher_probs: Computes p from the teacher's arrays. Required if the loss needs the target.
         chunk: Positions in a chunk. None for ``chunk_rows``.
 
     Returns:
-        Two scalars. α is the acceptance rate; its sum is 0 if the loss does not need the target.
+        Two scalars, Σ w·L and Σ w·α. The second is 0 if the loss does not need the target.
     """
     chunk = chunk or chunk_rows(head.shape[0])
     slices = [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
@@ -91,7 +92,7 @@ def weighted_loss(
         return *mx.depends([totals, mx.concatenate(hidden_gradients)], [head_gradient]), head_gradient
 
     def reward_mean(hidden: mx.array, head: mx.array) -> mx.array:
-        """Return μ, the mean of tvd++'s reward over all positions of weight above 0. This takes a pass of its own."""
+        """Return μ, the mean of tvd++'s reward over all positions of weight above 0. This takes a separate pass."""
         total, count = mx.array(0.0), mx.array(0.0)
         for part, where in enumerate(slices):
             d = distributions(part, hidden, head)
@@ -114,7 +115,7 @@ def weighted_loss(
 
 
 def chunk_rows(vocab_size: int) -> int:
-    """Return how many positions a chunk has on this device."""
+    """Return the number of positions in a chunk on the current device."""
     logits = FEW_LOGITS
     if mx.default_device().type != mx.cpu:
         logits = min(max(logits, device_limit() // (MEMORY_SHARE * CHUNK_ARRAYS * 4)), MANY_LOGITS)
@@ -122,7 +123,10 @@ def chunk_rows(vocab_size: int) -> int:
 
 
 def log_softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """Return (log q, q) [N, V] with one exponential for each element: log Σ exp z is max z − log max q."""
+    """Return (log q, q), each [N, V], with one exponential for each logit.
+
+    The normalizer is computed from q itself: log Σ exp z = max z − log max q.
+    """
     q = mx.softmax(logits, axis=-1, precise=True)
     log_sum = logits.max(-1, keepdims=True) - mx.log(q.max(-1, keepdims=True))
     return logits - log_sum, q

@@ -1,9 +1,15 @@
 """Text and chat files: documents for pretraining, and prompts for the target.
 
-Sources are files, folders or glob patterns; files may be gzipped. A ``.txt`` file is one document, or several of one
-megabyte if it is larger. Each line of a ``.jsonl`` file is an object with "text", "prompt", "prompt" and "completion",
-"messages", or, for prompts, "turns" as in Spec-Bench, of which the first is used. A line is bad if a part of its
-content would be left out. Files are read line by line, so they may be larger than memory.
+Sources are files, folders or glob patterns. Files may be gzipped. A ``.txt`` file is one document, unless it exceeds
+one megabyte. Larger files are split into several documents. Each line of a ``.jsonl`` file is an object with one of
+these contents:
+
+- "text",
+- "prompt", with or without "completion",
+- "messages",
+- for prompts only, "turns" as in Spec-Bench, of which the first is used.
+
+A line is bad if a part of its content would be left out. Files are read line by line, so they may exceed the memory.
 """
 
 import glob
@@ -30,7 +36,7 @@ SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_BAD_SHARE = 0.01  # of the lines
 MAX_EXAMPLES = 5  # bad lines that are reported one by one
 ENCODE_BATCH = 256  # documents; the tokenizer distributes them over the cores
-# The fields of a line, and of a message, that hold text in common formats. Others, such as "id", are no content.
+# Fields of a line, and of a message, that hold text in common formats. Others, such as "id", are not content.
 CONTENT = ("text", "prompt", "completion", "messages", "response", "instruction", "input", "output", "context",
            "question", "answer", "chosen", "rejected", "conversations", "turns", "tools", "functions",
            "documents")  # fmt: skip
@@ -46,7 +52,7 @@ class BadLines:
     """Counts the lines that were skipped and keeps the first reasons.
 
     Attributes:
-        read: Number of lines, with the skipped ones.
+        read: Number of lines, including skipped ones.
         skipped: Number of skipped lines.
         examples: File, line and reason of the first skipped lines.
     """
@@ -77,7 +83,7 @@ class Document:
     Attributes:
         content: A text or a conversation.
         where: The file and line where it starts, "file:line".
-        bytes: Bytes of all files up to its end.
+        bytes: Bytes from the start of the first file to the end of the document.
     """
 
     content: str | list[Message]
@@ -89,7 +95,7 @@ def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
     """Return the files that ``sources`` name, each once, in order.
 
     Args:
-        sources: Files, folders, which are searched recursively, and glob patterns.
+        sources: Files, folders (searched recursively) and glob patterns.
 
     Raises:
         TrainingError: A source matches no file, or a file has the wrong suffix.
@@ -115,7 +121,12 @@ def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
 
 
 def read_documents(files: Iterable[Path], bad: BadLines, prompts: bool = False) -> Iterator[Document]:
-    """Yield all documents of the files, or only their ``prompts``, and count malformed lines in ``bad``.
+    """Yield the documents of text and chat files.
+
+    Args:
+        files: The files.
+        bad: Counts malformed lines.
+        prompts: Whether to accept lines with "turns", as in Spec-Bench.
 
     Raises:
         TrainingError: A file cannot be read.
@@ -134,7 +145,14 @@ def read_documents(files: Iterable[Path], bad: BadLines, prompts: bool = False) 
 
 
 def text_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Document]:
-    """Yield the text of a file, split after the line that makes a document too long."""
+    """Yield the documents of a text file. A document ends after the line that reaches ``LONGEST_TEXT``.
+
+    Args:
+        file: The file, for messages and its size.
+        lines: The content of the file.
+        done: Bytes of the files before this one.
+        bad: Counts documents that are empty or not UTF-8.
+    """
     position = 0
     for number, content in split_lines(lines):
         position += len(content)
@@ -149,7 +167,7 @@ def text_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines)
 
 
 def split_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield each piece of a text with the number of its first line. An empty file has one empty piece."""
+    """Yield the pieces of a text as (number of the first line, content). An empty file yields one empty piece."""
     first, size, number = 1, 0, 0
     some: list[bytes] = []
     for number, line in enumerate(lines, 1):
@@ -163,7 +181,15 @@ def split_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines, prompts: bool) -> Iterator[Document]:
-    """Yield the documents of a file that has one on each line."""
+    """Yield the documents of a file that has one document on each line.
+
+    Args:
+        file: The file, for messages and its size.
+        lines: The content of the file.
+        done: Bytes of the files before this one.
+        bad: Counts malformed lines.
+        prompts: As for ``read_documents``.
+    """
     position = 0
     for number, line in enumerate(lines, 1):
         position += len(line)
@@ -177,9 +203,10 @@ def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines,
 
 
 def parse_line(line: bytes, prompts: bool = False) -> str | list[Message]:
-    """Return the content of a line. A prompt with a completion is a conversation, as in mlx-lm.
+    """Return the content of a line. A prompt with a completion becomes a conversation, as in mlx-lm.
 
-    Raises ValueError, with the reason, for a malformed line, and for one with content that would be left out.
+    Raises:
+        ValueError: The line is malformed, or has content that would be left out. The message states the reason.
     """
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
@@ -209,7 +236,7 @@ def parse_line(line: bytes, prompts: bool = False) -> str | list[Message]:
 
 
 def text_of(entry: dict[str, Any], name: str) -> str:
-    """Return a field that holds text. Raises ValueError, with the reason, if it holds none."""
+    """Return a field that holds text. Raises ValueError, with the reason, if it does not hold text."""
     text = entry[name]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'"{name}" is empty or not a string')
@@ -227,9 +254,9 @@ def tokenize_corpus(
 ) -> tuple[Index, BadLines]:
     """Tokenize text files into shards.
 
-    A text is encoded as a prompt is in use: by the tokenizer's own rules, with BOS only if the tokenizer puts one.
-    Conversations go through the chat template. Then comes EOS, if it is not there, since a document ends where an
-    answer would. All tokens of a document but the first are learned: nothing precedes the first one.
+    A text is encoded like a prompt: the tokenizer decides whether it starts with BOS. A conversation is formatted by
+    the chat template. Every document ends with EOS, except a conversation without a last answer. All tokens but the
+    first of a document are learned, since no token precedes the first one.
 
     Args:
         sources: Files, folders or patterns.
@@ -261,7 +288,7 @@ def tokenize_corpus(
 
 
 def group_documents(stream: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield groups that are large enough to keep the tokenizer busy and small enough for memory."""
+    """Yield groups of documents that keep the tokenizer busy and fit into memory."""
     some: list[Document] = []
     size = 0
     for document in stream:
@@ -277,7 +304,15 @@ def group_documents(stream: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
-    """Yield the token ids of each document. Texts are encoded in one call, so that the tokenizer runs in parallel."""
+    """Yield the token ids of each document.
+
+    Texts are encoded in one call, so that the tokenizer runs in parallel.
+
+    Args:
+        some: The documents.
+        tokenizer: mlx-lm's tokenizer.
+        bad: Counts conversations that the chat template rejects.
+    """
     texts = [document.content for document in some if isinstance(document.content, str)]
     batch = iter(encode_texts(tokenizer, texts))
     for document in some:
@@ -293,9 +328,10 @@ def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Ite
 
 
 def ended(tokens: list[int], tokenizer: Any) -> list[int]:
-    """Return a document up to its last EOS, which is added if only white space would not follow it.
+    """Return a document that ends with EOS.
 
-    A chat template may write line breaks after the EOS of an answer. A model does not get to write them.
+    White space after the last EOS is removed: a chat template may write line breaks there, but a model stops at EOS. If
+    other text follows the last EOS, or there is no EOS, one is appended.
     """
     last = next((i for i in range(len(tokens) - 1, -1, -1) if tokens[i] in tokenizer.eos_token_ids), -1)
     if last >= 0 and not tokenizer.decode(tokens[last + 1 :]).strip():
@@ -309,13 +345,13 @@ def read_prompts(
 ) -> tuple[list[list[int]], BadLines]:
     """Read prompts from files. The prompt of a conversation is everything before its last answer.
 
-    The answer itself, a "completion" included, is not used: the target writes its own.
+    Answers and completions are not used, since the target generates its own.
 
     Args:
         sources: Files, folders or patterns.
         tokenizer: mlx-lm's tokenizer.
         system: System prompt for prompts that have none.
-        words: Use only so many words from the start of each text; 0 for all.
+        words: Number of words to use from the start of each text. 0 for all.
 
     Returns:
         The token ids of each prompt, and the lines that were skipped.
@@ -347,12 +383,13 @@ def split_prompts(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Split prompts into a training part and a held-out part.
 
-    Prompts that leave no room for an answer are in neither part. A prompt that equals a held-out one is not trained on.
+    Neither part has prompts that leave no room for an answer. The training part has no prompt that equals a held-out
+    one.
 
     Args:
         prompts: Token ids of each prompt.
         held_out: Number of prompts to hold out, from the end of the list.
-        max_tokens: Longest answer.
+        max_tokens: Maximum length of an answer, in tokens.
         context: The target's context in tokens, or None for no limit.
 
     Returns:
@@ -379,16 +416,16 @@ def split_prompts(
 
 
 def prompt_of(content: str | list[Message], system: str | None = None) -> str | list[Message]:
-    """Return what the target is to answer: a text, or a conversation up to its last user message.
+    """Return the prompt in a document: a text, or a conversation without its last answer.
 
-    A conversation of one user message is the same as its text, which needs no chat template.
+    A conversation of one user message is returned as a text. The two are equivalent.
 
     Args:
         content: Content of a document.
         system: System prompt for a conversation that has none.
 
     Raises:
-        InvalidRequestError: Nothing is left of a conversation.
+        InvalidRequestError: The conversation has no message before its answer.
     """
     if isinstance(content, str):
         return content

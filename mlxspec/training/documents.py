@@ -1,8 +1,8 @@
-"""Keeps the documents of a packed row apart: each attends to itself only, as if it were alone in the row.
+"""Attention masks that keep the documents of a packed row apart.
 
-A row holds several documents, one after the other. The mask is causal within each document and blocks of different
-documents do not see each other. Rotary embedding depends on the distance of two positions only, so a document in the
-middle of a row gets the logits that it would get at its start.
+A row holds several documents, one after the other. The mask is causal within each document and hides all other
+documents. Rotary embedding depends only on the distance between two positions. A document in the middle of a row
+therefore gets the same logits as at the start of a row.
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ import numpy as np
 from mlxspec.models.attention import attention_windows, position_table
 from mlxspec.models.pair import limit_of
 
-TRIAL_TOKENS = 12  # of each document in a trial
-ROUNDING = 0.25  # what counts as rounding, as a fraction of the difference that the other document makes
+TRIAL_TOKENS = 12  # length of each document in a trial
+ROUNDING = 0.25  # largest difference due to rounding, as a fraction of the difference without the mask
 
 
 class DocumentMask:
-    """Stands in for a layer's cache in one pass over rows, to hand the model an attention mask.
+    """Replaces a layer's cache in one pass over rows, to supply the attention mask.
 
-    mlx-lm's models ask their cache for the mask. Nothing is cached.
+    mlx-lm's models ask their cache for the mask. This one caches nothing.
 
     Args:
         documents: Number of the document at each position [B, L].
-        window: Size of the layer's sliding window, None for full attention.
+        window: Size of the layer's sliding window in positions. None for full attention.
     """
 
     offset = 0
@@ -34,18 +34,27 @@ class DocumentMask:
         self.documents, self.window = documents, window
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the keys and values of the row itself."""
+        """Return the keys and values unchanged, since nothing is cached."""
         return keys, values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Return the attention mask: bool [B, 1, L, L]."""
+        """Return the attention mask.
+
+        Args:
+            N: Number of positions L.
+            return_array: Part of mlx-lm's protocol. The mask is always an array.
+            window_size: Size of the sliding window in positions. None for that of the layer.
+
+        Returns:
+            bool [B, 1, L, L], True where attention is allowed.
+        """
         place, window = mx.arange(N), window_size or self.window
         mask = (self.documents[:, None, :, None] == self.documents[:, None, None, :]) & (place[:, None] >= place)
         return mask if window is None else mask & (place[:, None] < place + window)
 
 
 def document_masks(windows: list[int | None], documents: mx.array) -> list[Any]:
-    """Return what a model takes as its caches.
+    """Return one mask for each layer, to be passed to a model as its caches.
 
     Args:
         windows: Size of the sliding window of each layer, as ``attention_windows`` returns them.
@@ -55,11 +64,12 @@ def document_masks(windows: list[int | None], documents: mx.array) -> list[Any]:
 
 
 def keeps_documents_apart(model: nn.Module) -> bool:
-    """Return whether a model gives documents in one row the probabilities that it gives them alone.
+    """Return whether each document of a row gets the same probabilities as when it is alone in the row.
 
-    Not so for models with a table of positions, or that make their masks themselves. A trial decides. It compares two
-    differences from the document alone, with and without the mask, because rounding in 16 bits may change a
-    probability by several percent.
+    This fails for models that have a table of positions or make their masks themselves. A trial with two documents
+    decides. It measures how far the probabilities differ from those of one document alone, with and without the mask,
+    and compares the two differences. A fixed limit would not work, since rounding in 16 bits may change a probability
+    by several percent.
     """
     try:
         if position_table(model):
@@ -77,5 +87,5 @@ def keeps_documents_apart(model: nn.Module) -> bool:
             return mx.abs(p[:, count:] - alone).sum(-1).mean()
 
         return bool((difference(document_masks(windows, documents)) <= ROUNDING * difference(None)).item())
-    except Exception:  # a model's code may raise anything about what it takes for its cache
+    except Exception:  # a model's code may raise any exception for a mask in place of a cache
         return False

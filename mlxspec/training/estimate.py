@@ -1,12 +1,17 @@
-"""What a training run will cost, before it starts: tokens, memory and time of each stage.
+"""Estimates of a training run's cost before it starts: tokens, memory and time of each stage.
 
-Memory is a sum over the large arrays: weights with their gradients and Adam's moments, old and new; the activations
-that each layer keeps for the backward pass; the chunks of the loss; the target with the activations of one layer.
+Memory is a sum over the large arrays:
+
+- weights with their gradients and Adam's moments, old and new,
+- the activations that each layer keeps for the backward pass,
+- the chunks of the loss,
+- the target with the activations of one layer.
+
 tests/training/test_estimate.py compares the sum with what MLX reports. A step that does not fit is refused, since the
 operating system would swap or kill the process.
 
-Time is measured: a few steps of each stage, and a few tokens of the target's answers and of an evaluation, run on this
-machine. Complete stages are not counted.
+Time is measured on this machine, on a few steps of each stage, short answers of the target and short evaluations.
+Complete stages are not counted.
 """
 
 import math
@@ -72,8 +77,11 @@ def training_bytes(
         config: The drafter's shape.
         settings: The settings of the stage.
         processes: Number of processes that share a batch.
-        target_bytes: Memory of the target's weights, 0 for a stage without the target.
-        target_config: The target's config, None for a stage without the target.
+        target_bytes: Bytes of the target's weights. 0 for a stage without the target.
+        target_config: The target's config. None for a stage without the target.
+
+    Returns:
+        The number of bytes.
     """
     number = settings.dtype.size
     positions = settings.batch * settings.length // (settings.accumulate * processes)
@@ -90,7 +98,16 @@ def training_bytes(
 
 
 def target_pass_bytes(config: dict[str, Any], positions: int, settings: TrainingSettings) -> int:
-    """Return the memory of the target's activations, those of one layer, or 0 if the config lacks the sizes."""
+    """Return the memory of the target's activations in bytes. Only one layer's are held at a time.
+
+    Args:
+        config: The target's config.
+        positions: Number of positions in the pass.
+        settings: The settings of the stage, for the type and the length of a row.
+
+    Returns:
+        The number of bytes, or 0 if the config lacks the sizes.
+    """
     hidden = config.get("hidden_size") or config.get("dim") or 0
     heads = config.get("num_attention_heads") or config.get("n_heads") or 0
     widest = max(3 * config.get("intermediate_size", 0), attention_scores(heads, settings.length), 4 * hidden)
@@ -98,12 +115,25 @@ def target_pass_bytes(config: dict[str, Any], positions: int, settings: Training
 
 
 def attention_scores(heads: int, length: int) -> int:
-    """Return how many attention scores are stored for each position. Only the CPU back end, not fused, stores them."""
+    """Return the number of attention scores stored for each position.
+
+    Only the CPU back end stores them, since its attention is not fused.
+    """
     return 2 * heads * length if mx.default_device().type == mx.cpu else 0
 
 
 def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingSettings) -> int:
-    """Return the peak memory of a step in this process, in bytes."""
+    """Return the peak memory of a step in this process, in bytes.
+
+    Args:
+        drafter: A drafter of the right shape.
+        target: The target.
+        loss: The loss. It decides whether the target runs.
+        settings: The settings of the stage.
+
+    Returns:
+        The number of bytes.
+    """
     processes = mx.distributed.init().size()
     if not loss.needs_target:
         return training_bytes(drafter.config, settings, processes)
@@ -126,10 +156,10 @@ class StageEstimate:
     Attributes:
         name: The stage.
         what: A description of the work.
-        tokens: Tokens to train on or, at most, to create.
-        bytes: Peak memory.
+        tokens: Number of tokens to train on, or the largest number of tokens to create.
+        bytes: Peak memory in bytes.
         disk: Bytes on disk for a cached teacher.
-        seconds: Time.
+        seconds: Time in seconds.
         done: Whether the stage is complete.
     """
 
@@ -147,7 +177,7 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
 
     Args:
         recipe: The recipe.
-        folder: The folder of its run, in which complete stages are found.
+        folder: The folder of the recipe's run. Stages that are complete there take no time.
         target: The recipe's target.
         scorer_factory: Makes the function that scores drafters.
 
@@ -183,14 +213,36 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
 
 
 def with_evaluations(cost: StageEstimate, settings: TrainingSettings, seconds: float) -> StageEstimate:
-    """Return the cost of a stage together with its evaluations, of so many seconds each."""
+    """Add the time of evaluations to the cost of a stage.
+
+    Args:
+        cost: The cost of the stage without evaluations.
+        settings: The settings of the stage.
+        seconds: Time of one evaluation in seconds.
+
+    Returns:
+        The cost of the stage with its evaluations.
+    """
     if cost.done or not settings.evaluate_every:
         return cost
     return replace(cost, seconds=cost.seconds + seconds * math.ceil(settings.steps / settings.evaluate_every))
 
 
 def evaluation_seconds(recipe: "Recipe", drafter: Drafter, target: Target, scorer_factory: ScorerFactory) -> float:
-    """Return the seconds of an evaluation of a drafter that never helps, from short ones on one prompt."""
+    """Estimate the time of one evaluation from short trials on one prompt.
+
+    The trials use the drafter before training. A trained drafter is usually faster, since more of its tokens are
+    accepted.
+
+    Args:
+        recipe: The recipe.
+        drafter: The drafter that training starts from.
+        target: The recipe's target.
+        scorer_factory: Makes the function that scores drafters.
+
+    Returns:
+        The time in seconds.
+    """
     settings = recipe.evaluation
     prompts = evaluation_prompts(settings, target, recipe.distill)
     seconds = []
@@ -205,7 +257,19 @@ def evaluation_seconds(recipe: "Recipe", drafter: Drafter, target: Target, score
 
 
 def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEstimate:
-    """Estimate tokenizing a corpus, from its first documents."""
+    """Estimate the cost of tokenizing a corpus from its first documents.
+
+    Args:
+        data: The corpus.
+        folder: The stage's folder.
+        target: The target, for its tokenizer.
+
+    Returns:
+        The cost of the stage.
+
+    Raises:
+        TrainingError: The corpus contains no text, or cannot be read.
+    """
     files = corpus_files(data.data)
     size = sum(file.stat().st_size for file in files)
     what = f"{len(files)} files of {size / 1e6:.1f} MB"
@@ -222,7 +286,18 @@ def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEs
 def estimate_answers(
     data: DistillData, settings: AnswerSettings, held_out: int, folder: Path, target: Target
 ) -> StageEstimate:
-    """Estimate the target's answers, from two short answers to the first group."""
+    """Estimate the cost of the target's answers from two short trials on the first group.
+
+    Args:
+        data: The prompts.
+        settings: How the answers are sampled.
+        held_out: Number of prompts that are not answered.
+        folder: The stage's folder.
+        target: The target.
+
+    Returns:
+        The cost of the stage.
+    """
     if data.prompts:
         prompts, _ = read_prompts(data.prompts, target.tokenizer, data.system)
         training, _ = split_prompts(prompts, held_out, settings.max_tokens, target.context)
@@ -253,7 +328,7 @@ def estimate_training(
     target: Target,
     available: float,
 ) -> StageEstimate:
-    """Estimate a training stage, from a few of its steps.
+    """Estimate the cost of a training stage from a few of its steps.
 
     Args:
         name: The stage.
@@ -263,6 +338,9 @@ def estimate_training(
         folder: The stage's folder.
         target: The target.
         available: Number of tokens in the training data.
+
+    Returns:
+        The cost of the stage.
 
     Raises:
         TrainingError: A step does not fit into memory.
@@ -279,7 +357,19 @@ def estimate_training(
 
 
 def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, target: Target) -> float:
-    """Measure the seconds of a step on random tokens, with a copy of the drafter and the target as online teacher."""
+    """Measure the time of a training step on random tokens.
+
+    The measurement trains a copy of the drafter. The teacher is an online teacher.
+
+    Args:
+        drafter: A drafter of the right shape.
+        loss: The loss.
+        settings: The settings of the stage.
+        target: The target.
+
+    Returns:
+        The time in seconds.
+    """
     copy = Drafter(drafter.config)
     copy.update(drafter.parameters())
     with tempfile.TemporaryDirectory() as scratch:

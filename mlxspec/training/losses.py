@@ -28,7 +28,7 @@ HYBRID_DECAY = 3.0  # lk-hybrid: λ = exp(−3 α)
 
 
 class Distributions(NamedTuple):
-    """The input of a loss: N positions, a vocabulary of V, probabilities after temperature."""
+    """The input of a loss: N positions, a vocabulary of V tokens, probabilities after temperature."""
 
     p: mx.array  # [N, V] the target's; empty if the loss does not need the target
     log_p: mx.array  # [N, V]
@@ -47,25 +47,25 @@ class Divergence(NamedTuple):
 
 
 def cross_entropy(d: Distributions) -> Divergence:
-    """−log q(x), where x is the next token in the data."""
+    """Cross-entropy −log q(x), where x is the next token in the data."""
     x = d.tokens[:, None]
     value = -mx.take_along_axis(d.log_q, x, axis=-1)[:, 0]
     return Divergence(value, mx.put_along_axis(mx.zeros_like(d.q), x, mx.array(-1.0), axis=-1))
 
 
 def kl_divergence(d: Distributions) -> Divergence:
-    """Σ p log(p/q)."""
+    """Kullback-Leibler divergence (KLD) Σ p log(p/q)."""
     return Divergence((d.p * masked(d.log_p - d.log_q, d.p)).sum(-1), -d.p)
 
 
 def reverse_kl_divergence(d: Distributions) -> Divergence:
-    """Σ q log(q/p)."""
+    """Reverse Kullback-Leibler divergence Σ q log(q/p)."""
     weighted = d.q * masked(d.log_q - d.log_p, d.q)
     return Divergence(weighted.sum(-1), weighted + d.q)
 
 
 def jensen_shannon(d: Distributions) -> Divergence:
-    """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2."""
+    """Jensen-Shannon divergence ½ KL(p‖m) + ½ KL(q‖m), with m = (p + q)/2."""
     log_m = mx.logaddexp(d.log_p, d.log_q) - mx.log(mx.array(2.0))
     from_q = d.q * masked(d.log_q - log_m, d.q)
     value = (d.p * masked(d.log_p - log_m, d.p) + from_q).sum(-1) / 2
@@ -73,18 +73,18 @@ def jensen_shannon(d: Distributions) -> Divergence:
 
 
 def total_variation(d: Distributions) -> Divergence:
-    """½ Σ |p − q| = 1 − Σ min(p, q) = 1 − α."""
+    """Total variation distance (TVD) ½ Σ |p − q| = 1 − Σ min(p, q) = 1 − α."""
     return Divergence(1 - acceptance(d), -d.q * reward(d))
 
 
 def negative_log_acceptance(d: Distributions) -> Divergence:
-    """−log α."""
+    """Negative logarithm of the acceptance rate, −log α. α is at least ``SMALLEST_ACCEPTANCE``."""
     alpha = mx.maximum(acceptance(d), SMALLEST_ACCEPTANCE)
     return Divergence(-mx.log(alpha), total_variation(d).slope / alpha[:, None])
 
 
 def likelihood_hybrid(d: Distributions) -> Divergence:
-    """λ·KLD + (1 − λ)·TVD, with λ = exp(−3 α) at each position. λ is not differentiated."""
+    """Mixture λ·KLD + (1 − λ)·TVD, with λ = exp(−3 α) at each position. λ is not differentiated."""
     kld, tvd = kl_divergence(d), total_variation(d)
     share = mx.exp(-HYBRID_DECAY * acceptance(d))
     value = share * kld.value + (1 - share) * tvd.value
@@ -92,12 +92,12 @@ def likelihood_hybrid(d: Distributions) -> Divergence:
 
 
 def acceptance(d: Distributions) -> mx.array:
-    """α = Σ min(p, q) [N]: the probability that a drafted token is accepted."""
+    """Acceptance rate α = Σ min(p, q) [N]: the probability that a drafted token is accepted."""
     return mx.minimum(d.p, d.q).sum(-1)
 
 
 def reward(d: Distributions) -> mx.array:
-    """r = 1 where p > q, else 0 [N, V]."""
+    """Reward r [N, V] of the policy gradient: 1 where p > q, else 0."""
     return (d.p > d.q).astype(d.q.dtype)
 
 
@@ -108,7 +108,7 @@ def masked(difference: mx.array, weight: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Loss:
-    """A divergence by name, with the options of tvd++. Raises InvalidRequestError for an invalid combination."""
+    """A loss by name, with the options of tvd++. Raises InvalidRequestError for an invalid combination."""
 
     name: str = option(
         "tvd++",
@@ -152,7 +152,7 @@ class Loss:
 
     @property
     def samples(self) -> int:
-        """Samples for each position. 0 for the exact expectation."""
+        """Number of samples for each position. 0 for the exact expectation."""
         return 0 if self.estimator == "expectation" else int(self.estimator)
 
     @property
@@ -173,8 +173,9 @@ class Loss:
     def _normalized_total_variation(self, d: Distributions) -> Divergence:
         """TVD++: −Σ_x w(x) (r(x) − μ)/σ · log q(x), where only log q is differentiated.
 
-        w is q ("drafter"), 1/V ("vocabulary") or the frequency of x among samples from q. Sampling leaves the gradient
-        unbiased up to σ. With w = 1/V it is not the gradient of TVD; that option exists for comparison.
+        The weight w is q ("drafter"), 1/V ("vocabulary") or the frequency of x among samples from q. Sampling leaves
+        the gradient unbiased up to σ. With w = 1/V the result is not the gradient of TVD. That option exists for
+        comparison.
         """
         weight = self.weights(d)
         r = reward(d)
@@ -188,14 +189,23 @@ class Loss:
         return Divergence((slope * masked(d.log_q, weight)).sum(-1), slope)
 
     def weights(self, d: Distributions) -> mx.array:
-        """Return the distribution over tokens [N, V] for the expectation in tvd++."""
+        """Return the distribution over tokens [N, V] for which tvd++ takes its expectation."""
         if self.samples:
             return sample_frequencies(d.q, self.samples, d.key)
         return d.q if self.weighting == "drafter" else mx.full(d.q.shape, 1 / d.q.shape[-1])
 
 
 def sample_frequencies(q: mx.array, count: int, key: mx.array) -> mx.array:
-    """Draw ``count`` samples from q at each position, and return the frequency of each token [N, V]."""
+    """Draw tokens from q at each position and return their frequencies.
+
+    Args:
+        q: Probabilities [N, V].
+        count: Number of samples for each position.
+        key: Random key.
+
+    Returns:
+        The frequency of each token among the samples [N, V]. The frequencies of a position sum to 1.
+    """
     heights = mx.cumsum(q, axis=-1)
     frequencies = mx.zeros_like(q)
     draws = mx.random.uniform(shape=(count, q.shape[0], 1), key=key)

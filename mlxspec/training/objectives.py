@@ -1,4 +1,4 @@
-"""What a training step minimizes: the loss on the next token, or the distance from the target's distribution."""
+"""Objectives of a training step: the loss on the next token, or the divergence from the target's distribution."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from mlxspec.training.teachers import Teacher
 
 
 class Batch(NamedTuple):
-    """The rows of a step, on the device."""
+    """The rows of a step on the device: B rows of L positions."""
 
     ids: mx.array  # [B, L + 1]
     documents: mx.array  # [B, L] number of the document at each position
@@ -32,8 +32,11 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
 
     Args:
         loss: The loss at each position.
-        teacher: Source of the target's probabilities. None for the next token of the text.
-        recompute: Compute each layer's activations again in the backward pass instead of keeping them.
+        teacher: Source of the target's probabilities. None to learn the next token of the text.
+        recompute: Whether to compute each layer's activations again in the backward pass instead of keeping them.
+
+    Returns:
+        A function of the drafter and a batch. It returns the weighted sums of the loss and of the acceptance rate.
     """
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:

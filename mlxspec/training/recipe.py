@@ -40,14 +40,14 @@ TEXT_SHARE = 0.1  # share of pretraining text in finetuning, the 9:1 of Goel et 
 
 @dataclass(frozen=True)
 class PretrainData:
-    """The pretraining text."""
+    """The data of the pretraining stage."""
 
     data: tuple[str, ...] = option((), "Text files, folders or glob patterns.")
 
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """The finetuning data. Raises InvalidRequestError for a value outside its range."""
+    """The data of a finetuning stage. Raises InvalidRequestError for a value outside its range."""
 
     mix: float = option(TEXT_SHARE, "Share of the rows that come from the pretraining text, if there is any.")
     teacher_top_k: int = option(
@@ -65,7 +65,7 @@ class FinetuneData:
 
 @dataclass(frozen=True)
 class Finetune:
-    """A finetuning stage."""
+    """A finetuning stage: its data, loss and training settings."""
 
     data: FinetuneData
     loss: Loss
@@ -84,7 +84,16 @@ TABLES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The content of a recipe file."""
+    """The content of a recipe file.
+
+    Attributes:
+        target: Folder, hub id or short name of the target.
+        drafter: Shape of a new drafter, or the folder, hub id or short name of a drafter to continue from.
+        pretrain: Data and settings of the pretraining stage, or None.
+        distill: Prompts and sampling of the distillation data, or None.
+        finetune: The finetuning stages in order.
+        evaluation: How block efficiency is measured during training.
+    """
 
     target: str
     drafter: DrafterShape | str
@@ -100,19 +109,19 @@ class Recipe:
 
     @property
     def trainings(self) -> list[TrainingSettings]:
-        """The settings of all training stages."""
+        """The settings of all training stages in order."""
         return [*([self.pretrain[1]] if self.pretrain else []), *(stage.training for stage in self.finetune)]
 
     @property
     def held_out_prompts(self) -> int:
-        """Number of the distillation's prompts that are held out for evaluation."""
+        """Number of distillation prompts that are held out for evaluation."""
         if self.distill is None or not self.evaluates or self.evaluation.prompts:
             return 0
         return self.evaluation.count if self.distill[0].prompts else 0
 
     @property
     def finetune_names(self) -> list[str]:
-        """The folder of each finetuning stage: "finetune", or "finetune-1" and so on if there are several."""
+        """The folder name of each finetuning stage: "finetune", or "finetune-1", "finetune-2", … for several stages."""
         numbers = range(1, len(self.finetune) + 1)
         return ["finetune"] if len(self.finetune) == 1 else [f"finetune-{number}" for number in numbers]
 
@@ -178,9 +187,9 @@ class Recipe:
 
 
 def run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> tuple[Path, Metrics]:
-    """Run the stages of a recipe that are not complete, each in its own folder.
+    """Run the incomplete stages of a recipe, each in its own folder.
 
-    Whatever can be refused without running a stage is refused before the first one.
+    Errors that can be found without running a stage are raised before the first stage.
 
     Args:
         recipe: The recipe.
@@ -189,7 +198,8 @@ def run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFact
         scorer_factory: Makes the function that scores drafters.
 
     Returns:
-        The folder of the last stage's drafter, or of the answers if nothing is trained; and the drafter's scores.
+        The folder of the last stage's drafter and its scores. If no stage trains a drafter, the folder of the answers
+        and no scores.
 
     Raises:
         MlxspecError: A stage cannot be run, or another process uses the folder.
@@ -234,13 +244,16 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
 
 
 def check(recipe: Recipe, folder: Path, target: Target, drafter: Drafter | None) -> None:
-    """Raise MlxspecError for what a later stage would refuse, as far as it can be known before the first one.
+    """Check all stages of a recipe before the first one runs.
 
     Args:
         recipe: The recipe.
-        folder: The folder of its run. The data of complete stages is not looked at.
+        folder: The folder of the recipe's run. The data of complete stages is not checked.
         target: The recipe's target.
-        drafter: The drafter to start from.
+        drafter: The drafter to start from. None if no stage trains one.
+
+    Raises:
+        MlxspecError: A stage cannot be run.
     """
     if recipe.pretrain:
         corpus_files(recipe.pretrain[0].data)
@@ -289,12 +302,26 @@ def parse_settings(table: Any, where: str, *classes: type) -> list[Any]:
 
 
 def key_of(field: Any) -> str:
-    """Return the name of a setting in recipes and on the command line."""
+    """Return the name of a dataclass field in recipes and on the command line."""
     return field.metadata.get("key", field.name)
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """Convert a TOML value to a field's type. Raises TrainingError if the value has another type."""
+    """Convert a TOML value to the type of a field.
+
+    An integer is accepted for a float or a string, and a single value for a tuple.
+
+    Args:
+        value: The value.
+        kind: The type of the field.
+        where: The name of the file, table and key, for messages.
+
+    Returns:
+        The converted value.
+
+    Raises:
+        TrainingError: The value has another type.
+    """
     if get_origin(kind) is tuple:
         value = value if isinstance(value, list) else [value]
         return tuple(convert(entry, get_args(kind)[0], where) for entry in value)
@@ -309,7 +336,16 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def check_keys(table: dict[str, Any], known: list[str], where: str) -> None:
-    """Raise TrainingError for an unknown key, with the nearest known one."""
+    """Check that a table has only known keys.
+
+    Args:
+        table: The table.
+        known: The known keys.
+        where: The name of the file and the table, for messages.
+
+    Raises:
+        TrainingError: A key is unknown. The message suggests the most similar known key.
+    """
     for key in table:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1, cutoff=0)
@@ -317,10 +353,10 @@ def check_keys(table: dict[str, Any], known: list[str], where: str) -> None:
 
 
 def relative_paths(home: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return paths relative to the recipe's folder as paths."""
+    """Resolve paths that are relative to the recipe's folder."""
     return tuple(str(home / Path(name).expanduser()) for name in names)
 
 
 def path_or_name(home: Path, name: str) -> str:
-    """Return the path of a folder next to the recipe if one has this name, else the name."""
+    """Return the path of a file or folder next to the recipe if one has this name, else the name."""
     return str(home / name) if (home / name).exists() else name

@@ -1,7 +1,7 @@
 """The distillation data: the target's own answers to prompts.
 
-Prompts are answered in groups. The answers of a group depend only on the seed and the group's number. So an interrupted
-run continues with the next group and ends with the same shards, with any number of processes.
+Prompts are answered in groups. The answers of a group depend only on the seed and the group's number. An interrupted
+run therefore continues with the next group. It ends with the same shards, whatever the number of processes.
 
 Source: Goel et al., arXiv 2403.00858, section on data.
 """
@@ -24,7 +24,7 @@ from mlxspec.settings import option
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 
-TRIED_TOKENS = 32  # of a prompt, to compare a batch with single prompts
+TRIED_TOKENS = 32  # length of the longest prompt in a trial
 # How far logits may differ, as a share of their spread: rounding is below it, another prompt's mask far above.
 TOLERANCE, TOLERANCE_16_BIT = 0.02, 0.2
 LEAST_LOGPROB = -50.0  # some models have tokens of log-probability -inf
@@ -71,7 +71,13 @@ class DistillData:
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that are answered in one batch, at one temperature. ``number`` counts the groups from 0."""
+    """Prompts that are answered in one batch at one temperature.
+
+    Attributes:
+        number: Number of the group, counted from 0.
+        prompts: Token ids of each prompt.
+        temperature: Sampling temperature.
+    """
 
     number: int
     prompts: list[list[int]]
@@ -79,7 +85,7 @@ class Group:
 
 
 def prompt_groups(prompts: list[list[int]], settings: AnswerSettings) -> list[Group]:
-    """Return all groups in a fixed order: some prompts at every temperature, then the next prompts."""
+    """Return all groups in a fixed order: the first prompts at every temperature, then the next prompts."""
     groups: list[Group] = []
     for start in range(0, len(prompts), settings.group):
         for temperature in settings.temperatures:
@@ -89,7 +95,7 @@ def prompt_groups(prompts: list[list[int]], settings: AnswerSettings) -> list[Gr
 
 
 def bos_groups(bos: int | None, settings: AnswerSettings) -> list[Group]:
-    """Return groups for ``samples`` texts that start from BOS. The groups use the temperatures above 0 in turn.
+    """Return groups for ``samples`` texts that start from BOS. The groups alternate between the temperatures above 0.
 
     Raises:
         InvalidRequestError: There is no BOS token, no temperature above 0, or only one sample.
@@ -117,22 +123,25 @@ def write_answers(
 ) -> Index:
     """Let the target answer all groups, and write prompts with answers into shards.
 
-    Each document is a prompt and its answer, and only the answer is learned. An interrupted call is resumed. Under
-    ``mlx.launch`` the groups are distributed over the processes, and the first process writes.
+    Each document is a prompt and its answer. Only the answer is learned. A repeated call resumes an interrupted one.
+    Under ``mlx.launch`` the groups are distributed over the processes, and the first process writes.
 
     Args:
         target: The target model.
-        tokenizer: Its tokenizer.
+        tokenizer: The target's tokenizer.
         vocab_size: Size of the vocabulary.
         fingerprint: The tokenizer's fingerprint.
-        groups: All groups of the stage, also those that an earlier call has answered.
+        groups: All groups of the stage, including those that an earlier call answered.
         settings: How to sample.
         folder: Folder for the shards.
-        progress: Called after each group.
-        together: Whether the prompts of a group are answered in one batch, or one at a time.
+        progress: Called after each group with the answers done, all answers, and the tokens so far.
+        together: Whether to answer the prompts of a group in one batch. If False, they are answered one at a time.
 
     Returns:
         The index of the shards.
+
+    Raises:
+        NumericalError: The target computes NaN.
     """
     if is_first_process():
         with ShardWriter(folder, vocab_size, fingerprint) as writer:
@@ -151,7 +160,20 @@ def answer_missing_groups(
     progress: Progress,
     together: bool,
 ) -> None:
-    """Answer the groups that ``writer`` does not have yet. It is None in all processes but the first."""
+    """Answer the groups that the shards do not contain yet.
+
+    Args:
+        target: The target model.
+        tokenizer: The target's tokenizer.
+        groups: All groups of the stage.
+        settings: How to sample.
+        writer: Writer of the shards in the first process, None in the others.
+        progress: Called after each group with the answers done, all answers, and the tokens so far.
+        together: Whether to answer the prompts of a group in one batch.
+
+    Raises:
+        NumericalError: The target computes NaN.
+    """
     distributed = mx.distributed.init()
     done = broadcast(writer.index.notes.get("groups", 0) if writer else 0)
     total, answered = sum(len(group.prompts) for group in groups), sum(len(group.prompts) for group in groups[:done])
@@ -176,9 +198,19 @@ def answer_missing_groups(
 def answer_group(
     target: nn.Module, tokenizer: Any, group: Group, settings: AnswerSettings, together: bool = True
 ) -> list[list[int]]:
-    """Sample an answer to each prompt, in one batch if ``together``.
+    """Sample an answer to each prompt of a group.
 
-    An answer ends with the EOS token that the target chose, unless max_tokens ended it.
+    An answer ends with the EOS token that the target sampled, unless ``max_tokens`` cut it off.
+
+    Args:
+        target: The target model.
+        tokenizer: The target's tokenizer.
+        group: The prompts and their temperature.
+        settings: How to sample.
+        together: Whether to answer the prompts in one batch.
+
+    Returns:
+        The token ids of each answer.
 
     Raises:
         NumericalError: The target computes NaN.
@@ -217,13 +249,14 @@ def answer_group(
 
 
 def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
-    """Return whether mlx-lm computes the same logits for prompts of different lengths in a batch as for each alone.
+    """Return whether mlx-lm computes the same logits for prompts in a batch as for each prompt alone.
 
-    It does not for every model: Gemma 2's attention, for one, applies the mask of one prompt to another.
+    Some models fail this test for prompts of different lengths. Gemma 2's attention, for example, applies the mask of
+    one prompt to another.
 
     Args:
         target: The target model.
-        groups: The groups to answer. The start of their longest prompt and the start of that are tried.
+        groups: The groups to answer. The trial uses the start of their longest prompt, and a quarter of that start.
     """
     if max(len(group.prompts) for group in groups) < 2:
         return True
@@ -231,7 +264,7 @@ def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
     pair = [longest[: max(1, len(longest) // 4)], longest]
     try:
         batch = first_logprobs(target, pair)
-    except Exception:  # mlx-lm and MLX raise what they like for shapes that do not fit
+    except Exception:  # mlx-lm and MLX raise various exceptions for shapes that do not fit
         batch = None
     agrees = False
     if batch is not None:
@@ -243,7 +276,11 @@ def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
 
 
 def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
-    """Return mlx-lm's log-probabilities after each prompt and its first token, given again. [2 × prompts, V]."""
+    """Return mlx-lm's log-probabilities [2 × prompts, V] of the next token in a batch of prompts.
+
+    The first row of a prompt follows the prompt. The second row follows the prompt and one more token, which is the
+    first token of the first prompt.
+    """
     generator = BatchGenerator(
         target,
         max_tokens=2,
@@ -264,7 +301,17 @@ def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
 def gather_answers(
     answers: list[list[int]], turn: list[Group], settings: AnswerSettings, distributed: mx.distributed.Group
 ) -> Iterator[list[list[int]]]:
-    """Send each process's answers to all processes. ``turn`` has one group for each process."""
+    """Send each process's answers to all processes.
+
+    Args:
+        answers: The answers of this process, as token ids.
+        turn: One group for each process, or fewer at the end.
+        settings: How the answers were sampled. They limit the size of the exchanged table.
+        distributed: The processes.
+
+    Returns:
+        The answers to each group of ``turn``.
+    """
     if distributed.size() == 1:
         return iter([answers][: len(turn)])
     table = np.full((settings.group, settings.max_tokens), -1, np.int32)
@@ -278,7 +325,7 @@ def gather_answers(
 
 
 def answer_counts(shards: TokenShards) -> dict[str, int]:
-    """Count answers, tokens, and answers of little use: duplicates, empty ones and those that max_tokens cut off."""
+    """Count the answers, the tokens, and the answers that are duplicate, empty or truncated at ``max_tokens``."""
     seen: set[bytes] = set()
     counts = {"answers": 0, "tokens": len(shards), "duplicates": 0, "empty": 0, "truncated": 0}
     limit, ends = shards.index.notes.get("max_tokens"), shards.index.notes.get("ends", [])

@@ -1,7 +1,7 @@
-"""A stage's folder: the record of what the stage was created with, its metrics, and the processes that share it.
+"""A stage's folder: the record of its inputs, its metrics, and the processes that share it.
 
 ``stage.json`` holds the inputs of the stage, its result, and whether it is complete. ``metrics.jsonl`` has one line of
-JSON for each logged step. Under ``mlx.launch`` several processes use one folder: the first one decides and writes.
+JSON for each logged step. Under ``mlx.launch`` several processes use one folder. The first process decides and writes.
 """
 
 import json
@@ -20,7 +20,7 @@ Metrics = dict[str, float]
 
 @contextmanager
 def locked_for_all(folder: Path) -> Iterator[None]:
-    """Hold a folder like ``locked``. Under ``mlx.launch`` the first process holds it for all."""
+    """Lock a folder as ``locked`` does. Under ``mlx.launch`` the first process holds the lock for all processes."""
     with ExitStack() as stack:
         refusal = None
         if is_first_process():
@@ -34,7 +34,7 @@ def locked_for_all(folder: Path) -> Iterator[None]:
 
 
 def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] = ()) -> bool:
-    """Create the record of a stage, or compare it with the inputs of this run.
+    """Create the record of a stage, or compare an existing record with the inputs of this run.
 
     Args:
         folder: The stage's folder.
@@ -82,13 +82,13 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
 
 
 def is_longer(before: dict[str, Any], inputs: dict[str, Any]) -> bool:
-    """Return whether a training stage is asked for more steps than before."""
+    """Return whether a run has more training steps than the recorded one."""
     steps = before.get("steps")
     return isinstance(steps, int) and inputs.get("steps", 0) > steps
 
 
 def complete_stage(folder: Path, result: Metrics | None = None) -> None:
-    """Record that a stage is complete, with the metrics of its drafter."""
+    """Record that a stage is complete, with the scores of its drafter."""
     if is_first_process():
         record = read_json(folder / "stage.json")
         write_json(folder / "stage.json", {**record, "complete": True, "result": result or {}})
@@ -96,7 +96,7 @@ def complete_stage(folder: Path, result: Metrics | None = None) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a stage is complete. Its inputs do not matter."""
+    """Return whether a stage is complete, whatever its inputs are."""
     try:
         return bool(read_json(folder / "stage.json")["complete"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -109,14 +109,23 @@ def has_results(folder: Path) -> bool:
 
 
 def log_metrics(folder: Path, step: int, metrics: Metrics) -> None:
-    """Append a line to ``metrics.jsonl``."""
+    """Append a line to ``metrics.jsonl``.
+
+    Args:
+        folder: The stage's folder.
+        step: Number of steps taken.
+        metrics: The metrics by name.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
     path = folder / "metrics.jsonl"
     with explain_write_errors(path), path.open("a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a ``metrics.jsonl``, without lines that are damaged or still being written."""
+    """Return the lines of a ``metrics.jsonl``, except those that are damaged or still being written."""
     lines = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         with suppress(ValueError, RecursionError):
@@ -127,19 +136,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
-    """Delete the lines after a step, since a resumed run logs these steps again."""
+    """Delete the lines after a step from ``metrics.jsonl``, since a resumed run logs these steps again."""
     path = folder / "metrics.jsonl"
     if path.exists():
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
 
 
 def is_first_process() -> bool:
-    """Return whether this process decides and writes. Without ``mlx.launch`` it does."""
+    """Return whether this process decides and writes. Without ``mlx.launch`` this is always true."""
     return mx.distributed.init().rank() == 0
 
 
 def broadcast(number: int) -> int:
-    """Return the first process's ``number`` in all processes. No process returns before all have called."""
+    """Return the first process's ``number`` in all processes. No process returns before all have called it."""
     group = mx.distributed.init()
     if group.size() == 1:
         return number
@@ -153,5 +162,5 @@ def broadcast(number: int) -> int:
 
 
 def barrier() -> None:
-    """Wait until all processes have called this."""
+    """Wait until all processes have called this function."""
     broadcast(0)

@@ -18,11 +18,11 @@ from mlxspec.training.trainer import LARGEST_TEMPERATURE, Scorer
 
 
 class Evaluation(NamedTuple):
-    """How to score a drafter.
+    """The scoring of a drafter.
 
     Attributes:
-        scorer: Measures a drafter.
-        inputs: Everything that the scores depend on, as JSON. It is one of a stage's inputs.
+        scorer: The function that measures a drafter.
+        inputs: Everything that the scores depend on, as JSON. A stage that scores has them among its inputs.
     """
 
     scorer: Scorer
@@ -61,12 +61,15 @@ ScorerFactory = Callable[[Target, EvaluationSettings, list[list[int]]], Scorer]
 def evaluation_prompts(
     settings: EvaluationSettings, target: Target, distill: tuple[DistillData, AnswerSettings] | None = None
 ) -> list[list[int]]:
-    """Return the token ids of the prompts to score on.
+    """Return the prompts to score on.
 
     Args:
         settings: If they name prompts, the first of those are used.
         target: The target, for its tokenizer and context.
         distill: The data of the distillation stage. If it has prompts, the held-out ones are used.
+
+    Returns:
+        The token ids of each prompt. Without any prompts, each one is only BOS.
 
     Raises:
         TrainingError: There are no prompts, or none leaves room for an answer.
@@ -91,13 +94,16 @@ def new_evaluation(
     scorer_factory: ScorerFactory,
     distill: tuple[DistillData, AnswerSettings] | None = None,
 ) -> Evaluation:
-    """Return an evaluation. Its inputs have a fingerprint of the prompts in place of the names of their files.
+    """Create an evaluation. Its inputs contain a fingerprint of the prompts instead of their file names.
 
     Args:
         settings: The settings.
         target: The target.
         scorer_factory: Makes the scorer.
         distill: The data of the distillation stage, if there is one.
+
+    Returns:
+        The evaluation.
 
     Raises:
         TrainingError: There are no prompts.

@@ -1,9 +1,13 @@
 """Token ids on disk.
 
-A folder of shards holds ``index.json`` and three flat little-endian files for each shard: ``00000.ids`` (the tokens,
-uint16 or uint32), ``00000.mask`` (uint8, 1 for a token to learn) and ``00000.docs`` (the length of each document,
-uint32). The files are memory-mapped, so a corpus may be larger than memory. They hold one document after the other.
-For training, documents are packed into rows of a fixed length.
+A folder of shards holds ``index.json`` and three flat little-endian files for each shard:
+
+- ``00000.ids``: the tokens, uint16 or uint32,
+- ``00000.mask``: 1 for a token to learn, else 0, uint8,
+- ``00000.docs``: the length of each document, uint32.
+
+The files are memory-mapped, so a corpus may be larger than memory. They hold one document after the other. For
+training, documents are packed into rows of a fixed length.
 """
 
 import contextlib
@@ -30,7 +34,7 @@ EMPTY_CHECKSUM = hashlib.sha256().hexdigest()
 
 @dataclass
 class Shard:
-    """What the index knows of a shard."""
+    """The index's entry for a shard."""
 
     tokens: int = 0
     documents: int = 0
@@ -47,7 +51,7 @@ class Index:
         shards: The shards.
         learned: Number of tokens with mask 1, which a drafter learns.
         complete: Whether the writer has finished.
-        notes: What the writer wants to remember, such as its progress.
+        notes: Additional state of the writer, such as its progress.
     """
 
     vocab_size: int
@@ -59,7 +63,7 @@ class Index:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the stored ids."""
+        """Type of the stored token ids."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     @property
@@ -73,7 +77,7 @@ class Index:
         return sum(shard.documents for shard in self.shards)
 
     def write(self, folder: Path) -> None:
-        """Replace the index of a folder."""
+        """Write the index to a folder, in place of an earlier one."""
         write_json(folder / "index.json", {"format": FORMAT, **asdict(self)})
 
     @classmethod
@@ -104,7 +108,7 @@ class ShardWriter:
         folder: The folder. It is created if it does not exist.
         vocab_size: Size of the vocabulary.
         tokenizer: Fingerprint of the tokenizer.
-        shard_tokens: A new shard starts when the last one has this many tokens.
+        shard_tokens: A new shard starts once the current one has this many tokens.
 
     Raises:
         TrainingError: The folder has shards of another tokenizer, or they are damaged.
@@ -130,8 +134,8 @@ class ShardWriter:
             mask: 1 for each token to learn, else 0.
 
         Raises:
-            TrainingError: The document is empty, an id is outside the vocabulary, the mask has another length, or the
-                disk is full.
+            TrainingError: The document is empty, an id is outside the vocabulary, or the mask has another length.
+            WriteError: The document cannot be written, for example because the disk is full.
         """
         tokens = np.asarray(ids, dtype=np.int64)
         if not 0 < tokens.size == len(mask) or tokens.min() < 0 or tokens.max() >= self.index.vocab_size:
@@ -154,7 +158,7 @@ class ShardWriter:
         self.index.learned += int(content[1].sum())
 
     def commit(self, **notes: Any) -> None:
-        """Make everything added so far, and ``notes``, durable."""
+        """Make the documents added so far durable on disk, and add ``notes`` to the index."""
         self._flush()
         self.index.notes.update(notes)
         self.index.write(self.folder)
@@ -179,7 +183,7 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the files. What was not committed may be lost."""
+        """Close the files. Documents added since the last commit may be lost."""
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -267,23 +271,24 @@ class TokenShards:
                 start += int(length)
 
     def count_rows(self, length: int, single: bool = False) -> int:
-        """Return the number of rows of ``length`` positions. With ``single``, a row has one document."""
+        """Return the number of rows of ``length`` positions. With ``single``, each row holds at most one document."""
         return len(self._spans(length, single))
 
     def rows(self, length: int, chosen: Sequence[int], single: bool = False) -> Rows:
         """Read rows by number.
 
-        A row has as many whole documents as fit, then padding with mask 0. So an answer is never trained on without its
-        question. Only a document longer than a row is split. Its next row begins with the last token of the row before,
-        so that every token is predicted once. The first token of a document has mask 0: nothing predicts it.
+        A row holds as many whole documents as fit, then padding with mask 0. An answer is therefore never trained on
+        without its question. Only a document longer than a row is split. The next row then begins with the last token
+        of the row before, so that every token is predicted once. The first token of a document has mask 0, since no
+        token predicts it.
 
         Args:
             length: Positions in a row.
             chosen: Numbers of the rows.
-            single: A row has no more than one document.
+            single: Whether each row holds at most one document.
 
         Returns:
-            ids, mask and documents [rows, length + 1].
+            ids, mask and documents, each [rows, length + 1].
         """
         ids, mask = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8))
         documents = np.full((len(chosen), length + 1), -1, np.int32)
@@ -336,12 +341,12 @@ def pack(lengths: Iterable[int], room: int, single: bool = False) -> np.ndarray:
     """Pack documents into rows.
 
     Args:
-        lengths: Length of each document. They lie one after the other.
+        lengths: Length of each document in tokens, in order.
         room: Tokens in a row.
-        single: A row has no more than one document.
+        single: Whether each row holds at most one document.
 
     Returns:
-        Start and end of each row [rows, 2].
+        Start and end of each row in the sequence of all tokens [rows, 2].
     """
     rows, start, end = array("q"), 0, 0  # an array, since there may be a hundred million rows
     for length in lengths:
@@ -360,10 +365,19 @@ def pack(lengths: Iterable[int], room: int, single: bool = False) -> np.ndarray:
 
 
 def shard_file(folder: Path, number: int, part: str) -> Path:
-    """Return the path of a part of a shard."""
+    """Return the path of one file of a shard.
+
+    Args:
+        folder: The folder of the shards.
+        number: Number of the shard, counted from 0.
+        part: One of ``PARTS``.
+
+    Returns:
+        The path.
+    """
     return folder / f"{number:05d}.{part}"
 
 
 def part_sizes(shard: Shard, dtype: np.dtype) -> dict[str, int]:
-    """Return the bytes of each part of a shard."""
+    """Return the size of each file of a shard in bytes."""
     return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": shard.documents * 4}

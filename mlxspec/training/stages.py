@@ -1,7 +1,7 @@
-"""The three stages of training. Each is a function from a target and settings to a folder.
+"""The three stages of training. Each is a function that writes its result to a folder.
 
 A stage's folder records the inputs of the stage. Repeating a stage with the same inputs skips it if it is complete and
-resumes it if it is not. With other inputs the stage is refused.
+resumes it if it is not. A stage with other inputs is refused.
 """
 
 import shutil
@@ -61,6 +61,9 @@ def pretraining_shards(target: Target, data: Sequence[str], folder: Path) -> Tok
         data: Files, folders or patterns.
         folder: The stage's folder.
 
+    Returns:
+        The tokenized text.
+
     Raises:
         TrainingError: The text cannot be read, or the folder was created from other text.
     """
@@ -99,7 +102,10 @@ def distill(
         system: System prompt for prompts that have none.
         settings: How to sample.
         folder: The stage's folder.
-        held_out: Number of prompts that are not answered, from the end.
+        held_out: Number of prompts that are not answered, from the end of the list.
+
+    Returns:
+        The tokenized prompts and answers.
 
     Raises:
         TrainingError: The prompts cannot be read, or the folder was created with other inputs.
@@ -140,7 +146,21 @@ def distill(
 def distillation_groups(
     target: Target, prompts: Sequence[str], system: str | None, settings: AnswerSettings, held_out: int
 ) -> tuple[list[Group], str, BadLines]:
-    """Return what ``distill`` answers, in groups; a description of what it leaves out; and the lines it skips."""
+    """Read the prompts of ``distill`` and divide them into groups.
+
+    Args:
+        target: The target, for its tokenizer and context.
+        prompts: Files, folders or patterns. Without any, the target writes text from BOS.
+        system: System prompt for prompts that have none.
+        settings: How to sample.
+        held_out: Number of prompts that are not answered, from the end of the list.
+
+    Returns:
+        The groups, a message about prompts that are not answered (empty if all are), and the lines that were skipped.
+
+    Raises:
+        TrainingError: The prompts cannot be read.
+    """
     if not prompts:
         return bos_groups(target.tokenizer.bos_token_id, settings), "", BadLines()
     read, bad = read_prompts(prompts, target.tokenizer, system)
@@ -161,18 +181,18 @@ def train(
     evaluation: Evaluation | None = None,
     teacher_top_k: int = 0,
 ) -> tuple[Drafter, Metrics]:
-    """Train a drafter, and write it to ``folder/drafter``.
+    """Train a drafter and write it to ``folder/drafter``.
 
     Args:
         target: The target.
-        drafter: The drafter to start from.
+        drafter: The drafter to start from. It is trained in place.
         sources: Shards, each with its share of the rows.
         loss: The loss.
         settings: The settings.
         folder: The stage's folder.
-        evaluation: How to score the drafter, None to keep the last one.
-        teacher_top_k: Store so many of the target's most likely tokens next to the shards, and train on those.
-            0 to run the target in every step.
+        evaluation: How to score the drafter, to keep the best one. None to keep the last one.
+        teacher_top_k: Number of the target's most likely tokens to store next to the shards and train on. 0 to run the
+            target in every step.
 
     Returns:
         The trained drafter and its scores.
@@ -240,7 +260,18 @@ def train(
 
 
 def check_training(target: Target, drafter: Drafter, loss: Loss, settings: TrainingSettings, top_k: int) -> None:
-    """Raise MlxspecError if a stage cannot train this drafter, whatever its data are."""
+    """Check that a stage can train a drafter, whatever its data are.
+
+    Args:
+        target: The target.
+        drafter: The drafter to start from.
+        loss: The loss.
+        settings: The settings.
+        top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
+
+    Raises:
+        MlxspecError: The drafter has another vocabulary than the target, or the settings contradict each other.
+    """
     if drafter.config.vocab_size != target.vocab_size:
         raise TrainingError(
             f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
@@ -251,7 +282,16 @@ def check_training(target: Target, drafter: Drafter, loss: Loss, settings: Train
 
 
 def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
-    """Raise InvalidRequestError if loss, settings and teacher contradict each other."""
+    """Check that loss, settings and teacher do not contradict each other.
+
+    Args:
+        loss: The loss.
+        settings: The settings.
+        top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
+
+    Raises:
+        InvalidRequestError: They contradict each other.
+    """
     if loss.needs_target and top_k and len(settings.temperatures) > 1:
         raise InvalidRequestError(
             f"temperatures are {settings.temperatures} with teacher_top_k {top_k}, which stores one temperature; use "
@@ -266,7 +306,17 @@ def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
 
 
 def new_teacher(target: Target, batches: Batches, settings: TrainingSettings, top_k: int) -> Teacher:
-    """Return a teacher that caches the top k tokens, or an online teacher for ``top_k`` 0."""
+    """Create the teacher of a training stage.
+
+    Args:
+        target: The target.
+        batches: The batches to be trained on.
+        settings: The settings. A cached teacher uses the first temperature.
+        top_k: Number of tokens that a cached teacher stores. 0 for an online teacher.
+
+    Returns:
+        The teacher.
+    """
     apart = not batches.single  # all processes agree on it
     if not top_k:
         return OnlineTeacher(target.model, apart)
@@ -275,7 +325,16 @@ def new_teacher(target: Target, batches: Batches, settings: TrainingSettings, to
 
 
 def check_tokenizer(index: Index, target: Target, folder: Path) -> None:
-    """Raise TrainingError if shards were made with another tokenizer than the target's."""
+    """Check that shards were made with the target's tokenizer.
+
+    Args:
+        index: The index of the shards.
+        target: The target.
+        folder: The folder of the shards, for the message.
+
+    Raises:
+        TrainingError: They were made with another tokenizer.
+    """
     if index.tokenizer != target.tokenizer_fingerprint or index.vocab_size != target.vocab_size:
         raise TrainingError(
             f"{folder} was made with another tokenizer (vocabulary of {index.vocab_size}) than {target.name}'s "
@@ -302,10 +361,10 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
 
     Args:
         name: Folder, hub id or short name.
-        target: The target it will be trained for.
+        target: The target that the drafter will be trained for.
 
     Raises:
-        MlxspecError: It cannot be read as a drafter, is quantized, or has another tokenizer than the target.
+        MlxspecError: The drafter cannot be read, is quantized, or has another tokenizer than the target.
     """
     folder = model_folder(name)
     if "quantization" in read_config(folder):

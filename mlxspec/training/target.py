@@ -1,4 +1,4 @@
-"""The model that a drafter is made for, and the shape of a new drafter."""
+"""The target of a training run, and the shape of a new drafter."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from mlxspec.training.run_folder import Metrics
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """Shape of a new drafter. It has the target's vocabulary. The defaults are those of arXiv 2403.00858 (115M)."""
+    """Shape of a new drafter. Its vocabulary is the target's. The defaults are those of arXiv 2403.00858 (115M)."""
 
     hidden_size: int = option(1024, "Size of the hidden states.")
     intermediate_size: int = option(2816, "Size of the MLP's inner layer.")
@@ -41,10 +41,10 @@ class Listener:
     """Callbacks for the progress of the stages.
 
     Attributes:
-        stage: A stage starts: its name and a description.
-        work: Shards grow: work done, total work, tokens so far.
-        step: A training step ends: number of steps, the step, its metrics.
-        bad_lines: A corpus was read.
+        stage: Called at the start of a stage with its name and a description.
+        work: Called while shards are written, with the work done, the total work, and the tokens so far.
+        step: Called after a training step with the number of steps of the stage, the step, and its metrics.
+        bad_lines: Called after a corpus was read, with its skipped lines.
     """
 
     stage: Callable[[str, str], None] = lambda name, what: None
@@ -55,7 +55,7 @@ class Listener:
 
 @dataclass
 class Target:
-    """The model that a drafter is made for. Files are read when they are first needed.
+    """The model that a drafter is trained for. Files are read when they are first needed.
 
     Args:
         name: Folder, hub id or short name.
@@ -67,17 +67,17 @@ class Target:
 
     @cached_property
     def folder(self) -> Path:
-        """The local folder."""
+        """Local folder of the model."""
         return model_folder(self.name)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """mlx-lm's tokenizer."""
+        """The tokenizer, loaded with mlx-lm."""
         return read_tokenizer(self.folder, self.name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json."""
+        """Content of the model's config.json."""
         return read_config(self.folder)
 
     @property
@@ -88,23 +88,23 @@ class Target:
 
     @property
     def context(self) -> int | None:
-        """Maximum number of positions, None if the config does not state it."""
+        """Maximum number of positions. None if the config does not state it."""
         return declared_context(self.config)
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the weights during training."""
+        """Memory of the weights during training, in bytes."""
         return sum(weight.nbytes for weight in dict(tree_flatten(self.model.parameters())).values())
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model. On the CPU back end it is dequantized, since quantized products are slow there."""
+        """The model. On the CPU back end it is dequantized, since quantized matrix products are slow there."""
         model = read_model(self.folder)
         return dequantized(model) if mx.default_device().type == mx.cpu else model
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Fingerprint of the map from ids to text."""
+        """Fingerprint of the vocabulary, which maps token ids to text."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         return fingerprint(json.dumps(vocabulary))
 

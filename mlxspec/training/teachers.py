@@ -1,7 +1,7 @@
-"""Teachers: where the target's probabilities come from during training.
+"""Teachers: sources of the target's probabilities during training.
 
 ``OnlineTeacher`` runs the target in every step. ``CachedTeacher`` stores the target's most likely tokens on disk when a
-row is first used, so from the second epoch on a step does not run the target.
+row is first used. From the second epoch on, a step then does not run the target.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ SMALLEST_PROB = 1e-30  # replaces 0 in logarithms
 class OnlineTeacher:
     """Runs the target in the same graph as the drafter's step.
 
-    If the model is a body and a linear head, its logits are computed in chunks from its hidden states. A trial on a few
-    tokens decides that. The logits of other models, which cap or scale them, are kept whole.
+    If the target is a body and a linear head, its logits are computed in chunks from its hidden states. A trial on a
+    few tokens decides that. The logits of other targets, which cap or scale them, are computed as a whole.
 
     Args:
         target: The target model.
-        apart: Whether to keep the documents of a row apart. If not, a row should have only one. None for whether the
-            target can, which takes a trial.
+        apart: Whether to keep the documents of a row apart. If False, a row should hold only one document. None to
+            decide by a trial whether the target can keep them apart.
     """
 
     def __init__(self, target: nn.Module, apart: bool | None = None):
@@ -64,10 +64,10 @@ class OnlineTeacher:
         Args:
             inputs: Token ids [B, L].
             documents: Number of the document at each position [B, L].
-            stored: What ``load_rows`` returned.
+            stored: The result of ``load_rows``. It is not used.
 
         Returns:
-            Its hidden states [B, L, H], or its logits [B, L, V].
+            The target's hidden states [B, L, H], or its logits [B, L, V].
         """
         run = self._body if self.splits else self.target
         return (run(inputs, cache=document_masks(self._windows, documents)) if self.apart else run(inputs),)
@@ -86,17 +86,17 @@ class OnlineTeacher:
 
 @dataclass
 class TopKStore:
-    """Token ids and float16 log-probabilities of the rows of one folder of shards, each [length, k], in two flat files.
+    """Stores the k most likely tokens at each position for the rows of one folder of shards.
 
-    A position takes 4k bytes, or 6k for a vocabulary beyond 65536. The files are sparse: a row takes space when it is
-    written.
+    Two flat files hold the token ids and the float16 log-probabilities, each [rows, length, k]. A position takes 4k
+    bytes, or 6k for a vocabulary beyond 65536. The files are sparse: a row takes space only once it is written.
 
     Args:
         folder: Folder of the two files.
         rows: Number of rows.
         length: Positions in a row.
-        k: Tokens at each position.
-        id_type: NumPy type of the ids.
+        k: Number of tokens at each position.
+        id_type: NumPy type of the token ids.
     """
 
     folder: Path
@@ -116,16 +116,30 @@ class TopKStore:
         return np.memmap(path, dtype, "r", shape=shape)
 
     def has(self, row: int) -> bool:
-        """Return whether a row was written. The top k tokens differ, so two equal ids are zeros of a sparse file."""
+        """Return whether a row was written.
+
+        The k token ids of a position differ. Two equal ids are therefore zeros of a sparse file.
+        """
         ids, logprobs = (part[row] for part in self._parts)
         return bool((ids[:, 0] != ids[:, 1]).all() and (logprobs != 0).any(-1).all())
 
     def read(self, row: int) -> list[np.ndarray]:
-        """Return the ids and the log-probabilities of a row, each [length, k]."""
+        """Return the token ids and the log-probabilities of a row, each [length, k]."""
         return [part[row] for part in self._parts]
 
     def write(self, row: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Store a row. On a full disk this raises OSError; writing through the memory map would kill the process."""
+        """Store a row.
+
+        The row is not written through the memory map, since a full disk would then kill the process.
+
+        Args:
+            row: Number of the row.
+            ids: Token ids [length, k].
+            logprobs: Log-probabilities [length, k].
+
+        Raises:
+            OSError: The file cannot be written, for example because the disk is full.
+        """
         parts = {"ids": ids.astype(self.id_type), "logprobs": logprobs.astype(np.float16)}
         for name, part in parts.items():
             with (self.folder / name).open("r+b") as file:
@@ -138,7 +152,7 @@ class CachedTeacher:
 
     The remaining probability is assumed to be distributed as in the drafter. Every loss is then the loss between two
     distributions over k + 1 events. The store is next to the shards, in a folder named after the target's fingerprint
-    and everything else that changes its content, so several stages can share it.
+    and everything else that changes its content. Several stages can therefore share it.
 
     Args:
         target: The target model.
@@ -169,7 +183,7 @@ class CachedTeacher:
             )
         self.batches, self.temperature, self.k = batches, temperature, k
         self._online = OnlineTeacher(target, apart)
-        self._log_q = mx.zeros((1, vocab_size))  # its shape tells the teacher the size of the vocabulary
+        self._log_q = mx.zeros((1, vocab_size))  # only its shape is used, for the size of the vocabulary
         rows = "single" if batches.single else "apart"
         name = f"teacher-{fingerprint}-{k}-of-{batches.length}-{rows}-at-{temperature:g}"
         id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
@@ -182,13 +196,13 @@ class CachedTeacher:
         """Read a batch from disk. If one of its rows is missing, run the target on the batch first.
 
         Args:
-            row_numbers: (number of the source, number of the row in it) for each row.
+            row_numbers: (source, row in the source) for each row.
 
         Returns:
-            ids and log-probabilities, each [B, L, k].
+            Token ids and log-probabilities, each [B, L, k].
 
         Raises:
-            TrainingError: There is no space to store a row.
+            WriteError: A row cannot be stored, for example because the disk is full.
         """
         if not all(self._stores[source].has(row) for source, row in row_numbers):
             self._fill(row_numbers)
@@ -198,8 +212,8 @@ class CachedTeacher:
     def _fill(self, row_numbers: Sequence[tuple[int, int]]) -> None:
         """Run the target on all rows of the batch, and store those that are missing.
 
-        Known rows are run too, so that the stored numbers depend on the batch alone. A run that was killed after some
-        rows were written then ends with the same weights.
+        Known rows are run too, so that the stored numbers depend only on the batch. A resumed run then ends with the
+        same weights, even if it was killed after only some of the rows were written.
         """
         rows = self.batches.read(row_numbers)
         (states,) = self._online.states(mx.array(rows.ids[:, :-1]), mx.array(rows.documents[:, :-1]), ())
@@ -214,7 +228,16 @@ class CachedTeacher:
                     store.write(row, np.array(ids), np.array(logprobs))
 
     def states(self, inputs: mx.array, documents: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        """Return the arrays that ``load_rows`` read."""
+        """Return the arrays that ``load_rows`` read.
+
+        Args:
+            inputs: Token ids [B, L]. They are not used.
+            documents: Number of the document at each position [B, L]. They are not used.
+            stored: The result of ``load_rows``.
+
+        Returns:
+            Token ids and log-probabilities, each [B, L, k].
+        """
         return stored
 
     def probs(self, temperature: mx.array) -> TeacherProbs:
@@ -226,14 +249,14 @@ Teacher = OnlineTeacher | CachedTeacher
 
 
 def probs_from_top_k(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
-    """Complete the top k to a distribution over the vocabulary.
+    """Complete the target's top k probabilities to a distribution over the vocabulary.
 
     Args:
         states: Token ids and log-probabilities, each [n, k].
         log_q: The drafter's log-probabilities [n, V].
 
     Returns:
-        p and log p [n, V].
+        p and log p, each [n, V].
     """
     ids, top_logprobs = states
     top_p = mx.exp(top_logprobs)

@@ -1,6 +1,6 @@
 """The training loop and its settings. Every stage uses the same loop.
 
-Batches are functions of the step, so a resumed run needs to know only its step.
+A batch is a function of the step. To resume, a run needs to know only its step.
 """
 
 import json
@@ -93,7 +93,10 @@ class TrainingSettings:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Type of the computation. "auto" is bfloat16 on a GPU. On the CPU it is float32, which is 50 times faster."""
+        """Type of the computation.
+
+        "auto" is bfloat16 on a GPU and float32 on the CPU, where float32 is 50 times faster.
+        """
         return PRECISIONS[self.precision] or (mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16)
 
 
@@ -119,8 +122,9 @@ class Trainer:
         folder: Folder for checkpoints, the best drafters and metrics.jsonl.
         scorer: Measures the drafter every ``evaluate_every`` steps and after the last step. The drafter with the best
             block efficiency is kept. None to keep the last drafter.
-        teacher: The teacher of ``objective``, if it has stored the rows of a batch.
-        report: Called with the metrics of every step.
+        teacher: The teacher of ``objective``. It supplies the stored rows of a batch. None for an objective without
+            stored rows.
+        report: Called with the number of steps taken and the metrics, after every step and every measurement.
         evaluation: Everything that the scores depend on, as JSON. Only scores of the same evaluation are compared.
 
     Raises:
@@ -154,13 +158,14 @@ class Trainer:
         self.best: Metrics = {}
 
     def run(self) -> Metrics:
-        """Train to the last step, from the last checkpoint if there is one.
+        """Train to the last step, starting from the last checkpoint if there is one.
 
         Returns:
-            The scores of the drafter that is kept, empty without a scorer.
+            The scores of the drafter that is kept. Empty without a scorer.
 
         Raises:
-            TrainingError: The loss or its gradient is not finite, or a file cannot be written.
+            TrainingError: The loss or its gradient is not finite, or a checkpoint cannot be read.
+            WriteError: A file cannot be written.
         """
         self.drafter.set_dtype(mx.float32)
         self.optimizer.init(self.drafter.trainable_parameters())
@@ -191,7 +196,10 @@ class Trainer:
         return self.best
 
     def time_step(self, steps: int = 3) -> float:
-        """Measure the seconds of a step. The first step, which compiles, does not count. This changes the drafter."""
+        """Return the mean seconds of ``steps`` − 1 training steps.
+
+        The first step is not counted, since it includes compilation. This method changes the drafter.
+        """
         self.drafter.set_dtype(mx.float32)
         self.optimizer.init(self.drafter.trainable_parameters())
         self._compile()
@@ -202,11 +210,11 @@ class Trainer:
         return (time.perf_counter() - start) / (steps - 1)
 
     def _due(self, done: int, every: int) -> bool:
-        """Return whether something is done after this step. It is done every so many steps and after the last."""
+        """Return whether a periodic action is due: every ``every`` steps, and after the last step."""
         return done == self.settings.steps or bool(every and done % every == 0)
 
     def _compile(self) -> None:
-        # The state is an input and an output, or else the compiled function would keep the weights of its first call.
+        # The state is an input and an output. Otherwise the compiled function would keep the weights of its first call.
         state = [self.drafter.state, self.optimizer.state]
         compiled = partial(mx.compile, inputs=state, outputs=state)
         self._compiled_step = compiled(lambda *batch: self._apply(*self._gradients(*batch)))
@@ -215,7 +223,7 @@ class Trainer:
         self._state = state
 
     def _gradients(self, *batch: Any) -> tuple[mx.array, Any]:
-        """Return (loss, α) [2] and the gradients of some rows. Their sums over all rows are those of the step."""
+        """Return (loss, α) [2] and the gradients of some rows. The values of a step are sums over all its rows."""
         weights = self.drafter.trainable_parameters()
 
         def loss(weights: Any) -> tuple[mx.array, mx.array]:
@@ -227,7 +235,7 @@ class Trainer:
         return mx.stack([value, alpha]), gradients
 
     def _apply(self, values: mx.array, gradients: Any) -> mx.array:
-        """Update the weights. Returns (loss, α, gradient norm) [3] of the whole step."""
+        """Update the weights. Return (loss, α, gradient norm) [3] of the whole step."""
         processes = self.group.size()
         if processes > 1:
             gradients = tree_map(lambda g: g * processes, nn.average_gradients(gradients, self.group))
@@ -267,7 +275,7 @@ class Trainer:
         return metrics
 
     def _drop_checkpoint(self, step: int) -> str:
-        """Delete the checkpoint of weights whose loss is not finite. Returns a message about the last good one."""
+        """Delete a checkpoint whose loss is not finite. Return a message about the last good checkpoint."""
         barrier()
         if is_first_process():
             shutil.rmtree(self.folder / checkpoint_name(step), ignore_errors=True)
@@ -320,7 +328,7 @@ class Trainer:
                 ) from None
 
     def _best_folder(self, step: int) -> Path:
-        """Return where the best drafter is kept. Its name has the step, so a checkpoint finds the one that it means."""
+        """Return the folder of the best drafter of a step. Each checkpoint stores the step of its best drafter."""
         return self.folder / f"best-{step:08d}"
 
     def _save(self, done: int) -> None:

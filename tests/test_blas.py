@@ -1,0 +1,84 @@
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlxspec import blas
+
+PRODUCT = """
+import json, time
+{first}
+import mlxspec
+import mlx.core as mx
+from mlxspec.blas import blas_name
+a = mx.random.normal((512, 512))
+times = []
+for _ in range(8):
+    start = time.perf_counter()
+    mx.eval(a @ a)
+    times.append(time.perf_counter() - start)
+print(json.dumps([blas_name(), min(times)]))
+"""
+
+
+def installed() -> bool:
+    try:
+        ctypes.CDLL(blas.LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
+needs_openblas = pytest.mark.skipif(
+    sys.platform != "linux" or not installed(), reason=f"needs Linux with OpenBLAS; apt install {blas.PACKAGE}"
+)
+
+
+def in_new_process(code: str, switch: str) -> list:
+    environment = {**os.environ, blas.SWITCH: switch, "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("LD_PRELOAD", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+@needs_openblas
+def test_mlx_computes_with_openblas_where_it_is_installed_and_is_many_times_faster():
+    name, seconds = in_new_process(PRODUCT.format(first=""), "")
+    off, slow = in_new_process(PRODUCT.format(first=""), "off")
+    assert name.startswith("OpenBLAS ")
+    assert off == "reference BLAS"
+    assert seconds < slow / 3
+
+
+@needs_openblas
+def test_the_name_is_that_of_the_library_in_use_if_mlx_was_imported_first():
+    assert in_new_process(PRODUCT.format(first="import mlx.core"), "")[0] == "reference BLAS"
+
+
+LOADED = """
+import json
+import mlxspec, mlx.core as mx
+from mlx.utils import tree_flatten
+pair = mlxspec.load({quantize})
+kinds = sorted(set(str(weight.dtype) for _, weight in tree_flatten(pair.target.parameters())))
+answer = mlxspec.generate(pair, "Once upon a time", max_tokens=40, draft_length=4)
+print(json.dumps([kinds, answer.text]))
+"""
+
+
+@needs_openblas
+def test_a_small_quantized_target_is_held_in_float32_with_a_fast_blas_and_writes_the_same_text():
+    kinds, text = in_new_process(LOADED.format(quantize=""), "")
+    stored, expected = in_new_process(LOADED.format(quantize=""), "off")
+    assert kinds == ["mlx.core.float32"]
+    assert "mlx.core.uint32" in stored
+    assert text == expected
+
+
+@needs_openblas
+def test_quantize_none_keeps_the_weights_as_they_are_stored():
+    kinds, _ = in_new_process(LOADED.format(quantize="quantize='none'"), "")
+    assert "mlx.core.uint32" in kinds
