@@ -50,9 +50,9 @@ from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
 
 LEGEND = (
-    "τ: block efficiency, tokens per target pass. γ: mean draft length. MBSU: the speed-up on a machine where a step "
-    "costs what it reads, with the cost of the drafter by parameters and by bytes. Ratios: tokens/s of mlxspec over "
-    "those of mlx-lm in the same round."
+    "τ: block efficiency, the tokens per pass of the target. γ: mean draft length. MBSU: the speed-up if a pass takes "
+    "time in proportion to the parameters, or to the bytes, of its model. Ratios: tokens/s of mlxspec divided by those "
+    "of mlx-lm in the same round."
 )
 PROFILED = 4  # draft length of the block whose parts are timed
 
@@ -63,25 +63,32 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @QUANTIZE
 @CONTEXT
 @click.option("--tasks", default="stories", show_default=True,
-              help=f"Separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files (also Spec-Bench's).")  # fmt: skip
+              help=f"Tasks, separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files with prompts.")  # fmt: skip
 @click.option("--temperature", "temperatures", type=float, multiple=True,
-              help="May be given several times.  [default: that of the task, else 0 and 1]")  # fmt: skip
+              help="Sampling temperature. Can be given several times.  "
+                   "[default: the task's own, or 0 and 1]")  # fmt: skip
 @click.option("--prompts", default=4, show_default=True, help="Prompts per task.")
-@click.option("--max-tokens", default=BenchmarkSettings.max_tokens, show_default=True, help="Longest answer.")
+@click.option(
+    "--max-tokens",
+    default=BenchmarkSettings.max_tokens,
+    show_default=True,
+    help="Maximum length of an answer, in tokens.",
+)
 @click.option("--rounds", default=BenchmarkSettings.rounds, show_default=True,
-              help="Rounds that count; a warm-up round precedes them.")  # fmt: skip
+              help="Measured rounds. A warm-up round comes first.")  # fmt: skip
 @DRAFT_LENGTH
 @click.option("--peer-draft-length", default=BenchmarkSettings.peer_draft_length, show_default=True,
-              help="Tokens that mlx-lm drafts per block.")  # fmt: skip
+              help="Tokens that mlx-lm drafts for each pass of the target.")  # fmt: skip
 @VERIFICATION
 @click.option("--out", type=click.Path(path_type=Path), default="bench.json", show_default=True,
-              help="File for the figures.")  # fmt: skip
+              help="JSON file for the results.")  # fmt: skip
 @click.option("--calibrate", "calibration", is_flag=True,
-              help="Measure block costs anew, and the speed at each draft length.")  # fmt: skip
+              help="Also measure again how long passes take, and compare the speed "
+                   "at each draft length with the prediction.")  # fmt: skip
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
-              help="Measure nothing; print the figures of B relative to A.")  # fmt: skip
+              help="Compare two result files: print the figures of B relative to A.")  # fmt: skip
 def bench(target, drafter, quantize, context, tasks, prompts, out, calibration, compare, **given):
-    """Measure a pair on this machine and compare it with mlx-lm, plain and speculative."""
+    """Compare the speed of mlxspec with that of plain and of speculative mlx-lm, for a target and its drafter."""
     if compare:
         if others := [name for name in measuring_options() if name != "compare"]:
             raise InvalidRequestError(f"--{others[0].replace('_', '-')} has no effect with --compare; leave one out")
@@ -172,7 +179,7 @@ def measure_blocks(
     "--out", type=click.Path(path_type=Path), help="Folder for the page and its pictures.  [default: FILE-report]"
 )
 def report(file: Path, out: Path | None) -> None:
-    """Make a self-contained page, index.html, and its pictures as PNG from FILE, which bench wrote."""
+    """Make an HTML page with pictures from FILE, the results of bench. The pictures are also saved as PNG files."""
     record = read_record(file)
     click.echo(write_report(record, out or file.with_name(f"{file.stem}-report")))
 

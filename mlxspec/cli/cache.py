@@ -14,13 +14,13 @@ COSTS = "costs"  # the name that stands for all files with costs of blocks
 
 @click.command()
 @click.option(
-    "--delete", multiple=True, metavar="NAME", help="Delete this entry, or `all`. May be given several times."
+    "--delete", multiple=True, metavar="NAME", help="Delete this entry, or `all`. Can be given several times."
 )
 def cache(delete):
     """List or delete what mlxspec keeps on disk.
 
-    These are quantized copies of targets, and the costs of blocks that were measured on this machine. Both are made
-    again when they are needed. Downloaded models belong to the hub's own cache: see `hf cache`.
+    These are quantized copies of targets, and measurements of how long passes take on this machine. mlxspec makes both
+    again when it needs them. Downloaded models belong to the hub's own cache: see `hf cache`.
     """
     entries = {path.name: path for path in copies()}
     if (cache_folder() / COSTS).is_dir():

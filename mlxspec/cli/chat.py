@@ -27,7 +27,8 @@ QUOTES = '"' * 3
 
 @click.command()
 @decoder_options
-@click.option("--max-tokens", default=-1, show_default=True, help="Longest answer; -1: no limit but the context.")
+@click.option("--max-tokens", default=-1, show_default=True,
+              help="Maximum length of an answer, in tokens. With -1, the context is the only limit.")  # fmt: skip
 @click.option("--system", help="System prompt.")
 def chat(max_tokens, system, **decoder_settings):
     """Talk to a chat model. Type /help for the commands."""

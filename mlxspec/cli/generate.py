@@ -28,10 +28,10 @@ BYTES_PER_TOKEN = 3  # of a prompt, for the check of memory that comes before th
 @click.argument("prompt", required=False)
 @decoder_options
 @click.option("--max-tokens", default=DEFAULT_MAX_TOKENS, show_default=True,
-              help="Longest answer; -1: no limit but the context.")  # fmt: skip
+              help="Maximum length of the answer, in tokens. With -1, the context is the only limit.")  # fmt: skip
 @click.option("--system", help="System prompt, for a model whose chat template accepts one.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
-@click.option("--stop", multiple=True, help="End the answer before this text. May be given several times.")
+@click.option("--stop", multiple=True, help="End the answer before this text. Can be given several times.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", "details", is_flag=True, help="Print all statistics.")
 @click.option("--show-drafted", is_flag=True, help="Show accepted drafted tokens in green.")

@@ -50,7 +50,9 @@ DRAFTER = click.option(
     "model to try prompt lookup as well.  [default: auto; for the demo target, its own drafter]",
 )
 QUANTIZE = click.option(
-    "--quantize", help="Quantize the target to 4, 8, mxfp4 or nvfp4 and keep the copy. With none, use it as stored."
+    "--quantize",
+    help="Quantize the target to 4 bits, 8 bits, mxfp4 or nvfp4, and keep the "
+    "copy. With none, use the target as stored.",
 )
 DRAFT_LENGTH = click.option(
     "--draft-length",
@@ -58,8 +60,8 @@ DRAFT_LENGTH = click.option(
     type=DraftLength(),
     default=DEFAULT_DRAFT_LENGTH,
     show_default=True,
-    help="Tokens to draft for each pass of the target. 0 decodes without drafts. With auto, mlxspec chooses the fastest "
-    "length while it decodes.",
+    help="Tokens to draft for each pass of the target. With 0 there are no drafts. With auto, mlxspec finds the "
+    "fastest length while it decodes.",
 )
 VERIFICATION = click.option(
     "--verification",
@@ -86,7 +88,7 @@ SAMPLING_OPTIONS = [
 CONTEXT = click.option(
     "--context",
     type=click.IntRange(2),
-    help="Maximum number of positions of the target.  [default: what its config declares]",
+    help="Context length of the target, in tokens.  [default: the one that its config declares]",
 )
 
 

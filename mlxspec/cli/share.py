@@ -13,7 +13,7 @@ FACTS = {
     "base": "The target that the drafter was made for.",
     "data": "The training data.",
     "loss": "The training loss.",
-    "block_efficiency": "The measured block efficiency, with the setting.",
+    "block_efficiency": "The measured block efficiency, with draft length and temperature.",
 }
 
 
@@ -28,7 +28,7 @@ def fact_options(command: Callable) -> Callable:
 @click.command(name="export")
 @click.argument("drafter")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quantize", help="4, 8, mxfp4 or nvfp4. Only MLX can load the result.")
+@click.option("--quantize", help="Quantize to 4 bits, 8 bits, mxfp4 or nvfp4. Only MLX can load the result.")
 @fact_options
 def export_command(drafter: str, out: Path, quantize: str | None, **facts: str | None) -> None:
     """Write DRAFTER to the new folder OUT, in a layout for mlx-lm, transformers and llama.cpp's converter."""

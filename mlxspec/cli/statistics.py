@@ -1,17 +1,17 @@
 """The statistics of an answer in words."""
 
+import os
 import sys
 
 import mlx.core as mx
 
 from mlxspec import DecodingStats, SpeculativeDecoder
-from mlxspec.blas import PACKAGE, blas_name, has_fast_blas
-from mlxspec.decoding.drafting import MODEL, PLAIN, Choice
+from mlxspec.blas import PACKAGE, SWITCH, blas_name, has_fast_blas
+from mlxspec.decoding.drafting import PLAIN
 from mlxspec.decoding.policy import Automatic
 
 DRAFTED_BY = {"model": "drafted by the model", "lookup": "drafted by prompt lookup", "none": "without a draft"}
 SHORT_ANSWER = 8  # tokens, in which a draft saves little
-SHOWN_LENGTH = 4  # draft length of the block whose cost explains why nothing is drafted
 
 
 def summary(decoder: SpeculativeDecoder) -> str:
@@ -32,21 +32,21 @@ def why_nothing_is_drafted(decoder: SpeculativeDecoder) -> str:
         return "because drafting is off"
     if stats.tokens < SHORT_ANSWER or not isinstance(policy, Automatic):
         return "because the answer is short"
-    if not any(policy.can_draft(name) for name in proposers):
+    drafting = {choice: rate for choice, rate in policy.rates().items() if choice != PLAIN}
+    if not drafting:
         return "because the text is longer than the drafter's context"
-    plain = policy.costs.block(PLAIN)
-    if not any(policy.can_exceed(1 / plain, name) for name in proposers):
-        ratio = policy.costs.block(Choice(proposers[0], SHOWN_LENGTH)) / plain
-        return f"because {SHOWN_LENGTH} drafted tokens and their verification take {ratio:.1f} times a plain pass here"
-    if MODEL not in proposers:
-        return "because the text does not repeat itself"
-    return "because plain decoding is faster on this machine"
+    best = max(drafting, key=lambda choice: drafting[choice])
+    ratio = policy.costs.block(best) / policy.costs.block(PLAIN)
+    return (
+        f"because a draft of length {best.length} and its verification would take {ratio:.1f} times a plain pass here, "
+        f"for {policy.expected_tokens(best):.1f} tokens"
+    )
 
 
 def advice(decoder: SpeculativeDecoder) -> str:
     """Return what would make drafting faster on Linux, "" if nothing is missing."""
     slow = sys.platform == "linux" and mx.default_device().type == mx.cpu and not has_fast_blas()
-    if not slow or not decoder.compiled.drafters or decoder.draft_length == 0:
+    if not slow or os.environ.get(SWITCH) == "off" or not decoder.compiled.drafters or decoder.draft_length == 0:
         return ""
     return f". For speed on this machine, install OpenBLAS: apt install {PACKAGE}"
 

@@ -33,13 +33,17 @@ SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency")
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the target.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-PROMPTS = click.option("--prompts", multiple=True, help="Files with prompts to measure block efficiency on.")
-START = click.option("--drafter", help="Start from this drafter. By default a new one of the shape below.")
+PROMPTS = click.option(
+    "--prompts",
+    multiple=True,
+    help="Files with prompts. The block efficiency (tokens per pass of the target) is measured on them.",
+)
+START = click.option("--drafter", help="Start from this drafter. By default, a new one with the sizes below.")
 
 
 @click.group()
 def train() -> None:
-    """Make a drafter for a target. To resume an interrupted command, repeat it."""
+    """Train a drafter for a target. To resume an interrupted command, repeat it."""
 
 
 def settings_options(*classes: type) -> Callable:
@@ -85,7 +89,10 @@ def recipe_keys() -> str:
         "  target (required)",
         "    Folder, hub id or short name of the target.",
     ]
-    lines += ["  drafter", "    Folder, hub id or short name of a drafter to start from, or the table below."]
+    lines += [
+        "  drafter",
+        "    Folder, hub id or short name of a drafter to start from. Leave it out to use [drafter].",
+    ]
     for name, classes in recipes.TABLES.items():
         several = "[[finetune]], once or several times" if name == "finetune" else f"[{name}]"
         lines += ["", "\b", f"{several}:"]
@@ -153,7 +160,7 @@ def print_estimate(recipe: Recipe, folder: Path) -> None:
 def pretrain(
     target: str, data: tuple[str, ...], out: Path, drafter: str | None, prompts: tuple[str, ...], **options: Any
 ) -> None:
-    """Train a drafter on the next token of text."""
+    """Train a drafter to predict the next token of text."""
     settings, shape = take_settings(TrainingSettings, options), take_settings(DrafterShape, options)
     with Bars() as bars, locked_for_all(out):
         model = Target(target, bars.listener)
@@ -179,12 +186,14 @@ def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
         click.echo(", ".join(f"{count} {name}" for name, count in answer_counts(shards).items()))
 
 
-@train.command(short_help="Train a drafter to match the target on its answers.")
+@train.command(short_help="Train a drafter to match the target on the target's answers.")
 @TARGET
 @click.option("--drafter", required=True, help="The drafter to start from.")
 @click.option("--answers", required=True, type=click.Path(path_type=Path), help="Folder written by train distill.")
 @click.option(
-    "--text", type=click.Path(path_type=Path), help="Pretraining text to mix in: the text folder of train pretrain."
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Pretraining text to mix in: the folder `text` in the --out folder of train pretrain.",
 )
 @PROMPTS
 @OUT

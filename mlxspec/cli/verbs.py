@@ -19,15 +19,15 @@ from mlxspec.errors import MlxspecError, advice_for
 
 # Verb -> where its command is defined, and its line in the list of commands. tests/cli/test_main.py compares the lines.
 VERBS = {
-    "bench": ("mlxspec.cli.bench:bench", "Measure a pair and compare it with mlx-lm."),
+    "bench": ("mlxspec.cli.bench:bench", "Compare the speed of mlxspec with that of mlx-lm."),
     "cache": ("mlxspec.cli.cache:cache", "List or delete what mlxspec keeps on disk."),
     "chat": ("mlxspec.cli.chat:chat", "Talk to a chat model."),
     "export": ("mlxspec.cli.share:export_command", "Write a drafter for other tools."),
     "generate": ("mlxspec.cli.generate:generate", "Answer a prompt."),
     "models": ("mlxspec.cli.models:models", "List the short names of targets and drafters."),
     "push": ("mlxspec.cli.share:push_command", "Upload an exported drafter to the hub."),
-    "report": ("mlxspec.cli.bench:report", "Make a page with pictures from a file of bench."),
-    "train": ("mlxspec.cli.train:train", "Make a drafter for a target."),
+    "report": ("mlxspec.cli.bench:report", "Make an HTML page from the results of bench."),
+    "train": ("mlxspec.cli.train:train", "Train a drafter for a target."),
 }
 
 

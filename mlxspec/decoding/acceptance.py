@@ -8,7 +8,7 @@ from typing import Protocol
 MENU = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # the draft lengths that ``Automatic`` chooses from
 LONGEST = MENU[-1]
 
-PRIOR_RATE, PRIOR_WEIGHT = 0.85, 2.0  # for a drafter without evidence; the weight is a pseudo-count in tokens
+PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2.0  # for a drafter without evidence; the weight is a pseudo-count in tokens
 POSITION_WEIGHT = 2.0  # pseudo-count of the overall rate in each position's rate
 BLOCK_MEMORY = 0.98  # decay of the evidence per block: about the last 50 blocks count
 TOKEN_MEMORY = 0.98  # decay per token of text, for prompt lookup: copied passages start and end abruptly

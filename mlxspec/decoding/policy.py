@@ -176,10 +176,6 @@ class Automatic:
         """Return whether a proposer is there, and can draft after the present text."""
         return name in self.yields and (name != MODEL or self.length + LONGEST <= self.reach)
 
-    def can_exceed(self, rate: float, name: str) -> bool:
-        """Return whether a proposer exceeds ``rate``, in tokens per second, if all its drafted tokens are accepted."""
-        return any((n + 1) / self.costs.block(Choice(name, n)) > rate for n in MENU[1:])
-
     def grow(self, tokens: int) -> None:
         """Account for ``tokens`` more tokens of text: blocks cost more."""
         self.length += tokens
@@ -201,7 +197,8 @@ class Automatic:
 
     def probe_if_affordable(self, rates: dict[Choice, float], unread: int) -> None:
         probe = probe_of(rates)
-        if not self.can_exceed(rates[self.choice], MODEL) or self.missing < PROBE_BLOCKS * (probe.length + 1):
+        hopeless = max((n + 1) / self.costs.block(Choice(MODEL, n)) for n in MENU[1:]) <= rates[self.choice]
+        if hopeless or self.missing < PROBE_BLOCKS * (probe.length + 1):
             return
         if self.savings >= PROBE_BLOCKS * self.vain_seconds(probe) + self.reading(probe, unread):
             self.savings, self.probing = 0.0, True

@@ -117,19 +117,20 @@ class Loss:
         key="loss",
     )
     estimator: str = option(
-        "expectation", 'tvd++: "expectation" for the exact expectation, or a number of samples for each position.'
+        "expectation",
+        'For tvd++: compute the gradient as an exact "expectation", or from this number of samples per position.',
     )
     statistics: str = option(
         "position",
-        "tvd++: take the mean and deviation of the reward over each position or over the batch.",
+        "For tvd++: normalize the reward (1 where q < p) over the vocabulary at each position, or over the batch.",
         choices=lambda: ["position", "batch"],
     )
     weighting: str = option(
         "drafter",
-        "tvd++: weight tokens by the drafter's probabilities, or all tokens equally.",
+        "For tvd++: weight tokens by the drafter's probabilities, or all tokens equally.",
         choices=lambda: ["drafter", "vocabulary"],
     )
-    epsilon: float = option(0.1, "tvd++: added to the standard deviation that divides the reward.")
+    epsilon: float = option(0.1, "For tvd++: added to the standard deviation when the reward is normalized.")
 
     def __post_init__(self) -> None:
         for name, known in (

@@ -52,8 +52,8 @@ class FinetuneData:
     mix: float = option(TEXT_SHARE, "Share of the rows that come from the pretraining text, if there is any.")
     teacher_top_k: int = option(
         0,
-        "Store so many of the target's most likely tokens on disk instead of running the target in every step. "
-        "acceptance_rate is then an upper bound. 0 to run the target.",
+        "Number of the target's most likely tokens to store on disk for each position. Later epochs read them instead "
+        "of running the target. The acceptance rate in metrics.jsonl is then an upper bound. 0 stores none.",
     )
 
     def __post_init__(self) -> None:

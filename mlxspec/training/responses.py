@@ -41,7 +41,8 @@ class AnswerSettings:
     )
     top_p: float = option(0.95, "Sample from the most likely tokens that together have this probability.")
     samples: int = option(
-        1, "Answers to each prompt at each temperature above 0. Without prompts: total number of texts."
+        1,
+        "Answers to each prompt at each temperature above 0. Without prompts, the number of texts at all temperatures.",
     )
     max_tokens: int = option(256, "Maximum length of an answer, in tokens.")
     group: int = option(64, "Prompts that are answered in one batch.")
@@ -64,7 +65,9 @@ class DistillData:
     """The prompts that the target answers."""
 
     prompts: tuple[str, ...] = option(
-        (), "Files with prompts. Answers in them are not used. Without any files, the target writes text from BOS."
+        (),
+        "Files with prompts. Answers in them are not used. Without prompts, "
+        "the target writes texts that start with BOS.",
     )
     system: str | None = option(None, "System prompt for prompts that have none.")
 

@@ -34,12 +34,14 @@ class EvaluationSettings:
     """How block efficiency is measured. Raises InvalidRequestError for a value outside its range."""
 
     prompts: tuple[str, ...] = option(
-        (), "Files with prompts. By default the last prompts of the distillation, which are held out, or else only BOS."
+        (),
+        "Files with prompts. By default, prompts of [distill] that are held "
+        "out of training, or BOS alone without them.",
     )
     count: int = option(20, "Number of prompts.")
-    words: int = option(0, "Use only so many words from the start of each text. 0 for all.")
+    words: int = option(0, "Use this number of words from the start of each prompt. 0 uses all.")
     max_tokens: int = option(120, "Maximum length of an answer, in tokens.")
-    draft_length: int = option(4, "Drafted tokens in a block.")
+    draft_length: int = option(4, "Tokens drafted for each pass of the target.")
     temperatures: tuple[float, ...] = option((0.0, 1.0), "Temperatures. The score is the mean over them.")
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class DrafterShape:
     num_hidden_layers: int = option(4, "Number of layers.")
     num_attention_heads: int = option(8, "Number of attention heads.")
     num_key_value_heads: int | None = option(
-        None, "Number of key and value heads. By default that of the attention heads."
+        None, "Number of key and value heads. By default, the number of attention heads."
     )
     tie_word_embeddings: bool = option(False, "Use the input embedding as the output head.")
 

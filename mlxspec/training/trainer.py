@@ -41,8 +41,8 @@ class TrainingSettings:
     """Settings of a training stage. Raises InvalidRequestError for a value outside its range."""
 
     steps: int = option(1000, "Number of optimizer steps.")
-    batch: int = option(16, "Rows in a step, over all processes.")
-    length: int = option(512, "Positions in a row.")
+    batch: int = option(16, "Sequences in a step, summed over all processes of mlx.launch.")
+    length: int = option(512, "Tokens in a sequence.")
     learning_rate: float = option(1e-3, "Peak learning rate, after the warmup.")
     warmup: int = option(50, "Steps in which the learning rate rises to its peak.")
     final_rate: float = option(0.05, "Learning rate of the last step, as a fraction of the peak.")
@@ -50,7 +50,7 @@ class TrainingSettings:
     clip: float = option(1.0, "Maximum gradient norm.")
     accumulate: int = option(1, "Gradient accumulation: number of parts in which a batch is computed, to save memory.")
     temperatures: tuple[float, ...] = option(
-        (1.0,), "Temperatures of p and q in a distillation loss. The steps use them in turn."
+        (1.0,), "Temperatures applied to target and drafter in a loss that compares them. The steps use them in turn."
     )
     precision: str = option(
         "auto", "Precision of the computation. Weights stay float32.", choices=lambda: list(PRECISIONS)
