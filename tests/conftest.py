@@ -126,7 +126,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def mlxspec_command(monkeypatch, capsys):
-    """Run the command in this process, as the console script does; importing MLX anew each time is slow."""
+    """Run the command in this process, as the console script does; importing MLX again each time is slow."""
 
     def run(*args: str, stdin: bytes = b"") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["mlxspec", *args])

@@ -150,13 +150,13 @@ def measure_blocks(
         pair: target and drafters.
         tasks: their samplings decide which costs are needed; the prompts of the first are used.
         settings: how to measure.
-        calibration: measure known costs anew, and the speed at each draft length.
+        calibration: measure known costs again, and the speed at each draft length.
         record: is added to.
     """
     first, *others = dict.fromkeys(sampling for task in tasks for sampling in samplings(task, settings))
     length = "auto" if calibration else settings.draft_length
     for sampling in others if calibration else [first, *others]:  # ``calibrated`` measures the costs of the first
-        calibrate(SpeculativeDecoder(pair, sampling, length, settings.verification), anew=calibration)
+        calibrate(SpeculativeDecoder(pair, sampling, length, settings.verification), again=calibration)
     if pair.drafter is not None:
         record["profile"] = profile(pair, first, PROFILED, settings.verification)
     if calibration:
@@ -185,6 +185,7 @@ def report(file: Path, out: Path | None) -> None:
 
 
 def print_results(record: Record) -> None:
+    """Print the tables and the conclusion of a benchmark."""
     if rows := summaries(record):
         print_table(HEADINGS, [cells(row) for row in rows])
         click.echo()
@@ -194,6 +195,7 @@ def print_results(record: Record) -> None:
 
 
 def print_block(found: Record | None) -> None:
+    """Print how long each part of a block takes."""
     if found:
         parts = ", ".join(f"{PART_NAMES[part]} {1000 * found[part]:.2f}" for part in PARTS)
         click.echo(
@@ -203,6 +205,7 @@ def print_block(found: Record | None) -> None:
 
 
 def print_calibration(found: Record) -> None:
+    """Print the predicted and the measured speed at each draft length."""
     one, costs = found["lengths"][0]["verify"], found["costs"]
     rows = [
         [
@@ -230,6 +233,7 @@ def print_calibration(found: Record) -> None:
 
 
 def print_comparison(before: Record, after: Record) -> None:
+    """Print the figures of one benchmark relative to those of an earlier one."""
     rows = compared(before, after)
     if not rows:
         raise InvalidRequestError(
@@ -243,6 +247,7 @@ def print_comparison(before: Record, after: Record) -> None:
 
 
 def print_table(headings: tuple[str, ...], rows: list[list[Any]]) -> None:
+    """Print a table with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     for row in (headings, *rows):
         first, *others = (cell.ljust(width) if i == 0 else cell.rjust(width)

@@ -100,7 +100,7 @@ def read_prompt(prompt: str | None) -> str:
 
 
 class Answer:
-    """Collects a stream of segments and prints it meanwhile. Ctrl-C ends the stream and keeps what has arrived.
+    """Collects a stream of segments and prints each as it comes. Ctrl-C ends the stream and keeps what has arrived.
 
     Args:
         segments: the stream.

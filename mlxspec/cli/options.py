@@ -169,21 +169,21 @@ def say_drafter(pair: ModelPair) -> None:
     click.echo(f"drafting with {name}{note}", err=True)
 
 
-def calibrate(decoder: SpeculativeDecoder, quiet: bool = False, anew: bool = False) -> None:
+def calibrate(decoder: SpeculativeDecoder, quiet: bool = False, again: bool = False) -> None:
     """Measure what blocks cost, if the decoder needs that, with a bar on a terminal and one line elsewhere.
 
     Args:
         decoder: is ready to decode afterwards.
         quiet: show nothing.
-        anew: measure even if the costs are known.
+        again: measure even if the costs are known.
     """
-    if decoder.calibrated and not anew:
+    if decoder.calibrated and not again:
         return
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if not terminal and not quiet:
         click.echo(MEASURING, err=True)
     with tqdm(total=0, desc=MEASURING, disable=quiet or not terminal, leave=False, delay=0.1) as bar:
-        decoder.calibrate(lambda done, total: advance(bar, done, total), anew)
+        decoder.calibrate(lambda done, total: advance(bar, done, total), again)
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:

@@ -60,7 +60,7 @@ def is_final(compiled: CompiledBlocks) -> bool:
 
 
 def calibrate(
-    compiled: CompiledBlocks, progress: Progress = lambda done, total: None, anew: bool = False
+    compiled: CompiledBlocks, progress: Progress = lambda done, total: None, again: bool = False
 ) -> BlockCosts:
     """Measure the costs that are not on disk yet, or not often enough, and store them.
 
@@ -68,14 +68,14 @@ def calibrate(
         compiled: The blocks of a pair.
         progress: Called before the first figure and after each, with the number done and the number of figures to
             measure. Not called if there is nothing to measure.
-        anew: Ignore the figures on disk and measure all of them.
+        again: Ignore the figures on disk and measure all of them.
     """
-    figures, rounds = ({}, {}) if anew else stored(compiled)
+    figures, rounds = ({}, {}) if again else stored(compiled)
     if unfinished(compiled, rounds):
         try:
             measure(compiled, figures, rounds, progress)
         finally:
-            keep(compiled, figures, rounds, anew)
+            keep(compiled, figures, rounds, again)
     return costs_of(figures)
 
 
@@ -149,14 +149,14 @@ def stored(compiled: CompiledBlocks) -> tuple[Figures, Rounds]:
     return {}, {}
 
 
-def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, anew: bool) -> None:
-    """Write the figures to disk, together with those that another process has written meanwhile, unless ``anew``.
+def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, again: bool) -> None:
+    """Write the figures to disk, together with those of other processes, unless ``again``.
 
     If that fails, the next process measures them again.
     """
     if not {"rows 1", "trace"} <= figures.keys():
         return  # interrupted before there was anything to keep
-    others, other_rounds = ({}, {}) if anew else stored(compiled)
+    others, other_rounds = ({}, {}) if again else stored(compiled)
     figures |= {name: min(seconds, figures.get(name, seconds)) for name, seconds in others.items()}
     rounds |= {name: max(count, rounds.get(name, 0)) for name, count in other_rounds.items()}
     file = costs_file(compiled)
@@ -168,6 +168,7 @@ def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, anew: bool)
 
 
 def costs_file(compiled: CompiledBlocks) -> Path:
+    """Return the file with the figures of a pair on this machine."""
     return cache_folder() / "costs" / f"{fingerprint(json.dumps(described(compiled), sort_keys=True))}.json"
 
 

@@ -48,7 +48,7 @@ class Block:
 
 
 class SpeculativeDecoder:
-    """Decodes with a pair. The text is distributed exactly as the target's own, whatever the drafter proposes.
+    """Decodes with a pair. The text has exactly the target's distribution, with any drafter.
 
     One stream at a time: starting another ends the first.
 
@@ -104,7 +104,7 @@ class SpeculativeDecoder:
         """Whether ``calibrate`` has nothing to measure."""
         return self._policy is not None or calibration.is_final(self.compiled)
 
-    def calibrate(self, progress: Progress = lambda done, total: None, anew: bool = False) -> None:
+    def calibrate(self, progress: Progress = lambda done, total: None, again: bool = False) -> None:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
 
         The figures are stored on disk. The first process of a pair takes a few seconds. The next ones measure what is
@@ -112,10 +112,10 @@ class SpeculativeDecoder:
 
         Args:
             progress: Called with the number of figures done and of all figures to measure.
-            anew: Measure everything again.
+            again: Measure everything again.
         """
-        if self._policy is None or (anew and isinstance(self._policy, Automatic)):
-            costs = calibration.calibrate(self.compiled, progress, anew)
+        if self._policy is None or (again and isinstance(self._policy, Automatic)):
+            costs = calibration.calibrate(self.compiled, progress, again)
             reach = self.pair.drafter_context_length or math.inf
             self._policy = Automatic(costs, self.compiled.drafters, self._ngram(), reach)
 

@@ -1,4 +1,4 @@
-"""Who drafts the next block, and how many tokens: whatever yields the most tokens per second.
+"""Choice of the proposer and the draft length of the next block, for the most tokens per second.
 
 A policy uses only blocks that the host has already read. It never sees the draft whose length it decides, so no
 decision can change the distribution of the text.
@@ -62,15 +62,18 @@ class Fixed:
         self.acceptance = Acceptance()
 
     def start(self, prompt: Sequence[int], max_tokens: float, unread: int) -> None:
-        pass
+        """Begin a new answer. Nothing depends on it."""
 
     def choose(self, missing: float) -> Choice:
+        """Return the fixed choice."""
         return self.choice
 
     def expected_tokens(self, choice: Choice) -> float:
+        """Return the expected tokens of a block, from the acceptance of earlier blocks."""
         return self.acceptance.expected()[min(choice.length, LONGEST)]
 
     def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
+        """Add a block to the acceptance."""
         self.acceptance.observe(choice.length, accepted)
 
 
@@ -109,6 +112,7 @@ class Automatic:
         self.typical_answer = TYPICAL_ANSWER
 
     def start(self, prompt: Sequence[int], max_tokens: float, unread: int) -> None:
+        """Begin a new answer with the choice that is fastest for an answer of typical length."""
         if self.answered:
             self.typical_answer += (self.answered - self.typical_answer) / 2
         self.answered, self.missing, self.probing, self.length = 0, max_tokens, False, 0
@@ -119,6 +123,7 @@ class Automatic:
         self.switch(min(rates, key=lambda choice: tokens / rates[choice] + self.reading(choice, unread)))
 
     def choose(self, missing: float) -> Choice:
+        """Return the present choice, or a shorter draft if the answer ends sooner."""
         if self.choice.length < missing:
             return self.choice
         # The answer ends before a whole block. A shorter draft may be faster; each remaining token costs a plain block.
@@ -130,9 +135,11 @@ class Automatic:
         )
 
     def expected_tokens(self, choice: Choice) -> float:
+        """Return the expected tokens of a block, from the estimate of its proposer."""
         return self.yields[choice.proposer].expected()[choice.length] if choice.length else 1.0
 
     def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
+        """Update the estimates with a block, and switch to another choice if staying has cost enough."""
         self.answered += len(tokens)
         self.missing -= len(tokens)
         self.grow(len(tokens))
@@ -183,6 +190,7 @@ class Automatic:
             self.costs = self.table.at_length(self.length)
 
     def switch(self, choice: Choice) -> None:
+        """Make a choice the present one."""
         self.choice, self.regret = choice, 0.0
 
     def price(self, choice: Choice, rates: dict[Choice, float], unread: int) -> float:
@@ -196,6 +204,12 @@ class Automatic:
         return unread * self.costs.draft_read if choice.proposer == MODEL else 0.0
 
     def probe_if_affordable(self, rates: dict[Choice, float], unread: int) -> None:
+        """Start a probe of the idle draft model, if the savings cover its cost and it could be faster.
+
+        Args:
+            rates: Tokens per second of each choice.
+            unread: Tokens that the draft model would have to read.
+        """
         probe = probe_of(rates)
         hopeless = max((n + 1) / self.costs.block(Choice(MODEL, n)) for n in MENU[1:]) <= rates[self.choice]
         if hopeless or self.missing < PROBE_BLOCKS * (probe.length + 1):

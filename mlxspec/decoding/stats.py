@@ -102,5 +102,6 @@ class DecodingStats:
         return self.drafted / self.blocks if self.blocks else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all counts and times, and the ratios derived from them, for JSON."""
         derived = ("block_efficiency", "acceptance_rate", "tokens_per_second", "draft_length")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}

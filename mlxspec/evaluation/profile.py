@@ -73,7 +73,7 @@ def calibrated(
     """
     auto = SpeculativeDecoder(pair, sampling, "auto", verification)
     name = drafter_of(auto.compiled)
-    auto.calibrate(anew=True)
+    auto.calibrate(again=True)
     assert isinstance(auto.policy, Automatic)
     costs = auto.policy.table
     decoders: dict[int | str, SpeculativeDecoder] = {

@@ -39,7 +39,7 @@ def new_machine(monkeypatch):
     """A machine on which nothing was measured yet, and on which measuring takes no time."""
     figures = []
 
-    def calibrate(compiled, progress, anew=False):
+    def calibrate(compiled, progress, again=False):
         progress(0, 2)
         time.sleep(0.2)  # a bar is shown after a tenth of a second
         progress(2, 2)
@@ -82,7 +82,7 @@ def test_a_prompt_that_is_refused_is_refused_before_anything_is_measured(mlxspec
 
 
 def test_ctrl_c_while_costs_are_measured_exits_with_130_and_no_traceback(mlxspec_command, new_machine, monkeypatch):
-    def interrupted(compiled, progress, anew=False):
+    def interrupted(compiled, progress, again=False):
         progress(1, 2)
         raise KeyboardInterrupt
 

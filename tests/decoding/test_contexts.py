@@ -109,7 +109,7 @@ def test_costs_are_measured_within_the_contexts(monkeypatch, context):
         length = calibration.text_length(compiled, name)
         steps = calibration.QUEUED * max(1, calibration.number_in(name))
         assert max(2, length) + steps <= max(context, 5)
-    calibration.calibrate(compiled, anew=True)
+    calibration.calibrate(compiled, again=True)
     assert 0 < reached["target"] < max(context, 3)
 
 

@@ -415,7 +415,7 @@ def test_caches_of_other_weights_are_not_reused_after_a_calibration():
     prompt = list(range(40))
     decoded(decoder, prompt, 10)
     target.update(random_llama(5, vocab_size=200, scale=4).parameters())
-    decoder.calibrate(anew=True)
+    decoder.calibrate(again=True)
     assert decoded(decoder, prompt, 40) == plain_greedy(target, prompt, 40)
     assert decoder.stats.prompt_tokens_reused == 0
 
