@@ -69,6 +69,7 @@ print(json.dumps([kinds, answer.text]))
 """
 
 
+@pytest.mark.slow
 @needs_openblas
 def test_a_small_quantized_target_is_held_in_float32_with_a_fast_blas_and_writes_the_same_text():
     kinds, text = in_new_process(LOADED.format(quantize=""), "")
@@ -78,6 +79,7 @@ def test_a_small_quantized_target_is_held_in_float32_with_a_fast_blas_and_writes
     assert text == expected
 
 
+@pytest.mark.slow
 @needs_openblas
 def test_quantize_none_keeps_the_weights_as_they_are_stored():
     kinds, _ = in_new_process(LOADED.format(quantize="quantize='none'"), "")

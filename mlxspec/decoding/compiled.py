@@ -98,6 +98,7 @@ class CompiledGraph:
         self._graph = mx.compile(graph, inputs=[model.state for model in self._models])
 
     def __call__(self, *inputs: Any) -> Any:
+        """Run the graph. The first call with given shapes traces it."""
         try:
             result = self._graph(*inputs)
         except BaseException:

@@ -169,6 +169,7 @@ class Attention(nn.Module):
         self.rope = nn.RoPE(config.head_dim, traditional=False, base=config.rope_theta)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Return the attention of x [B, T, D] over the cache and x itself."""
         batch, length, _ = x.shape
 
         def heads(projected: mx.array) -> mx.array:
@@ -195,6 +196,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return the MLP's output for x [B, T, D]."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -209,6 +211,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Return the hidden states [B, T, D] after this layer."""
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -257,6 +260,7 @@ class Drafter(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: list | None = None) -> mx.array:
+        """Return the logits [B, T, V] for tokens [B, T]."""
         hidden = self.model(tokens, cache)
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
