@@ -64,7 +64,7 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @CONTEXT
 @click.option("--tasks", default="stories", show_default=True,
               help=f"Tasks, separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files with prompts.")  # fmt: skip
-@click.option("--temperature", "temperatures", type=float, multiple=True,
+@click.option("--temperature", "--temp", "temperatures", type=float, multiple=True,
               help="Sampling temperature. Can be given several times.  "
                    "[default: the task's own, or 0 and 1]")  # fmt: skip
 @click.option("--prompts", default=4, show_default=True, help="Prompts per task.")
