@@ -218,15 +218,21 @@ def measure(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, progress
         if not figures:  # outside the limit: it compiles kernels that decoding needs too
             figures["rows 1"] = timers["rows 1"]()
             figures["trace"] = timers["rows 1"].trace or 0.0
-        start, cap = time.perf_counter(), max(seconds, passes * figures["rows 1"])
+        # ``spent`` counts steps and their tracing. Compiling kernels does not count: decoding needs them too, and on a
+        # new machine it would leave no time for the figures.
+        spent, cap = 0.0, max(seconds, passes * figures["rows 1"])
         for group, share in ((COARSE, 0.5), (FINE, 1.0)):
             for number in range(ROUNDS):
-                end = start + (share if number else 1.0) * cap
+                limit = (share if number else 1.0) * cap
                 for name in (name for name in group if name in timers):
                     timer = timers[name]
-                    expected = expected_seconds(figures, name) * (timer.count + (timer.trace is None))
-                    if time.perf_counter() + expected < end:
-                        figures[name] = min(timer(), figures.get(name, math.inf))
+                    steps = timer.count + (timer.trace is None)
+                    expected = expected_seconds(figures, name) * steps
+                    if spent + expected < limit:
+                        tracing = timer.trace is None
+                        measured = timer()
+                        spent += measured * steps + (timer.trace or 0.0) * tracing
+                        figures[name] = min(measured, figures.get(name, math.inf))
                         rounds[name] = rounds.get(name, 0) + 1
                     elif not number and expected > cap:
                         rounds[name] = rounds.get(name, 0) + 1  # too costly for ENOUGH processes: it stays interpolated
