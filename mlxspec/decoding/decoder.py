@@ -108,7 +108,7 @@ class SpeculativeDecoder:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
 
         The figures are stored on disk. The first process of a pair takes a few seconds. The next ones measure what is
-        missing and repeat the rest for up to a second each. ``blocks`` calls this if it was not called before.
+        missing and repeat the rest for up to half a second each. ``blocks`` calls this if it was not called before.
 
         Args:
             progress: Called with the number of figures done and of all figures to measure.
