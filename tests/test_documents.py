@@ -62,6 +62,7 @@ def test_a_command_of_the_readme_works(command, tmp_path):
         assert result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, mlxspec_command, monkeypatch):
     """On the demo target instead of a large one, and small."""
     monkeypatch.chdir(tmp_path)
