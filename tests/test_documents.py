@@ -96,7 +96,7 @@ def test_the_measuring_commands_of_the_readme_work_one_after_the_other(tmp_path,
     small = {"bench": ["--prompts", "1", "--rounds", "1", "--max-tokens", "12"]}
     assert [command.split()[1] for command in MEASURING] == ["bench", "report", "bench"]
     for command in MEASURING:
-        verb, *arguments = command.split()[1:]
+        verb, *arguments = command.replace("before.json", "bench.json").split()[1:]
         outcome = mlxspec_command(verb, *arguments, *([] if "--compare" in arguments else small.get(verb, [])))
         assert outcome.status == 0, outcome.err
         assert outcome.out.strip()
