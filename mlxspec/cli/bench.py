@@ -83,8 +83,8 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @click.option("--out", type=click.Path(path_type=Path), default="bench.json", show_default=True,
               help="JSON file for the results.")  # fmt: skip
 @click.option("--calibrate", "calibration", is_flag=True,
-              help="Also measure again how long passes take, and compare the speed "
-                   "at each draft length with the prediction.")  # fmt: skip
+              help="First measure how long passes take, predict the speed at each draft length "
+                   "from that, and compare it with the measured speed.")  # fmt: skip
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
               help="Compare two result files: print the figures of B relative to A.")  # fmt: skip
 def bench(target, drafter, quantize, context, tasks, prompts, out, calibration, compare, **given):

@@ -46,13 +46,14 @@ DRAFTER = click.option(
     "--drafter",
     "--draft-model",
     help="Drafter: a folder, hub id or short name of a model, `lookup` for prompt lookup, or `none`. With `auto`, "
-    "mlxspec uses the recommended drafter of this target, and prompt lookup where it is faster. Append `+lookup` to a "
-    "model to try prompt lookup as well.  [default: auto; for the demo target, its own drafter]",
+    "each block uses the drafter recommended for this target, if there is one, or prompt lookup, whichever is faster. "
+    "Append `+lookup` to a model to choose between that model and prompt lookup.  [default: auto; for the demo target, "
+    "its own drafter]",
 )
 QUANTIZE = click.option(
     "--quantize",
     help="Quantize the target to 4 bits, 8 bits, mxfp4 or nvfp4, and keep the "
-    "copy. With none, use the target as stored.",
+    "copy. With `none`, use the target as stored.",
 )
 DRAFT_LENGTH = click.option(
     "--draft-length",

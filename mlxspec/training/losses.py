@@ -118,11 +118,12 @@ class Loss:
     )
     estimator: str = option(
         "expectation",
-        'For tvd++: compute the gradient as an exact "expectation", or from this number of samples per position.',
+        "For tvd++: `expectation` computes the gradient exactly. A number N estimates it from N samples.",
     )
     statistics: str = option(
         "position",
-        "For tvd++: normalize the reward (1 where q < p) over the vocabulary at each position, or over the batch.",
+        "For tvd++: normalize the reward over the vocabulary at each position, or over the batch. The reward is 1 for "
+        "tokens to which the drafter gives less probability than the target, otherwise 0.",
         choices=lambda: ["position", "batch"],
     )
     weighting: str = option(

@@ -53,7 +53,8 @@ class FinetuneData:
     teacher_top_k: int = option(
         0,
         "Number of the target's most likely tokens to store on disk for each position. Later epochs read them instead "
-        "of running the target. The acceptance rate in metrics.jsonl is then an upper bound. 0 stores none.",
+        "of running the target. The acceptance rate in metrics.jsonl becomes an upper bound, because the other tokens' "
+        "probabilities are missing. 0 stores none.",
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,8 @@ class AnswerSettings:
     top_p: float = option(0.95, "Sample from the most likely tokens that together have this probability.")
     samples: int = option(
         1,
-        "Answers to each prompt at each temperature above 0. Without prompts, the number of texts at all temperatures.",
+        "Answers to each prompt at each temperature above 0. Without prompts: the total number of texts, divided among "
+        "the temperatures above 0.",
     )
     max_tokens: int = option(256, "Maximum length of an answer, in tokens.")
     group: int = option(64, "Prompts that are answered in one batch.")

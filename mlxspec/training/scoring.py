@@ -35,8 +35,8 @@ class EvaluationSettings:
 
     prompts: tuple[str, ...] = option(
         (),
-        "Files with prompts. By default, prompts of [distill] that are held "
-        "out of training, or BOS alone without them.",
+        "Files with prompts. By default, some prompts of [distill], which are held out of training. If [distill] has no "
+        "prompts, every answer starts from BOS alone.",
     )
     count: int = option(20, "Number of prompts.")
     words: int = option(0, "Use this number of words from the start of each prompt. 0 uses all.")

@@ -50,7 +50,7 @@ class TrainingSettings:
     clip: float = option(1.0, "Maximum gradient norm.")
     accumulate: int = option(1, "Gradient accumulation: number of parts in which a batch is computed, to save memory.")
     temperatures: tuple[float, ...] = option(
-        (1.0,), "Temperatures applied to target and drafter in a loss that compares them. The steps use them in turn."
+        (1.0,), "Temperatures of target and drafter in losses that compare the two. The loss ce ignores them."
     )
     precision: str = option(
         "auto", "Precision of the computation. Weights stay float32.", choices=lambda: list(PRECISIONS)
