@@ -91,7 +91,8 @@ def recipe_keys() -> str:
     ]
     lines += [
         "  drafter",
-        "    Folder, hub id or short name of a drafter to start from. Default: a new one, sized by [drafter].",
+        "    Folder, hub id or short name of a drafter to start from.",
+        "    By default, a new one with the sizes in the table drafter.",
     ]
     for name, classes in recipes.TABLES.items():
         several = "[[finetune]], once or several times" if name == "finetune" else f"[{name}]"

@@ -35,7 +35,7 @@ class EvaluationSettings:
 
     prompts: tuple[str, ...] = option(
         (),
-        "Files with prompts. By default, some prompts of [distill], which are held out of training. If [distill] has no "
+        "Files with prompts. By default, some prompts of [distill], which are held out of training. If it has no "
         "prompts, every answer starts from BOS alone.",
     )
     count: int = option(20, "Number of prompts.")
