@@ -187,6 +187,47 @@ def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
         click.echo(", ".join(f"{count} {name}" for name, count in answer_counts(shards).items()))
 
 
+@train.command(short_help="Make a drafter from some of the target's layers.")
+@TARGET
+@click.option(
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    required=True,
+    help="Number of a layer to copy, counted from 0. Negative numbers count from the last layer. Can be given "
+    "several times.",
+)
+@click.option(
+    "--vocabulary-size",
+    type=int,
+    help="Number of tokens that the drafter can output: those that the target "
+    "emits most often in the answers, and those that end an answer.  [default: all tokens]",
+)
+@click.option(
+    "--answers",
+    type=click.Path(path_type=Path),
+    help="Folder written by train distill. Required for --vocabulary-size.",
+)
+@click.option("--share-embedding", is_flag=True, help="Use the target's input embedding instead of a copy.")
+@OUT
+def init(
+    target: str,
+    layers: tuple[int, ...],
+    vocabulary_size: int | None,
+    answers: Path | None,
+    share_embedding: bool,
+    out: Path,
+) -> None:
+    """Make a drafter from some of the target's layers, as a start for pretrain or finetune."""
+    if vocabulary_size and not answers:
+        raise click.UsageError("--vocabulary-size needs --answers, a folder written by train distill")
+    model = Target(target)
+    drafter, coverage = stages.start_from_target(model, layers, vocabulary_size, answers, share_embedding, out)
+    share = "" if coverage is None else f", {100 * coverage:.2f}% of the answers' tokens are in its vocabulary"
+    click.echo(f"{out}: {drafter.num_parameters:,} parameters{share}")
+
+
 @train.command(short_help="Train a drafter to match the target on the target's answers.")
 @TARGET
 @click.option("--drafter", required=True, help="The drafter to start from.")

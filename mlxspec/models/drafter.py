@@ -18,6 +18,9 @@ from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attenti
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.files import load_arrays, read_json, write_atomically, write_json
 
+EMBEDDING = "model.embed_tokens.weight"
+OWN_KEYS = ("draft_vocab_size", "shared_embedding")  # keys of config.json that Llama models do not have
+
 
 @dataclass(frozen=True)
 class PromptLookup:
@@ -52,6 +55,8 @@ class DrafterConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+    draft_vocab_size: int | None = None  # size of a smaller output vocabulary; None for all tokens
+    shared_embedding: bool = False  # whether the input embedding is the target's, and not stored
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -69,6 +74,15 @@ class DrafterConfig:
             raise InvalidRequestError(
                 f"drafter config: num_attention_heads is {self.num_attention_heads}; use a multiple of "
                 f"num_key_value_heads, {self.key_value_heads}"
+            )
+        if self.tie_word_embeddings and (self.draft_vocab_size or self.shared_embedding):
+            raise InvalidRequestError(
+                "drafter config: tie_word_embeddings is true, but a smaller output vocabulary and a shared embedding "
+                "need a head of their own; use tie_word_embeddings false"
+            )
+        if self.draft_vocab_size and self.draft_vocab_size > self.vocab_size:
+            raise InvalidRequestError(
+                f"drafter config: draft_vocab_size is {self.draft_vocab_size}; use at most vocab_size, {self.vocab_size}"
             )
 
     @classmethod
@@ -97,12 +111,18 @@ class DrafterConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights of a ``Drafter`` of this shape."""
+        """Number of weights of a ``Drafter`` of this shape. A shared embedding is not counted."""
         attention = 2 * self.hidden_size * (self.hidden_size + self.head_dim * self.key_value_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
         layer = attention + mlp + 2 * self.hidden_size
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + tables + self.hidden_size
+        embedding = 0 if self.shared_embedding else self.vocab_size
+        head = 0 if self.tie_word_embeddings else self.output_size
+        return self.num_hidden_layers * layer + (embedding + head + 1) * self.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        """Number of tokens that the head can output."""
+        return self.draft_vocab_size or self.vocab_size
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "DrafterConfig":
@@ -151,7 +171,7 @@ class DrafterConfig:
             "attention_bias": False,
             "mlp_bias": False,
             "head_dim": self.head_dim,
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name not in OWN_KEYS or value},
         }
 
 
@@ -236,7 +256,7 @@ class LlamaBody(nn.Module):
 
         Source: Chen et al. 2016, arXiv 1604.06174 (``recompute``).
         """
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)  # a shared embedding may have another type
         cache = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, cache[0])
         for layer, layer_cache in zip(self.layers, cache, strict=True):
@@ -248,8 +268,14 @@ class LlamaBody(nn.Module):
 class Drafter(nn.Module):
     """A Llama model: token ids [B, L] -> logits [B, L, V]. It accepts the same caches as mlx-lm's models.
 
+    Two features go beyond Llama. With ``draft_vocab_size`` K, the head has K rows, and ``d2t`` [K] maps a row to its
+    token: token = row + d2t[row]. The logits of all other tokens are −inf. With ``shared_embedding``, the input
+    embedding is the target's. It is neither trained nor stored.
+
     Args:
         config: Shape of the model.
+
+    Source: the names ``draft_vocab_size`` and ``d2t`` are those of EAGLE-3 checkpoints (Li et al., arXiv 2503.01840).
     """
 
     def __init__(self, config: DrafterConfig):
@@ -257,14 +283,28 @@ class Drafter(nn.Module):
         self.config = config
         self.model = LlamaBody(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.output_size, bias=False)
+        if config.draft_vocab_size:
+            self.d2t = mx.zeros(config.draft_vocab_size, mx.int32)
+            self.freeze(recurse=False, keys=["d2t"])
+        if config.shared_embedding:
+            self.model.embed_tokens.freeze()
 
     def __call__(self, tokens: mx.array, cache: list | None = None) -> mx.array:
         """Return the logits [B, T, V] for tokens [B, T]."""
         hidden = self.model(tokens, cache)
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        if self.output_tokens is None:
+            return logits
+        every = mx.full((*logits.shape[:-1], self.config.vocab_size), -mx.inf, logits.dtype)
+        return mx.put_along_axis(every, mx.broadcast_to(self.output_tokens, logits.shape), logits, axis=-1)
+
+    @property
+    def output_tokens(self) -> mx.array | None:
+        """The token of each row of the head, [K] int32. None if the head has a row for every token."""
+        return mx.arange(self.config.output_size) + self.d2t if self.config.draft_vocab_size else None
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -287,6 +327,8 @@ class Drafter(nn.Module):
         Each file is replaced in one step. The caller copies the tokenizer files.
         """
         weights = dict(tree_flatten(self.parameters()))
+        if self.config.shared_embedding:
+            del weights[EMBEDDING]
         write_atomically(
             Path(folder) / "model.safetensors",
             lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}),
@@ -294,12 +336,15 @@ class Drafter(nn.Module):
         write_json(Path(folder) / "config.json", self.config.to_dict())
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> "Drafter":
-        """Read an unquantized drafter for training. To decode with it, use ``mlxspec.load``.
+    def load(
+        cls, folder: str | Path, dtype: mx.Dtype | None = None, embedding: nn.Embedding | None = None
+    ) -> "Drafter":
+        """Read a drafter. For training it must be unquantized. To decode with it, use ``mlxspec.load``.
 
         Args:
             folder: A folder that ``save`` or ``mlxspec export`` wrote.
             dtype: Precision of the weights. None keeps the stored precision.
+            embedding: The target's input embedding, for a drafter that shares it.
 
         Raises:
             ModelLoadError: A file is missing, or the weights do not fit the config.
@@ -317,8 +362,14 @@ class Drafter(nn.Module):
         if content.get("tie_word_embeddings") is None:
             content["tie_word_embeddings"] = "lm_head.weight" not in weights
         drafter = cls(DrafterConfig.from_dict(content))
+        if "quantization" in content:
+            nn.quantize(drafter, **content["quantization"], class_predicate=lambda path, _: f"{path}.scales" in weights)
         try:
+            if drafter.config.shared_embedding:
+                drafter.share(embedding)
+                weights = {**weights, **drafter.embedding_weights}
             drafter.load_weights(list(weights.items()))
+            drafter.check_output_tokens()
         except ValueError as error:
             raise ModelLoadError(
                 f"{folder}: the weights do not fit config.json: {in_one_line(error)}; copy or export the drafter again"
@@ -327,3 +378,36 @@ class Drafter(nn.Module):
             drafter.set_dtype(dtype)
         mx.eval(drafter.parameters())
         return drafter
+
+    @property
+    def embedding_weights(self) -> dict[str, mx.array]:
+        """The parameters of the input embedding by name."""
+        return dict(tree_flatten({"model": {"embed_tokens": self.model.embed_tokens.parameters()}}))
+
+    def share(self, embedding: nn.Module | None) -> None:
+        """Use the target's input embedding.
+
+        Raises:
+            ValueError: There is none, or it has another shape.
+        """
+        config = self.config
+        if embedding is None:
+            raise ValueError("the drafter uses its target's input embedding; load it together with the target")
+        shape = embedding(mx.array([config.vocab_size - 1])).shape
+        if shape != (1, config.hidden_size):
+            raise ValueError(f"the target's embedding has width {shape[-1]}, and the drafter {config.hidden_size}")
+        if isinstance(embedding, nn.Embedding):  # a module of its own, whose precision may differ from the target's
+            self.model.embed_tokens.weight = mx.array(embedding.weight)  # the same memory
+        else:
+            self.model.embed_tokens = embedding
+        self.model.embed_tokens.freeze()
+
+    def check_output_tokens(self) -> None:
+        """Raise ValueError if ``d2t`` names a token twice or a token that does not exist."""
+        if self.output_tokens is None:
+            return
+        tokens = sorted(self.output_tokens.tolist())
+        if tokens[0] < 0 or tokens[-1] >= self.config.vocab_size:
+            raise ValueError(f"d2t names token {tokens[-1] if tokens[0] >= 0 else tokens[0]}, which does not exist")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("d2t names a token twice")

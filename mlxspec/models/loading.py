@@ -29,7 +29,7 @@ from mlxspec.models.attention import attention_windows
 from mlxspec.models.catalog import KNOWN_MODELS
 from mlxspec.models.checks import check_folder, check_numbers, check_safetensors, read_object
 from mlxspec.models.config import completed, declared_context
-from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.drafter import OWN_KEYS, Drafter, PromptLookup
 from mlxspec.models.memory import check_memory
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
@@ -128,9 +128,12 @@ def load_pair(
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     context_length = context_length or declared_context(read_config(target_folder))
     before_weights(tokenizer, context_length)
-    draft_model: Any = read_model(drafter_folder, dtype, widen=True) if drafter_folder else drafter
-    drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     target_model = read_model(target_folder, dtype, widen=quantize is None)
+    draft_model: Any = drafter
+    if drafter_folder:
+        embedding = getattr(getattr(target_model, "model", None), "embed_tokens", None)
+        draft_model = read_model(drafter_folder, dtype, widen=True, embedding=embedding)
+    drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)
     pair.drafter_name = name_of(drafter) + ("+lookup" if lookup else "")
     return pair
@@ -202,19 +205,22 @@ def model_folder(name: str | Path) -> Path:
         ) from None
 
 
-def read_model(folder: Path, dtype: mx.Dtype | None = None, widen: bool = False) -> nn.Module:
+def read_model(
+    folder: Path, dtype: mx.Dtype | None = None, widen: bool = False, embedding: nn.Module | None = None
+) -> nn.Module:
     """Read the model of a folder into memory.
 
     Args:
         folder: The model's folder.
         dtype: Precision of the weights. None for ``preferred_dtype``.
         widen: Dequantize a quantized model where that is faster (``faster_dequantized``).
+        embedding: The target's input embedding, for a drafter that shares it.
 
     Raises:
         ModelLoadError: The model cannot be read or has NaN weights.
         UnsupportedModelError: Its cache cannot be rewound.
     """
-    model, _ = read_lazily(folder)
+    model, _ = read_lazily(folder, embedding)
     attention_windows(model)
     if widen and (dtype is None or dtype == mx.float32) and faster_dequantized(model):
         model = dequantized(model)
@@ -232,7 +238,7 @@ def read_model(folder: Path, dtype: mx.Dtype | None = None, widen: bool = False)
     return model
 
 
-def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def read_lazily(folder: Path, embedding: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Return a model whose weights are read when they are first used, and its config. Raises ModelLoadError."""
     check_folder(folder)
     config = read_config(folder)
@@ -242,6 +248,8 @@ def read_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             return read_old_model(config, files)
         tensors = [name for file in files for name in check_safetensors(file)]
         check_numbers(config, folder / "config.json", len(tensors))
+        if any(config.get(key) for key in OWN_KEYS):
+            return Drafter.load(folder, embedding=embedding), config
         return load_with_mlx_lm(folder, completed(config, tensors), files)
     except MlxspecError:
         raise

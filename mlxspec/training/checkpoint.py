@@ -42,7 +42,7 @@ def save_checkpoint(
     checkpoint = folder / checkpoint_name(step)
     with replacing(checkpoint) as aside:
         aside.mkdir()
-        mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())))
+        mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.trainable_parameters())))
         mx.save_safetensors(str(aside / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
         write_json(aside / "state.json", {"step": step, **state})
     for old in checkpoints(folder)[:-KEPT]:
@@ -70,12 +70,24 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
         return None
     last = found[-1]
     try:
-        model.load_weights(str(last / "model.safetensors"))
+        restore_weights(model, last / "model.safetensors")
         optimizer.state = tree_unflatten(list(load_arrays(last / "optimizer.safetensors").items()))
         mx.eval(model.parameters(), optimizer.state)
     except (OSError, RuntimeError, ValueError) as error:
         raise unreadable(last, error) from error
     return read_state(last)
+
+
+def restore_weights(model: nn.Module, file: Path) -> None:
+    """Load stored weights into a model. Frozen weights that the file lacks stay as they are.
+
+    Raises:
+        ValueError: The file belongs to another model.
+        OSError: The file cannot be read.
+    """
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    frozen = {name: weight for name, weight in tree_flatten(model.parameters()) if name not in trained}
+    model.load_weights(list({**frozen, **load_arrays(file)}.items()))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

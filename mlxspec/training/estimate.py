@@ -93,7 +93,7 @@ def training_bytes(
     )  # fmt: skip
     inputs = positions * number * config.hidden_size * config.num_hidden_layers
     layers = inputs + layer if settings.recompute else layer * config.num_hidden_layers
-    chunks = 4 * CHUNK_ARRAYS * min(chunk_rows(config.vocab_size), positions) * config.vocab_size
+    chunks = 4 * CHUNK_ARRAYS * min(chunk_rows(config.output_size), positions) * config.output_size
     return weights + layers + chunks + target_bytes + target_pass_bytes(target_config or {}, positions, settings)
 
 

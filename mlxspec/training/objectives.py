@@ -40,13 +40,17 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
     """
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
-        inputs, tokens = batch.ids[:, :-1], batch.ids[:, 1:].flatten()
+        inputs, tokens, weights = batch.ids[:, :-1], batch.ids[:, 1:].flatten(), batch.weights.flatten()
+        columns = drafter.output_tokens
+        if columns is not None and not loss.needs_target:
+            tokens, known = places(tokens, columns, drafter.config.vocab_size)
+            weights = mx.where(known, weights, 0)
         masks = document_masks([None] * len(drafter.layers), batch.documents)
         hidden = drafter.model(inputs, masks, recompute)
         states = teacher.states(inputs, batch.documents, batch.teacher) if teacher else ()
         positions = Positions(
             tokens,
-            batch.weights.flatten(),
+            weights,
             tuple(mx.stop_gradient(state).flatten(0, 1) for state in states),
             batch.temperature if teacher else mx.array(1.0),
             batch.key,
@@ -56,7 +60,7 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
             hidden.flatten(0, 1),
             head_weights(drafter),
             positions,
-            teacher.probs(batch.temperature) if teacher else None,
+            teacher.probs(batch.temperature, columns) if teacher else None,
         )
 
     return weighted
@@ -65,3 +69,21 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
 def head_weights(drafter: Drafter) -> mx.array:
     """Return the weights of the drafter's head [V, H]."""
     return drafter.model.embed_tokens.weight if drafter.config.tie_word_embeddings else drafter.lm_head.weight
+
+
+def places(tokens: mx.array, columns: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
+    """Find tokens in a smaller vocabulary.
+
+    Args:
+        tokens: Token ids [N].
+        columns: The token ids [K] of the smaller vocabulary.
+        vocab_size: Size of the full vocabulary.
+
+    Returns:
+        The column of each token [N], and whether the smaller vocabulary has the token [N]. The column of a missing
+        token is 0.
+    """
+    numbers = mx.arange(1, columns.shape[0] + 1)
+    table = mx.put_along_axis(mx.zeros(vocab_size, numbers.dtype), columns, numbers, axis=0)
+    found = table[tokens]
+    return mx.maximum(found - 1, 0), found > 0

@@ -16,11 +16,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.settings import option
+from mlxspec.training.batched_answers import BatchSteps, sample_answers
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 
@@ -223,28 +223,17 @@ def answer_group(
     sample = make_sampler(temp=group.temperature, top_p=settings.top_p if settings.top_p < 1 else 0.0)
     failed: list[mx.array] = []
 
-    def sampler(logprobs: mx.array) -> mx.array:
-        failed.append(mx.isnan(logprobs.max(-1)).any())
-        mx.async_eval(failed[-1])  # else it would keep the log-probabilities in memory
-        return sample(logprobs)
+    def sampler(logits: mx.array) -> mx.array:
+        logits = logits.astype(mx.float32)
+        failed.append(mx.isnan(logits.max(-1)).any())
+        mx.async_eval(failed[-1])  # else it would keep the logits in memory
+        return sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
-    found: list[list[int]] = []
-    for prompts in [group.prompts] if together else [[prompt] for prompt in group.prompts]:
-        # mlx-lm's batch_generate leaves out the token that ended an answer, and there may be several EOS tokens.
-        generator = BatchGenerator(
-            target,
-            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-            sampler=sampler,
-            completion_batch_size=settings.group,
-            prefill_batch_size=settings.group,
-        )
-        numbers = generator.insert(prompts, [settings.max_tokens] * len(prompts))
-        answers: dict[int, list[int]] = {number: [] for number in numbers}
-        while responses := generator.next_generated():
-            for response in responses:
-                answers[response.uid].append(response.token)
-        generator.close()
-        found += answers.values()
+    batches = [group.prompts] if together else [[prompt] for prompt in group.prompts]
+    ends = set(tokenizer.eos_token_ids)
+    found = [
+        answer for prompts in batches for answer in sample_answers(target, prompts, ends, sampler, settings.max_tokens)
+    ]
     if failed and mx.stack(failed).any().item():
         raise NumericalError(
             "the target computes NaN instead of probabilities; check its weights, or use another target"
@@ -253,7 +242,7 @@ def answer_group(
 
 
 def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
-    """Return whether mlx-lm computes the same logits for prompts in a batch as for each prompt alone.
+    """Return whether the target computes the same logits for prompts in a batch as for each prompt alone.
 
     Some models fail this test for prompts of different lengths. Gemma 2's attention, for example, applies the mask of
     one prompt to another.
@@ -280,26 +269,16 @@ def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
 
 
 def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
-    """Return mlx-lm's log-probabilities [2 × prompts, V] of the next token in a batch of prompts.
+    """Return the log-probabilities [2 × prompts, V] of the next token in a batch of prompts.
 
     The first row of a prompt follows the prompt. The second row follows the prompt and one more token, which is the
     first token of the first prompt.
     """
-    generator = BatchGenerator(
-        target,
-        max_tokens=2,
-        sampler=lambda logprobs: mx.full(logprobs.shape[:1], prompts[0][0], mx.uint32),
-        completion_batch_size=len(prompts),
-        prefill_batch_size=len(prompts),
-    )
-    rows: dict[int, list[mx.array]] = {number: [] for number in generator.insert(prompts)}
-    try:
-        while responses := generator.next_generated():
-            for response in responses:
-                rows[response.uid].append(response.logprobs)
-    finally:
-        generator.close()
-    return mx.maximum(mx.stack([row for some in rows.values() for row in some]), LEAST_LOGPROB)
+    step = BatchSteps(target, prompts)
+    first = step(None)
+    second = step(mx.full(len(prompts), prompts[0][0]))
+    logits = mx.stack([first, second], axis=1).flatten(0, 1)
+    return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), LEAST_LOGPROB)
 
 
 def gather_answers(

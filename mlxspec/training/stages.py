@@ -11,14 +11,17 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint, fingerprint_files, read_json, replacing, write_json
 from mlxspec.models.drafter import Drafter
+from mlxspec.models.from_target import drafter_from_target
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
-from mlxspec.models.quantizing import COPIED
+from mlxspec.models.quantizing import COPIED, dequantized
 from mlxspec.models.tokens import check_same_tokens
+from mlxspec.models.vocabulary import most_frequent
 from mlxspec.training.batches import Batches
 from mlxspec.training.checkpoint import last_step
 from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
@@ -219,7 +222,7 @@ def train(
     out = folder / "drafter"
     with locked_for_all(folder):
         if not start_stage(folder, inputs, CHANGEABLE):
-            return Drafter.load(out), read_json(folder / "stage.json")["result"]
+            return Drafter.load(out, embedding=target.embedding), read_json(folder / "stage.json")["result"]
         what = f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
         if done := last_step(folder):
             what += f", continued after step {done} with the learning rate of a run of {settings.steps} steps"
@@ -276,6 +279,10 @@ def check_training(target: Target, drafter: Drafter, loss: Loss, settings: Train
         raise TrainingError(
             f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
             "start from a drafter made for this target"
+        )
+    if top_k and loss.needs_target and drafter.config.draft_vocab_size:
+        raise InvalidRequestError(
+            f"teacher_top_k is {top_k}, but the drafter has a smaller vocabulary; use teacher_top_k 0"
         )
     check_loss(loss, settings, top_k)
     check_batch(settings)
@@ -356,6 +363,48 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def start_from_target(
+    target: Target,
+    layers: Sequence[int],
+    vocabulary_size: int | None,
+    answers: Path | None,
+    share_embedding: bool,
+    out: Path,
+) -> tuple[Drafter, float | None]:
+    """Write a drafter that has some of the target's layers.
+
+    Args:
+        target: The target.
+        layers: Numbers of the layers to copy.
+        vocabulary_size: Number of tokens that the drafter can output. None for all.
+        answers: Folder that ``distill`` wrote. It decides which tokens those are.
+        share_embedding: Whether the drafter uses the target's input embedding instead of a copy.
+        out: The folder to write.
+
+    Returns:
+        The drafter, and the share of the answers' tokens that it can output. None if it can output all tokens.
+
+    Raises:
+        MlxspecError: The target's layers cannot be copied, or the answers cannot be read.
+    """
+    tokens = coverage = None
+    if vocabulary_size and answers:
+        shards = TokenShards(answers / "tokens", verify=True)
+        check_tokenizer(shards.index, target, shards.folder)
+        counts = np.zeros(target.vocab_size, np.int64)
+        for ids, mask in shards.documents():
+            counts += np.bincount(ids[mask > 0], minlength=target.vocab_size)
+        tokens = most_frequent(counts, vocabulary_size, target.tokenizer.eos_token_ids)
+        coverage = float(counts[tokens].sum() / max(counts.sum(), 1))
+    with locked_for_all(out), replacing(out) as aside:
+        aside.mkdir()
+        drafter = drafter_from_target(dequantized(target.model), target.config, layers, tokens, share_embedding)
+        drafter.set_dtype(mx.float32)
+        drafter.save(aside)
+        copy_tokenizer(target.folder, aside)
+    return drafter, coverage
+
+
 def load_drafter(name: str | Path, target: Target) -> Drafter:
     """Load a drafter to continue training from.
 
@@ -371,4 +420,4 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         raise InvalidRequestError(f"{folder} is quantized and cannot be trained; start from the unquantized drafter")
     if any((folder / file).exists() for file in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
-    return Drafter.load(folder, mx.float32)
+    return Drafter.load(folder, mx.float32, target.embedding)

@@ -102,6 +102,11 @@ class Target:
         model = read_model(self.folder)
         return dequantized(model) if mx.default_device().type == mx.cpu else model
 
+    @property
+    def embedding(self) -> Any:
+        """The input embedding. None if the model has none where mlx-lm's models have it."""
+        return getattr(getattr(self.model, "model", None), "embed_tokens", None)
+
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Fingerprint of the vocabulary, which maps token ids to text."""

@@ -72,13 +72,22 @@ class OnlineTeacher:
         run = self._body if self.splits else self.target
         return (run(inputs, cache=document_masks(self._windows, documents)) if self.apart else run(inputs),)
 
-    def probs(self, temperature: mx.array) -> TeacherProbs:
-        """Return the function that computes p and log p from a chunk of ``states``."""
+    def probs(self, temperature: mx.array, columns: mx.array | None = None) -> TeacherProbs:
+        """Return the function that computes p and log p from a chunk of ``states``.
+
+        Args:
+            temperature: Temperature of p.
+            columns: The tokens of the drafter's smaller vocabulary, [K]. The probabilities of these tokens are
+                returned. They sum to less than 1, since the other tokens keep theirs. None for all tokens.
+        """
 
         def teacher_probs(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
-            logits = self._head(states[0]) if self.splits else states[0]
+            logits = (self._head(states[0]) if self.splits else states[0]).astype(mx.float32) / temperature
+            if columns is not None:
+                log_p = logits[:, columns] - mx.logsumexp(logits, axis=-1, keepdims=True)
+                return mx.exp(log_p), log_p
             # A target may pad its vocabulary beyond the drafter's. The padding is never sampled.
-            log_p, p = log_softmax(logits[:, : log_q.shape[-1]].astype(mx.float32) / temperature)
+            log_p, p = log_softmax(logits[:, : log_q.shape[-1]])
             return p, log_p
 
         return teacher_probs
@@ -240,7 +249,7 @@ class CachedTeacher:
         """
         return stored
 
-    def probs(self, temperature: mx.array) -> TeacherProbs:
+    def probs(self, temperature: mx.array, columns: mx.array | None = None) -> TeacherProbs:
         """Return the function that computes p and log p from a chunk of ``states``."""
         return probs_from_top_k
 

@@ -24,7 +24,14 @@ from mlxspec.files import remove_leftovers
 from mlxspec.models.drafter import Drafter
 from mlxspec.settings import option
 from mlxspec.training.batches import Batches
-from mlxspec.training.checkpoint import checkpoint_name, checkpoints, load_checkpoint, read_state, save_checkpoint
+from mlxspec.training.checkpoint import (
+    checkpoint_name,
+    checkpoints,
+    load_checkpoint,
+    read_state,
+    restore_weights,
+    save_checkpoint,
+)
 from mlxspec.training.objectives import Batch, Objective
 from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
 from mlxspec.training.teachers import Teacher
@@ -320,7 +327,7 @@ class Trainer:
             barrier()
             best = self._best_folder(int(self.best["step"]))
             try:
-                self.drafter.load_weights(str(best / "model.safetensors"))
+                restore_weights(self.drafter, best / "model.safetensors")
                 mx.eval(self.drafter.parameters())
             except (OSError, RuntimeError, ValueError) as error:
                 raise TrainingError(

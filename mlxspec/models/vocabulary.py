@@ -1,0 +1,37 @@
+"""A smaller output vocabulary for a drafter: the tokens that the target emits most often.
+
+Verification stays exact, since q is a distribution like any other. A token outside the vocabulary cannot be drafted.
+The target's probability of such tokens bounds what a smaller vocabulary costs in acceptance.
+
+Source: VocabTrim, arXiv 2506.22694.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from mlxspec.errors import InvalidRequestError
+
+
+def most_frequent(counts: np.ndarray, size: int, control: Iterable[int] = ()) -> np.ndarray:
+    """Return the tokens of a smaller vocabulary.
+
+    Args:
+        counts: How often the target emitted each token, [V].
+        size: Number of tokens K.
+        control: Tokens to include in any case, such as those that end an answer.
+
+    Returns:
+        Token ids [K] in increasing order.
+
+    Raises:
+        InvalidRequestError: The size is out of range.
+    """
+    forced = sorted(set(control))
+    if not max(len(forced), 1) <= size <= len(counts):
+        raise InvalidRequestError(
+            f"vocabulary_size is {size}; use {max(len(forced), 1)} to {len(counts)}, the size of the target's vocabulary"
+        )
+    order = counts.astype(np.int64)
+    order[forced] = np.iinfo(np.int64).max
+    return np.sort(np.argsort(-order, kind="stable")[:size])
