@@ -30,10 +30,15 @@ REQUESTS = (
     "Explain to a child what this means: {sentence}",
 )
 STORY = "Write a short story for a small child, in simple words. It is about a {adjective} {hero} who {event} {place}."
-ADJECTIVES = ["little", "brave", "shy", "happy", "lazy", "clever", "hungry", "kind", "curious", "sleepy", "funny", "lonely"]
-HEROES = ["girl", "boy", "cat", "dog", "rabbit", "bear", "mouse", "fox", "duck", "bird", "fish", "frog", "robot", "car", "tree", "pig", "horse", "owl", "dragon"]
-EVENTS = ["finds a red ball", "loses a hat", "makes a new friend", "learns to share", "is afraid of the dark", "bakes a cake", "builds a boat", "helps an old man", "sees a rainbow", "wants to fly", "tells a lie", "gets lost", "plants a seed", "finds a big box", "learns to swim"]
-PLACES = ["in the park", "by the sea", "in the forest", "at home", "on a farm", "in the snow", "at school", "in the garden", "on a hill"]
+ADJECTIVES = ["little", "brave", "shy", "happy", "lazy", "clever", "hungry", "kind", "curious", "sleepy", "funny",
+              "lonely"]  # fmt: skip
+HEROES = ["girl", "boy", "cat", "dog", "rabbit", "bear", "mouse", "fox", "duck", "bird", "fish", "frog", "robot", "car",
+          "tree", "pig", "horse", "owl", "dragon"]  # fmt: skip
+EVENTS = ["finds a red ball", "loses a hat", "makes a new friend", "learns to share", "is afraid of the dark",
+          "bakes a cake", "builds a boat", "helps an old man", "sees a rainbow", "wants to fly", "tells a lie",
+          "gets lost", "plants a seed", "finds a big box", "learns to swim"]  # fmt: skip
+PLACES = ["in the park", "by the sea", "in the forest", "at home", "on a farm", "in the snow", "at school",
+          "in the garden", "on a hill"]  # fmt: skip
 
 
 def user_prompts(path: Path) -> list[str]:

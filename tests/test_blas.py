@@ -54,6 +54,16 @@ def test_mlx_computes_with_openblas_where_it_is_installed_and_is_many_times_fast
 
 
 @needs_openblas
+@pytest.mark.skipif(not blas.has_amx(), reason="needs a processor with AMX")
+def test_a_processor_with_amx_gets_kernels_that_are_at_least_as_fast_as_those_openblas_would_choose(monkeypatch):
+    monkeypatch.setenv(blas.CORE, "SapphireRapids")
+    _, slow = in_new_process(PRODUCT.format(first=""), "")
+    monkeypatch.delenv(blas.CORE)
+    _, fast = in_new_process(PRODUCT.format(first=""), "")
+    assert fast < 1.3 * slow
+
+
+@needs_openblas
 def test_the_name_is_that_of_the_library_in_use_if_mlx_was_imported_first():
     assert in_new_process(PRODUCT.format(first="import mlx.core"), "")[0] == "reference BLAS"
 

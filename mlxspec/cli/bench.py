@@ -17,6 +17,7 @@ from mlxspec.cli.options import (
     DRAFT_LENGTH,
     DRAFTER,
     QUANTIZE,
+    QUANTIZE_DRAFTER,
     TARGET,
     VERIFICATION,
     advance,
@@ -61,6 +62,7 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @TARGET
 @DRAFTER
 @QUANTIZE
+@QUANTIZE_DRAFTER
 @CONTEXT
 @click.option("--tasks", default="stories", show_default=True,
               help=f"Tasks, separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files with prompts.")  # fmt: skip
@@ -87,7 +89,7 @@ PROFILED = 4  # draft length of the block whose parts are timed
                    "from that, and compare it with the measured speed.")  # fmt: skip
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
               help="Compare two result files: print the figures of B relative to A.")  # fmt: skip
-def bench(target, drafter, quantize, context, tasks, prompts, out, calibration, compare, **given):
+def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, out, calibration, compare, **given):
     """Compare the speed of mlxspec with that of plain and of speculative mlx-lm, for a target and its drafter."""
     if compare:
         if others := [name for name in measuring_options() if name != "compare"]:
@@ -101,7 +103,7 @@ def bench(target, drafter, quantize, context, tasks, prompts, out, calibration, 
     if calibration and drafter == "none":
         raise InvalidRequestError("--calibrate needs a drafter; leave out --drafter none")
     check_writable(out)
-    pair = mlxspec.load(target, drafter, quantize=quantize, context_length=context)
+    pair = mlxspec.load(target, drafter, quantize=quantize, context_length=context, quantize_drafter=quantize_drafter)
     if target and drafter is None:
         say_drafter(pair)
     contexts = [pair.context_length, pair.drafter_context_length]  # mlx-lm asks a drafter beyond its own

@@ -17,7 +17,7 @@ import mlxspec
 from mlxspec import InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, Progress, check_options
 from mlxspec.decoding.verification import DEFAULT_RULE, RULES
-from mlxspec.models.quantizing import QUANTIZATIONS
+from mlxspec.models.quantizing import DRAFTER_BITS, QUANTIZATIONS
 
 LONG_PROMPT = 512  # tokens from which a progress bar is shown
 MEASURING = "measuring how long a pass takes on this machine"
@@ -54,6 +54,9 @@ QUANTIZE = click.option(
     "--quantize",
     help="Quantize the target to 4 bits, 8 bits, mxfp4 or nvfp4, and keep the "
     "copy. With `none`, use the target as stored.",
+)
+QUANTIZE_DRAFTER = click.option(
+    "--quantize-drafter", type=click.Choice(DRAFTER_BITS), help="Quantize the draft model to 4 or 8 bits, in memory."
 )
 DRAFT_LENGTH = click.option(
     "--draft-length",
@@ -95,7 +98,18 @@ CONTEXT = click.option(
 
 def decoder_options(command: Callable) -> Callable:
     """Add the options of ``decoder_from`` to a command."""
-    for option in reversed([TARGET, DRAFTER, QUANTIZE, CONTEXT, DRAFT_LENGTH, VERIFICATION, *SAMPLING_OPTIONS]):
+    for option in reversed(
+        [
+            TARGET,
+            DRAFTER,
+            QUANTIZE,
+            QUANTIZE_DRAFTER,
+            CONTEXT,
+            DRAFT_LENGTH,
+            VERIFICATION,
+            *SAMPLING_OPTIONS,
+        ]
+    ):
         command = option(command)
     return command
 
@@ -105,6 +119,7 @@ def decoder_from(
     target: str | None,
     drafter: str | None,
     quantize: str | None,
+    quantize_drafter: str | None,
     context: int | None,
     draft_length: int | str,
     verification: str,
@@ -116,9 +131,10 @@ def decoder_from(
 
     Args:
         tokens: Tokens of prompt and answer, for the check whether the models fit into memory. None if not known.
-        target: As given on the command line, like the next five.
+        target: As given on the command line, like the next six.
         drafter: Draft model.
         quantize: How to quantize the target.
+        quantize_drafter: How to quantize the draft model.
         context: Maximum number of positions.
         draft_length: Tokens drafted per block, or "auto".
         verification: The rule.
@@ -134,7 +150,13 @@ def decoder_from(
     if not quiet:
         announce_compiling()
     pair = mlxspec.load(
-        target, drafter, quantize=quantize, context=tokens, context_length=context, before_weights=before_weights
+        target,
+        drafter,
+        quantize=quantize,
+        context=tokens,
+        context_length=context,
+        before_weights=before_weights,
+        quantize_drafter=quantize_drafter,
     )
     decoder = SpeculativeDecoder(pair, drawn, draft_length, verification)
     if target and drafter is None and not quiet:

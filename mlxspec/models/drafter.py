@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
@@ -82,7 +83,8 @@ class DrafterConfig:
             )
         if self.draft_vocab_size and self.draft_vocab_size > self.vocab_size:
             raise InvalidRequestError(
-                f"drafter config: draft_vocab_size is {self.draft_vocab_size}; use at most vocab_size, {self.vocab_size}"
+                f"drafter config: draft_vocab_size is {self.draft_vocab_size}; use at most vocab_size, "
+                f"{self.vocab_size}"
             )
 
     @classmethod
@@ -307,6 +309,11 @@ class Drafter(nn.Module):
         return mx.arange(self.config.output_size) + self.d2t if self.config.draft_vocab_size else None
 
     @property
+    def shared_table(self) -> nn.Module | None:
+        """The input embedding if it is the target's."""
+        return self.model.embed_tokens if self.config.shared_embedding else None
+
+    @property
     def layers(self) -> list[DecoderLayer]:
         """The transformer layers, under the name that mlx-lm uses."""
         return self.model.layers
@@ -336,9 +343,7 @@ class Drafter(nn.Module):
         write_json(Path(folder) / "config.json", self.config.to_dict())
 
     @classmethod
-    def load(
-        cls, folder: str | Path, dtype: mx.Dtype | None = None, embedding: nn.Embedding | None = None
-    ) -> "Drafter":
+    def load(cls, folder: str | Path, dtype: mx.Dtype | None = None, embedding: nn.Module | None = None) -> "Drafter":
         """Read a drafter. For training it must be unquantized. To decode with it, use ``mlxspec.load``.
 
         Args:
@@ -399,15 +404,16 @@ class Drafter(nn.Module):
         if isinstance(embedding, nn.Embedding):  # a module of its own, whose precision may differ from the target's
             self.model.embed_tokens.weight = mx.array(embedding.weight)  # the same memory
         else:
-            self.model.embed_tokens = embedding
+            self.model.embed_tokens = embedding  # type: ignore[assignment]  # quantized
         self.model.embed_tokens.freeze()
 
     def check_output_tokens(self) -> None:
         """Raise ValueError if ``d2t`` names a token twice or a token that does not exist."""
         if self.output_tokens is None:
             return
-        tokens = sorted(self.output_tokens.tolist())
-        if tokens[0] < 0 or tokens[-1] >= self.config.vocab_size:
-            raise ValueError(f"d2t names token {tokens[-1] if tokens[0] >= 0 else tokens[0]}, which does not exist")
-        if len(set(tokens)) < len(tokens):
+        tokens = np.sort(np.array(self.output_tokens))
+        wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if wrong.size:
+            raise ValueError(f"d2t names token {wrong[0]}, which does not exist")
+        if (tokens[1:] == tokens[:-1]).any():
             raise ValueError("d2t names a token twice")

@@ -67,6 +67,7 @@ def drafter_from_target(
         head = head[mx.array(tokens)]
     copied["lm_head.weight"] = head
     copied[EMBEDDING] = weights[EMBEDDING]
-    drafter.load_weights(list(copied.items()))
+    # Objects of their own over the same memory. mx.compile fails if two models hold the same object.
+    drafter.load_weights([(name, mx.array(weight)) for name, weight in copied.items()])
     mx.eval(drafter.parameters())
     return drafter

@@ -33,7 +33,7 @@ from mlxspec.models.drafter import OWN_KEYS, Drafter, PromptLookup
 from mlxspec.models.memory import check_memory
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
-from mlxspec.models.quantizing import dequantized, faster_dequantized, quantized_copy
+from mlxspec.models.quantizing import dequantized, faster_dequantized, quantize_in_memory, quantized_copy
 from mlxspec.models.sentencepiece_bpe import fast_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 
@@ -55,6 +55,7 @@ def load(
     context: int | None = None,
     context_length: int | None = None,
     before_weights: Callable[[Any, int | None], None] = lambda tokenizer, context_length: None,
+    quantize_drafter: str | None = None,
 ) -> ModelPair:
     """Load a target and its drafter.
 
@@ -75,6 +76,7 @@ def load(
             positions in the model is a limit in any case.
         before_weights: Called with the tokenizer and the context length before any weights are read. It may raise an
             error, for instance for a prompt that does not fit.
+        quantize_drafter: "4" or "8" to quantize the draft model in memory. None for as stored.
 
     Returns:
         The models, evaluated, with the target's tokenizer.
@@ -85,7 +87,7 @@ def load(
         InvalidRequestError: An argument is invalid.
         TokenizerMismatchError: Target and drafter have different tokenizers.
     """
-    options = (dtype, quantize, context, context_length, before_weights)
+    options = (dtype, quantize, context, context_length, before_weights, quantize_drafter)
     if drafter not in (None, "auto"):
         proposer, lookup = parse_drafter(drafter)
         return load_pair(target, proposer, lookup, *options)
@@ -111,11 +113,14 @@ def load_pair(
     context: int | None,
     context_length: int | None,
     before_weights: Callable[[Any, int | None], None],
+    quantize_drafter: str | None,
 ) -> ModelPair:
     """Load a target and exactly this drafter. The other arguments are those of ``load``."""
     if context_length is not None and context_length < 2:
         raise InvalidRequestError(f"context_length is {context_length}; use 2 or more")
     drafter_folder = model_folder(drafter) if isinstance(drafter, str | Path) else None
+    if quantize_drafter and not drafter_folder:
+        raise InvalidRequestError("quantize_drafter needs a draft model; name one, or leave it out")
     known = KNOWN_MODELS.get(str(target))
     target_folder = model_folder(DEMO / "target" if target is None else target)
     if (kind := quantize or (known.quantize if known else "none")) != "none":
@@ -133,6 +138,10 @@ def load_pair(
     if drafter_folder:
         embedding = getattr(getattr(target_model, "model", None), "embed_tokens", None)
         draft_model = read_model(drafter_folder, dtype, widen=True, embedding=embedding)
+        if quantize_drafter:
+            quantize_in_memory(draft_model, quantize_drafter)
+            draft_model = dequantized(draft_model) if faster_dequantized(draft_model) else draft_model
+            mx.eval(draft_model.parameters())
     drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)
     pair.drafter_name = name_of(drafter) + ("+lookup" if lookup else "")

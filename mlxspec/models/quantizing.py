@@ -27,6 +27,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
     "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
 }
+DRAFTER_BITS = ("4", "8")  # for a draft model that is quantized in memory
 FLOAT_SHARE = 0.25  # of the memory, for a quantized model that is held in float32
 COPY_NAME = re.compile(rf".+-[0-9a-f]{{12}}-({'|'.join(QUANTIZATIONS)})")
 COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -77,6 +78,33 @@ def quantized(model: nn.Module, config: dict[str, Any], kind: str) -> tuple[nn.M
     """Return the model and its config quantized as ``kind``, a key of QUANTIZATIONS."""
     with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints the bits per weight
         return quantize_model(model, config, **QUANTIZATIONS[kind])
+
+
+def quantize_in_memory(model: nn.Module, kind: str) -> None:
+    """Quantize the linear layers and tables of a model in place, but not a table that it shares with another model.
+
+    Args:
+        model: The model.
+        kind: A key of QUANTIZATIONS.
+
+    Raises:
+        InvalidRequestError: The kind is unknown, the model is quantized already, or its shapes do not fit.
+    """
+    if kind not in QUANTIZATIONS:
+        raise InvalidRequestError(f"quantize_drafter is {kind!r}; use one of {', '.join(DRAFTER_BITS)}")
+    shared = getattr(model, "shared_table", None)
+    tables = [module for module in model.modules() if hasattr(module, "weight") and module is not shared]
+    if any(hasattr(module, "bits") for module in tables):
+        raise InvalidRequestError("the draft model is quantized already; leave out quantize_drafter")
+    chosen = [module for module in tables if hasattr(module, "to_quantized")]
+    size = QUANTIZATIONS[kind]["group_size"]
+    if wrong := next((module for module in chosen if module.weight.shape[-1] % size), None):
+        raise InvalidRequestError(
+            f"the draft model has rows of {wrong.weight.shape[-1]} weights, which groups of {size} do not divide; "
+            "leave out quantize_drafter"
+        )
+    numbers = set(map(id, chosen))
+    nn.quantize(model, **QUANTIZATIONS[kind], class_predicate=lambda _, module: id(module) in numbers)
 
 
 def cache_folder() -> Path:

@@ -30,7 +30,8 @@ def most_frequent(counts: np.ndarray, size: int, control: Iterable[int] = ()) ->
     forced = sorted(set(control))
     if not max(len(forced), 1) <= size <= len(counts):
         raise InvalidRequestError(
-            f"vocabulary_size is {size}; use {max(len(forced), 1)} to {len(counts)}, the size of the target's vocabulary"
+            f"vocabulary_size is {size}; use {max(len(forced), 1)} to {len(counts)}, the size of the target's "
+            "vocabulary"
         )
     order = counts.astype(np.int64)
     order[forced] = np.iinfo(np.int64).max

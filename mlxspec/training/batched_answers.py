@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, make_prompt_cache
 
 from mlxspec.models.attention import attention_windows
@@ -42,7 +43,7 @@ def sample_answers(
     for count in range(1, max_tokens + 1):
         following = sampler(step(tokens)) if count < max_tokens else tokens
         mx.async_eval(following)  # the device computes the next tokens while these are read
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        for row, token in zip(rows, np.array(tokens).tolist(), strict=True):
             if row in unfinished:
                 answers[row].append(token)
                 if token in ends:

@@ -85,9 +85,10 @@ def restore_weights(model: nn.Module, file: Path) -> None:
         ValueError: The file belongs to another model.
         OSError: The file cannot be read.
     """
-    trained = dict(tree_flatten(model.trainable_parameters()))
-    frozen = {name: weight for name, weight in tree_flatten(model.parameters()) if name not in trained}
-    model.load_weights(list({**frozen, **load_arrays(file)}.items()))
+    weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    for name in dict(tree_flatten(model.trainable_parameters())):
+        del weights[name]
+    model.load_weights(list({**weights, **load_arrays(file)}.items()))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -51,3 +51,15 @@ def test_a_healthy_family_is_answered_in_batches(name, dtype):
     model.set_dtype(dtype)
     for prompts in (PROMPTS, PROMPTS[:2], [[1], [1]], [[1]]):
         assert batches_like_single(model, [Group(0, prompts, 0.0)])
+
+
+def test_answers_of_a_batch_whose_rows_end_one_after_the_other_are_those_of_single_prompts():
+    model = random_llama(vocab_size=64, scale=3)
+    prompts = [[i, *range(2, 2 + i)] for i in range(1, 13)]
+    settings = AnswerSettings((0.0,), max_tokens=24)
+    tokenizer = Tokens()
+    every = answer_group(model, tokenizer, Group(0, prompts, 0.0), settings)
+    tokenizer.eos_token_ids = {answer[place] for place, answer in enumerate(every)}
+    alone = [answer_group(model, tokenizer, Group(0, [prompt], 0.0), settings)[0] for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 3
+    assert answer_group(model, tokenizer, Group(0, prompts, 0.0), settings) == alone

@@ -1,0 +1,89 @@
+"""Training a drafter with a smaller output vocabulary and the target's embedding."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxspec.models.from_target import drafter_from_target
+from mlxspec.training.batches import Batches
+from mlxspec.training.losses import Loss
+from mlxspec.training.objectives import Batch, objective, places
+from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
+from tests.conftest import random_llama
+
+V, TOKENS = 32, np.array([0, 2, 3, 7, 11, 12, 30, 31])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def pair():
+    target = random_llama(vocab_size=V, scale=4)
+    config = {**vars(target.args)}
+    return target, drafter_from_target(target, config, [1], TOKENS, share_embedding=True)
+
+
+@pytest.mark.parametrize("name", ["tvd", "kld", "ce"])
+def test_loss_and_acceptance_over_k_columns_are_those_of_the_formulas_in_float64(name):
+    target, drafter = pair()
+    ids = mx.array(np.random.default_rng(0).integers(0, V, (2, 7)))
+    inputs, following = ids[:, :-1], np.array(ids[:, 1:])
+    weights = mx.full(inputs.shape, 1 / inputs.size)
+    batch = Batch(ids, mx.zeros(inputs.shape, mx.int32), weights, (), mx.array(1.0), mx.random.key(0))
+    value, alpha = objective(Loss(name), OnlineTeacher(target) if name != "ce" else None)(drafter, batch)
+
+    p = softmax(np.array(target(inputs), np.float64))[..., TOKENS]  # sums to less than 1
+    q = softmax(np.array(drafter(inputs), np.float64)[..., TOKENS])
+    if name == "ce":
+        known = np.isin(following, TOKENS)
+        columns = np.searchsorted(TOKENS, following).clip(max=len(TOKENS) - 1)
+        losses = np.where(known, -np.log(np.take_along_axis(q, columns[..., None], -1)[..., 0]), 0)
+    else:
+        losses = {"kld": (p * np.log(p / q)).sum(-1), "tvd": 1 - np.minimum(p, q).sum(-1)}[name]
+        assert abs(alpha.item() - np.minimum(p, q).sum(-1).mean()) < 1e-5
+    assert abs(value.item() - losses.mean()) < 1e-5
+
+
+def test_tokens_are_found_in_the_smaller_vocabulary():
+    found, known = places(mx.array([31, 0, 1, 11, 13]), mx.array(TOKENS), V)
+    assert known.tolist() == [True, True, False, True, False]
+    assert TOKENS[np.array(found)[np.array(known)]].tolist() == [31, 0, 11]
+
+
+def test_a_resumed_run_ends_with_the_same_weights_and_leaves_map_and_embedding_alone(tmp_path):
+    with ShardWriter(tmp_path / "shards", V, "tokens") as writer:
+        for row in np.random.default_rng(0).integers(0, V, (20, 20)):
+            writer.add(row, np.ones_like(row))
+        writer.finish()
+    shards = TokenShards(tmp_path / "shards")
+
+    def train(folder, stop=None):
+        target, drafter = pair()
+        before = {name: np.array(weight) for name, weight in tree_flatten(drafter.parameters())}
+        settings = TrainingSettings(steps=6, batch=4, length=16, checkpoint_every=2)
+        batches = Batches([shards], [1], 16, 4, seed=0)
+
+        def interrupt(step, metrics):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        Trainer(
+            drafter, objective(Loss("tvd++"), OnlineTeacher(target)), batches, settings, folder, report=interrupt
+        ).run()
+        return before, {name: np.array(weight) for name, weight in tree_flatten(drafter.parameters())}
+
+    before, whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", stop=5)
+    _, resumed = train(tmp_path / "resumed")
+    for name, weight in whole.items():
+        assert (weight == resumed[name]).all()
+        unchanged = (weight == before[name]).all()
+        assert unchanged == (name in ("d2t", "model.embed_tokens.weight"))
+    stored = mx.load(str(tmp_path / "whole" / "step-00000006" / "model.safetensors"))
+    assert not {"d2t", "model.embed_tokens.weight"} & stored.keys()
