@@ -21,7 +21,8 @@ from mlx_lm.utils import dequantize_model
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.files import locked, replacing, write_json
 from mlxspec.models.attention import model_type
-from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_lazily, read_tokenizer
+from mlxspec.models.drafter import OWN_KEYS
+from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
 
 MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
@@ -68,6 +69,11 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
     if quantize not in (None, *QUANTIZATIONS):
         raise InvalidRequestError(f"quantize is {quantize!r}; use one of {', '.join(QUANTIZATIONS)}")
     source = model_folder(drafter)
+    if any(read_config(source).get(key) for key in OWN_KEYS):
+        raise InvalidRequestError(
+            f"{drafter} has a smaller vocabulary or its target's embedding, which other tools cannot load; export a "
+            "drafter with all tokens and an embedding of its own"
+        )
     model, config = read_lazily(source)
     if model_type(model) != "llama":
         raise InvalidRequestError(
