@@ -222,7 +222,8 @@ def train(
     out = folder / "drafter"
     with locked_for_all(folder):
         if not start_stage(folder, inputs, CHANGEABLE):
-            return Drafter.load(out, embedding=target.embedding), read_json(folder / "stage.json")["result"]
+            embedding = target.embedding if drafter.config.shared_embedding else None
+            return Drafter.load(out, embedding=embedding), read_json(folder / "stage.json")["result"]
         what = f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
         if done := last_step(folder):
             what += f", continued after step {done} with the learning rate of a run of {settings.steps} steps"
@@ -416,8 +417,10 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         MlxspecError: The drafter cannot be read, is quantized, or has another tokenizer than the target.
     """
     folder = model_folder(name)
-    if "quantization" in read_config(folder):
+    config = read_config(folder)
+    if "quantization" in config:
         raise InvalidRequestError(f"{folder} is quantized and cannot be trained; start from the unquantized drafter")
     if any((folder / file).exists() for file in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
-    return Drafter.load(folder, mx.float32, target.embedding)
+    embedding = target.embedding if config.get("shared_embedding") else None  # else the target need not be loaded
+    return Drafter.load(folder, mx.float32, embedding)

@@ -86,7 +86,7 @@ def test_ctrl_c_before_the_first_round_shows_no_older_results(mlxspec_command, t
     monkeypatch.setattr(sys.modules["mlxspec.cli.bench"], "profile", interrupted)
     outcome = mlxspec_command("bench", *SHORT)
     assert (outcome.status, outcome.out) == (130, "")
-    assert outcome.err.strip() == "interrupted; no round was finished"
+    assert outcome.err.splitlines()[-1] == "interrupted; no round was finished"  # a busy machine still measures before
     assert (tmp_path / "bench.json").read_bytes() == older
 
 

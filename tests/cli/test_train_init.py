@@ -9,12 +9,8 @@ from mlxspec.models.loading import DEMO
 TARGET = str(DEMO / "target")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("a folder")
-
-
-def test_a_drafter_from_the_targets_layers_is_trained_and_drafts(folder, mlxspec_command):
+def test_a_drafter_from_the_targets_layers_is_trained_and_drafts_and_is_not_exported(tmp_path, mlxspec_command):
+    folder = tmp_path / "a folder"
     answers, start, trained = (str(folder / name) for name in ("answers", "start", "trained"))
     drawn = ("--samples", "4", "--temperatures", "1", "--max-tokens", "60", "--group", "4")
     assert mlxspec_command("train", "distill", "--target", TARGET, *drawn, "--out", answers).status == 0
@@ -33,6 +29,9 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts(folder, mlxspec
     plain = mlxspec_command("generate", "--target", TARGET, "--drafter", "none", "Once upon a time")
     assert text.status == 0, text.err
     assert text.out == plain.out
+    refused = mlxspec_command("export", start, str(folder / "exported"))
+    assert refused.status == 2
+    assert "which other tools cannot load" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -50,9 +49,3 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(tmp_path, mlxspec_comman
     assert len(outcome.err.strip().splitlines()[-1]) < 300
     assert re.search(message, outcome.err)
     assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_export_refuses_a_drafter_that_other_tools_cannot_load(folder, mlxspec_command):
-    outcome = mlxspec_command("export", str(folder / "start"), str(folder / "exported"))
-    assert outcome.status == 2
-    assert "which other tools cannot load" in outcome.err
