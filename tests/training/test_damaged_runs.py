@@ -1,4 +1,4 @@
-"""Run folders that were damaged in 300 ways are resumed, plotted or exported, or named in one line. Nothing is lost."""
+"""Run folders that were damaged in 150 ways are resumed, plotted or exported, or named in one line. Nothing is lost."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.test_recipe import RECIPE
 
-CASES, BATCHES = 300, 6
+CASES, BATCHES = 150, 6
 JSON = [
     "[]", "{}", "null", "1", '"x"', '{"step": null}', '{"complete": true}', '{"complete": false, "inputs": null}',
     '{"step": 2, "best": 3}', '{"step": 4, "best": {"step": "x", "block_efficiency": "y"}, "evaluation": 3}',
