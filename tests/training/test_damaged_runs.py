@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.test_recipe import RECIPE
 
-CASES, BATCHES = 150, 6
+CASES, BATCHES = 150, 3
 JSON = [
     "[]", "{}", "null", "1", '"x"', '{"step": null}', '{"complete": true}', '{"complete": false, "inputs": null}',
     '{"step": 2, "best": 3}', '{"step": 4, "best": {"step": "x", "block_efficiency": "y"}, "evaluation": 3}',
