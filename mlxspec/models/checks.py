@@ -1,7 +1,8 @@
 """Checks that a model folder is complete and safe to read. They run before anything else opens its files.
 
-Model folders are untrusted. mlxspec reads only safetensors files and npz files without pickled objects. It does not
-follow links that lead out of the folder, and never imports or runs code from a model folder.
+Model folders are untrusted. mlxspec reads safetensors files, npz files without pickled objects, and PyTorch files whose
+pickle names tensors only (``torch_files``). It does not follow links that lead out of the folder, and never imports or
+runs code from a model folder.
 """
 
 from pathlib import Path

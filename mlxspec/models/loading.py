@@ -36,11 +36,14 @@ from mlxspec.models.pair import ModelPair
 from mlxspec.models.quantizing import dequantized, faster_dequantized, quantize_in_memory, quantized_copy
 from mlxspec.models.sentencepiece_bpe import fast_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
+from mlxspec.models.torch_files import convert_to_safetensors
 
 DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "weights*.npz"]
-INDEX, QUANT_CONFIG = "model.safetensors.index.json", "hf_quant_config.json"
+WEIGHT_FILES = ("model*.safetensors", "weights*.npz")
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", *WEIGHT_FILES]
+TORCH_FILES = "pytorch_model*.bin"  # of models that have no safetensors files
+INDEXES, QUANT_CONFIG = ("model.safetensors.index.json", "pytorch_model.bin.index.json"), "hf_quant_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 NO_CODE = {"trust_remote_code": False}  # explicit, or else transformers may ask on the terminal
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -202,7 +205,10 @@ def model_folder(name: str | Path) -> Path:
             f"`mlxspec models`{meant}"
         )
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[*HUB_FILES, TORCH_FILES]))
+        return folder
     except GatedRepoError:
         raise ModelLoadError(f"{name} is gated: accept its license on the hub, then run `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -255,16 +261,27 @@ def read_lazily(folder: Path, embedding: nn.Module | None = None) -> tuple[nn.Mo
     try:
         if is_old_config(config):
             return read_old_model(config, files)
-        tensors = [name for file in files for name in check_safetensors(file)]
-        check_numbers(config, folder / "config.json", len(tensors))
-        if any(config.get(key) for key in OWN_KEYS):
-            return Drafter.load(folder, embedding=embedding), config
-        return load_with_mlx_lm(folder, completed(config, tensors), files)
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [as_safetensors(file, Path(scratch)) for file in files]
+            tensors = [name for file in files for name in check_safetensors(file)]
+            check_numbers(config, folder / "config.json", len(tensors))
+            if any(config.get(key) for key in OWN_KEYS):
+                return Drafter.load(folder, embedding=embedding), config
+            return load_with_mlx_lm(folder, completed(config, tensors), files)
     except MlxspecError:
         raise
     except Exception as error:  # a malformed folder makes the model's code raise anything
         kind = config.get("model_type", "Llama in the old MLX layout")
         raise ModelLoadError(f"{folder} cannot be read as a {kind}: {in_one_line(error)}") from error
+
+
+def as_safetensors(file: Path, scratch: Path) -> Path:
+    """Return the file itself or, for a file of PyTorch, a copy in ``scratch`` that is converted to safetensors."""
+    if file.suffix != ".bin":
+        return file
+    converted = scratch / f"{file.stem}.safetensors"
+    convert_to_safetensors(file, converted)
+    return converted
 
 
 def load_with_mlx_lm(folder: Path, config: dict[str, Any], files: list[Path]) -> tuple[nn.Module, dict[str, Any]]:
@@ -305,27 +322,32 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     Raises:
         ModelLoadError: There are none, or the index is malformed or names a file that is missing.
     """
-    if not is_old_config(config) and (folder / INDEX).exists():
-        return indexed_files(folder)
-    pattern = "weights*.npz" if is_old_config(config) else "model*.safetensors"
-    files = sorted(folder.glob(pattern))
+    if is_old_config(config):
+        pattern, files = "weights*.npz", sorted(folder.glob("weights*.npz"))
+    else:
+        for index, pattern in zip(INDEXES, ("model*.safetensors", TORCH_FILES), strict=True):
+            if (folder / index).exists():
+                return indexed_files(folder / index)
+            if files := sorted(folder.glob(pattern)):
+                break
     if not files:
+        pattern = "weights*.npz" if is_old_config(config) else "model*.safetensors or pytorch_model*.bin"
         others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
         advice = f"; rename {others}, which mlx-lm would not read either" if others else "; copy the weights into it"
         raise ModelLoadError(f"{folder} has no weights: no file is named {pattern}{advice}")
     return files
 
 
-def indexed_files(folder: Path) -> list[Path]:
-    """Return the files that the index of a folder names. Raises ModelLoadError as ``weight_files`` does."""
-    named = read_object(folder / INDEX).get("weight_map")
+def indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index names. Raises ModelLoadError as ``weight_files`` does."""
+    named = read_object(index).get("weight_map")
     names = set(named.values()) if isinstance(named, dict) else set()
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ModelLoadError(f"{folder / INDEX} does not name the files of the weights; copy or download it again")
+        raise ModelLoadError(f"{index} does not name the files of the weights; copy or download it again")
     for name in sorted(names):
-        if not (folder / name).is_file():
-            raise ModelLoadError(f"{folder / INDEX} names {name}, which is missing; copy or download it")
-    return [folder / name for name in sorted(names)]
+        if not (index.parent / name).is_file():
+            raise ModelLoadError(f"{index} names {name}, which is missing; copy or download it")
+    return [index.parent / name for name in sorted(names)]
 
 
 def read_tokenizer(folder: Path, name: str = "") -> Any:

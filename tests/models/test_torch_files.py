@@ -1,0 +1,238 @@
+"""PyTorch files are read without PyTorch, and what is not a tensor is refused and never run."""
+
+import collections
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import types
+import zipfile
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlxspec
+from mlxspec.errors import ModelLoadError
+from mlxspec.models import loading
+from mlxspec.models.torch_files import read_torch_file
+
+HARMFUL = [
+    ("os", "system", ("touch {marker}",)),
+    ("builtins", "eval", ("open('{marker}', 'w')",)),
+    ("builtins", "getattr", (dict, "fromkeys")),
+    ("subprocess", "Popen", (["touch", "{marker}"],)),
+    ("torch", "load", ("{marker}",)),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy", (1,)),
+    ("numpy", "load", ("{marker}", None, True)),
+    ("collections", "namedtuple", ("A", "b")),
+]
+
+
+class Named:
+    """A call of a function by its module and name, as an object that pickle writes."""
+
+    def __init__(self, module, name, arguments=None):
+        self.module, self.name, self.arguments = module, name, arguments
+
+
+class TorchPickler(pickle._Pickler):
+    """Pickles ``Named`` as PyTorch pickles its classes and functions, without PyTorch."""
+
+    def save(self, obj, *rest, **named):
+        if not isinstance(obj, Named):
+            return super().save(obj, *rest, **named)
+        self.write(f"c{obj.module}\n{obj.name}\n".encode())
+        if obj.arguments is not None:
+            super().save(obj.arguments)
+            self.write(b"R")
+
+    def persistent_id(self, obj):
+        return obj.pid if isinstance(obj, types.SimpleNamespace) else None
+
+
+def tensor(key, kind, numel, size, stride, offset=0):
+    storage = types.SimpleNamespace(pid=("storage", Named("torch", kind), key, "cpu", numel))
+    return Named(
+        "torch._utils", "_rebuild_tensor_v2", (storage, offset, size, stride, False, collections.OrderedDict())
+    )
+
+
+def write_file(path, table, storages=(), **options):
+    pickled = io.BytesIO()
+    TorchPickler(pickled, 2).dump(table)
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("archive/data.pkl", pickled.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        for key, numbers in dict(storages).items():
+            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(numbers).tobytes())
+    return path
+
+
+def write_model(source, out):
+    """Copy a model folder with its weights as a PyTorch file of bfloat16, float16 and float32 tensors."""
+    out.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, out)
+    table, storages = collections.OrderedDict(), {}
+    weights = mx.load(str(source / "model.safetensors"))
+    for key, (name, weight) in enumerate(sorted(weights.items())):
+        array = np.array(weight.astype(mx.float32))
+        table[name] = tensor(str(key), "FloatStorage", array.size, array.shape, tuple(s // 4 for s in array.strides))
+        storages[str(key)] = array
+    write_file(out / "pytorch_model.bin", table, storages)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "expected"),
+    [
+        ("FloatStorage", np.arange(6, dtype="float32"), mx.float32),
+        ("HalfStorage", np.arange(6, dtype="float16"), mx.float16),
+        ("DoubleStorage", np.arange(6, dtype="float64"), mx.float32),
+        ("BFloat16Storage", (np.arange(6, dtype="float32").view("uint32") >> 16).astype("uint16"), mx.bfloat16),
+        ("LongStorage", np.arange(6, dtype="int64"), mx.int64),
+        ("ByteStorage", np.arange(6, dtype="uint8"), mx.uint8),
+    ],
+)
+def test_every_dtype_and_stride_is_read(tmp_path, kind, numbers, expected):
+    transposed = tensor("0", kind, 6, (3, 2), (1, 3))
+    last = Named("torch._utils", "_rebuild_parameter", (tensor("0", kind, 6, (2,), (1,), 4), True, None))
+    read = read_torch_file(write_file(tmp_path / "x.bin", {"a": transposed, "b": last}, {"0": numbers}))
+    assert read["a"].dtype == expected
+    assert read["a"].astype(mx.float32).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert read["b"].astype(mx.float32).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize(("module", "name", "arguments"), HARMFUL)
+def test_a_harmful_pickle_is_refused_by_name_and_not_run(tmp_path, module, name, arguments):
+    marker = tmp_path / "was run"
+    filled = tuple(one.format(marker=marker) if isinstance(one, str) else one for one in arguments)
+    path = write_file(tmp_path / "x.bin", {"a": Named(module, name, filled)})
+    with pytest.raises(ModelLoadError, match=rf"names {module}\.{name}; expected tensors only"):
+        read_torch_file(path)
+    assert not marker.exists()
+
+
+def test_a_pickle_of_python_itself_is_refused(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path}/was run'",)
+
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({"a": Harmful()}, protocol))
+        with pytest.raises(ModelLoadError, match=r"names (posix|nt)\.system"):
+            read_torch_file(tmp_path / "x.bin")
+    assert not (tmp_path / "was run").exists()
+
+
+def test_attributes_set_by_a_pickle_change_nothing_for_the_next_file(tmp_path):
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:  # BUILD with (None, {"__defaults__": ()}) on the function
+        archive.writestr("archive/data.pkl", b"\x80\x02" + rebuild + b"N}X\x0c\x00\x00\x00__defaults__)s\x86b.")
+    with pytest.raises(ModelLoadError):
+        read_torch_file(tmp_path / "x.bin")
+    good = write_file(tmp_path / "y.bin", {"a": tensor("0", "ByteStorage", 1, (1,), (1,))}, {"0": np.uint8([7])})
+    assert read_torch_file(good)["a"].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([1, 2], "holds no dictionary"),
+        ({"a": 1}, "entry a is not a tensor"),
+        ({1: tensor("0", "ByteStorage", 4, (4,), (1,))}, "entry 1 is not a tensor"),
+        ({"a": tensor("0", "ByteStorage", 4, (5,), (1,))}, "larger than its storage"),
+        ({"a": tensor("0", "ByteStorage", 4, (4,), (1,), 1)}, "larger than its storage"),
+        ({"a": tensor("0", "ByteStorage", 4, (10**12,), (0,))}, "larger than its storage"),
+        ({"a": tensor("0", "ByteStorage", 4, (4,), (-1,), 3)}, "impossible shape"),
+        ({"a": tensor("0", "ByteStorage", 4, (4,), (1, 1))}, "impossible shape"),
+        ({"a": tensor("missing", "ByteStorage", 4, (4,), (1,))}, "data/missing"),
+        ({"a": tensor("../data.pkl", "FloatStorage", 4, (4,), (1,))}, "cannot be read"),
+    ],
+)
+def test_a_damaged_table_is_one_clear_line(tmp_path, table, message):
+    path = write_file(tmp_path / "x.bin", table, {"0": np.uint8([1, 2, 3, 4])})
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        read_torch_file(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_cut_at_any_place_or_old_is_refused(tmp_path):
+    good = write_file(
+        tmp_path / "x.bin", {"a": tensor("0", "ByteStorage", 4, (4,), (1,))}, {"0": np.uint8([1, 2, 3, 4])}
+    ).read_bytes()
+    for length in [*range(0, len(good), 7), len(good) - 1]:
+        (tmp_path / "cut.bin").write_bytes(good[:length])
+        with pytest.raises(ModelLoadError):
+            read_torch_file(tmp_path / "cut.bin")
+    (tmp_path / "old.bin").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ModelLoadError, match=r"not a complete file of PyTorch 1\.6"):
+        read_torch_file(tmp_path / "old.bin")
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    table = {"a": tensor("0", "ByteStorage", 4, (4,), (1,))}
+    path = write_file(tmp_path / "x.bin", table, {"0": np.uint8([1, 2, 3, 4])}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ModelLoadError, match="compressed"):
+        read_torch_file(path)
+
+
+def test_a_drafter_with_a_pytorch_file_gives_the_same_text(tmp_path):
+    exported = tmp_path / "exported"
+    mlxspec.models.export.export_drafter(loading.DEMO / "drafter", exported)
+    old = write_model(exported, tmp_path / "with a space")
+    ours, theirs = (dict(tree_flatten(loading.read_model(folder).parameters())) for folder in (old, exported))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_several_pytorch_files_are_read_by_their_index(tmp_path):
+    exported = tmp_path / "exported"
+    mlxspec.models.export.export_drafter(loading.DEMO / "drafter", exported)
+    old = write_model(exported, tmp_path / "old")
+    names = list(mx.load(str(exported / "model.safetensors")))
+    os.rename(old / "pytorch_model.bin", old / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")}
+    (old / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert loading.read_model(old) is not None
+    (old / "pytorch_model-00001-of-00001.bin").unlink()
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin\.index\.json names pytorch_model-00001"):
+        loading.read_model(old)
+
+
+def test_the_hub_is_asked_for_pytorch_files_only_if_there_are_no_others(tmp_path, monkeypatch):
+    asked = []
+    for folder, file in (("new", "model.safetensors"), ("old", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, "pytorch_model*.bin" in allow_patterns))
+        return str(tmp_path / name.split("/")[1])
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", snapshot_download)
+    loading.model_folder("owner/new")
+    loading.model_folder("owner/old")
+    assert asked == [("owner/new", False), ("owner/old", False), ("owner/old", True)]
+
+
+@pytest.mark.torch
+def test_files_of_torch_save_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24.0).reshape(4, 6)
+    table = {"a": base, "view": base[1:, ::2], "t": base.T, "h": base.half(), "b": base.bfloat16(),
+             "p": torch.nn.Parameter(base), "n": torch.tensor(3), "empty": torch.zeros(0, 2)}  # fmt: skip
+    torch.save(collections.OrderedDict(table), tmp_path / "x.bin")
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "y.bin")
+    read = read_torch_file(tmp_path / "x.bin")
+    for name, value in table.items():
+        assert read[name].astype(mx.float32).tolist() == value.detach().float().tolist(), name
+    assert set(read_torch_file(tmp_path / "y.bin")) == {"weight", "bias"}
+    assert "torch" in sys.modules
