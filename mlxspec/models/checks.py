@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from mlxspec.errors import ModelLoadError, in_one_line
 from mlxspec.files import read_json
 
+WEIGHT_FILES = ("model*.safetensors", "weights*.npz")
+TORCH_FILES = "pytorch_model*.bin"  # of models that have no other weight files
 LAYER_COUNTS = ("num_hidden_layers", "n_layers")
 
 
@@ -41,6 +43,11 @@ def check_folder(folder: Path) -> None:
     for key, value in settings.items():
         if key.endswith("_file") and isinstance(value, str) and leads_out(value, folder):
             raise ModelLoadError(f"{folder / 'tokenizer_config.json'}: {key} points out of the folder; remove it")
+
+
+def stored_weights(folder: Path) -> list[Path]:
+    """Return the weight files of a model's folder, sorted. PyTorch's files count only if there are no others."""
+    return sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)) or sorted(folder.glob(TORCH_FILES))
 
 
 def leads_out(name: str, folder: Path) -> bool:

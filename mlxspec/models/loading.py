@@ -27,7 +27,15 @@ from mlxspec.errors import (
 from mlxspec.files import write_json
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.catalog import KNOWN_MODELS
-from mlxspec.models.checks import check_folder, check_numbers, check_safetensors, read_object
+from mlxspec.models.checks import (
+    TORCH_FILES,
+    WEIGHT_FILES,
+    check_folder,
+    check_numbers,
+    check_safetensors,
+    read_object,
+    stored_weights,
+)
 from mlxspec.models.config import completed, declared_context
 from mlxspec.models.drafter import OWN_KEYS, Drafter, PromptLookup
 from mlxspec.models.memory import check_memory
@@ -40,9 +48,7 @@ from mlxspec.models.torch_files import convert_to_safetensors
 
 DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WEIGHT_FILES = ("model*.safetensors", "weights*.npz")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", *WEIGHT_FILES]
-TORCH_FILES = "pytorch_model*.bin"  # of models that have no safetensors files
 INDEXES, QUANT_CONFIG = ("model.safetensors.index.json", "pytorch_model.bin.index.json"), "hf_quant_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 NO_CODE = {"trust_remote_code": False}  # explicit, or else transformers may ask on the terminal
@@ -206,7 +212,7 @@ def model_folder(name: str | Path) -> Path:
         )
     try:
         folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
-        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        if not stored_weights(folder):
             folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[*HUB_FILES, TORCH_FILES]))
         return folder
     except GatedRepoError:

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlxspec.errors import ModelLoadError
+from mlxspec.models.checks import stored_weights
 from mlxspec.models.config import declared_context
 
-WEIGHTS = ("model*.safetensors", "weights*.npz")
 DEFAULT_CONTEXT = 4096  # tokens to count caches for if the caller gives no number
 
 
@@ -52,7 +52,7 @@ def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -
     Returns:
         The size in bytes. It is twice that of the files if 16-bit weights become float32.
     """
-    stored = sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
+    stored = sum(file.stat().st_size for file in stored_weights(folder))
     stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
     widened = stored_in_16_bits and "quantization" not in config and bytes_per_number(dtype) == 4
     return stored * (2 if widened else 1)

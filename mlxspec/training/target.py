@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxspec.files import fingerprint, fingerprint_files
+from mlxspec.models.checks import stored_weights
 from mlxspec.models.config import declared_context
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
@@ -117,7 +118,7 @@ class Target:
     def fingerprint(self) -> str:
         """Fingerprint of the weights and the config."""
         config = json.dumps(self.config, sort_keys=True)
-        return fingerprint_files(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.npz")]), config)
+        return fingerprint_files(stored_weights(self.folder), config)
 
     def new_drafter(self, shape: DrafterShape, seed: int) -> Drafter:
         """Return a drafter for this target with random weights."""

@@ -17,8 +17,11 @@ from mlx.utils import tree_flatten
 
 from mlxspec.errors import ModelLoadError
 from mlxspec.models import loading
+from mlxspec.models.checks import stored_weights
 from mlxspec.models.export import export
+from mlxspec.models.memory import weight_bytes
 from mlxspec.models.torch_files import read_torch_file
+from mlxspec.training.target import Target
 
 HARMFUL = [
     ("os", "system", ("touch {marker}",)),
@@ -222,6 +225,18 @@ def test_the_hub_is_asked_for_pytorch_files_only_if_there_are_no_others(tmp_path
     loading.model_folder("owner/new")
     loading.model_folder("owner/old")
     assert asked == [("owner/new", False), ("owner/old", False), ("owner/old", True)]
+
+
+def test_memory_and_fingerprint_follow_a_pytorch_file(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 100)
+    assert stored_weights(tmp_path) == [tmp_path / "pytorch_model.bin"]
+    assert weight_bytes(tmp_path, {"torch_dtype": "float32"}, mx.float32) == 100
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    before = Target(str(tmp_path)).fingerprint
+    (tmp_path / "pytorch_model.bin").write_bytes(b"y" * 100)
+    assert Target(str(tmp_path)).fingerprint != before
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 10)
+    assert weight_bytes(tmp_path, {"torch_dtype": "float32"}, mx.float32) == 10
 
 
 @pytest.mark.torch
