@@ -1,6 +1,8 @@
 """The documents in the folders of the package name only what exists."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,21 @@ def test_a_command_has_these_options(folder, command, mlxspec_command):
     verb, subverb, *_ = command.split()[1:]
     help = mlxspec_command(verb, subverb, "--help").out
     assert all(option in help for option in re.findall(r"--[\w-]+", command))
+
+
+@pytest.mark.slow
+def test_the_training_program_makes_a_drafter_and_gives_the_same_when_it_is_run_again(tmp_path):
+    [program] = re.findall(r"```python\n(.*?)```", DOCUMENTS["training"], re.DOTALL)
+    folder = tmp_path / "a note book"
+    folder.mkdir()
+    first, again = (
+        subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    [efficiency] = re.findall(r"(\S+) tokens for each pass of the target", first)
+    assert first == again
+    assert 1.5 < float(efficiency) <= 3
+    assert len(program.strip().splitlines()) <= 25
 
 
 def test_the_route_of_a_block_is_at_most_eight_files():
