@@ -1,5 +1,6 @@
 """The documents in the folders of the package name only what exists."""
 
+import os
 import re
 import subprocess
 import sys
@@ -48,8 +49,10 @@ def test_the_training_program_makes_a_drafter_and_gives_the_same_when_it_is_run_
     [program] = re.findall(r"```python\n(.*?)```", DOCUMENTS["training"], re.DOTALL)
     folder = tmp_path / "a note book"
     folder.mkdir()
+    as_a_user = {name: value for name, value in os.environ.items() if name != "MLXSPEC_OPENBLAS"}  # 12 times as fast
+    command = [sys.executable, "-c", program]
     first, again = (
-        subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True).stdout
+        subprocess.run(command, cwd=folder, env=as_a_user, capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     )
     [efficiency] = re.findall(r"(\S+) tokens for each pass of the target", first)
