@@ -29,7 +29,7 @@ def load_openblas() -> None:
 def has_amx() -> bool:
     """Return whether Linux reports a processor with AMX, such as Intel's Sapphire Rapids."""
     with suppress(OSError):
-        return " amx_tile " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return b"amx_tile" in Path("/proc/cpuinfo").read_bytes().split()
     return False
 
 

@@ -30,8 +30,10 @@ def why_nothing_is_drafted(decoder: SpeculativeDecoder) -> str:
     proposers, policy, stats = decoder.compiled.drafters, decoder.policy, decoder.stats
     if not proposers or decoder.draft_length == 0:
         return "because drafting is off"
-    if stats.tokens < SHORT_ANSWER or not isinstance(policy, Automatic):
+    if stats.tokens < SHORT_ANSWER:
         return "because the answer is short"
+    if not isinstance(policy, Automatic):
+        return "because the text is longer than the drafter's context"
     drafting = {choice: rate for choice, rate in policy.rates().items() if choice != PLAIN}
     if not drafting:
         return "because the text is longer than the drafter's context"

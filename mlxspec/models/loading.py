@@ -146,7 +146,7 @@ def load_pair(
     draft_model: Any = drafter
     if drafter_folder:
         embedding = getattr(getattr(target_model, "model", None), "embed_tokens", None)
-        draft_model = read_model(drafter_folder, dtype, widen=True, embedding=embedding)
+        draft_model = read_model(drafter_folder, dtype, widen=not quantize_drafter, embedding=embedding)
         if quantize_drafter:
             quantize_in_memory(draft_model, quantize_drafter)
             draft_model = dequantized(draft_model) if faster_dequantized(draft_model) else draft_model
@@ -243,9 +243,9 @@ def read_model(
     """
     model, _ = read_lazily(folder, embedding)
     attention_windows(model)
-    if widen and (dtype is None or dtype == mx.float32) and faster_dequantized(model):
-        model = dequantized(model)
     model.set_dtype(dtype or preferred_dtype(model))
+    if widen and (dtype is None or dtype == mx.float32) and faster_dequantized(model):
+        model = dequantized(model)  # after the scales became float32, or else the weights are rounded to 16 bits
     for name, weight in dict(tree_flatten(model.parameters())).items():
         try:
             has_nan = mx.issubdtype(weight.dtype, mx.floating) and mx.isnan(weight).any().item()

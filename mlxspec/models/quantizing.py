@@ -49,7 +49,7 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
         raise InvalidRequestError(f"quantize is {kind!r}; use one of {', '.join(QUANTIZATIONS)}, none")
     copy = cache_folder() / f"{folder.resolve().name[:40]}-{folder_fingerprint(folder)}-{kind}"
     if not has_home(copy):
-        raise InvalidRequestError(f"the quantized copy has no place: {Path.home()} does not exist; set HF_HOME")
+        raise InvalidRequestError("the quantized copy has no place, since the home folder does not exist; set HF_HOME")
     while not copy.is_dir():
         try:
             with locked(copy, copy.with_name(f".{copy.name}.lock")):
@@ -85,12 +85,12 @@ def quantize_in_memory(model: nn.Module, kind: str) -> None:
 
     Args:
         model: The model.
-        kind: A key of QUANTIZATIONS.
+        kind: "4" or "8".
 
     Raises:
         InvalidRequestError: The kind is unknown, the model is quantized already, or its shapes do not fit.
     """
-    if kind not in QUANTIZATIONS:
+    if kind not in DRAFTER_BITS:
         raise InvalidRequestError(f"quantize_drafter is {kind!r}; use one of {', '.join(DRAFTER_BITS)}")
     shared = getattr(model, "shared_table", None)
     tables = [module for module in model.modules() if hasattr(module, "weight") and module is not shared]
@@ -114,7 +114,10 @@ def cache_folder() -> Path:
 
 def has_home(folder: Path) -> bool:
     """Return whether a folder may be created. A home folder that does not exist is not created."""
-    home = Path.home()
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home folder
+        return folder.is_absolute()
     return home.is_dir() or not folder.is_relative_to(home)
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -9,6 +10,8 @@ from mlx.utils import tree_flatten
 
 import mlxspec
 from mlxspec import Drafter, DrafterConfig
+from mlxspec.errors import InvalidRequestError
+from mlxspec.models import loading, quantizing
 from mlxspec.models.loading import DEMO, read_lazily
 from mlxspec.models.quantizing import QUANTIZATIONS, quantized_copy
 
@@ -91,3 +94,26 @@ def test_an_unknown_kind_and_a_quantized_model_are_named(plain_folder):
         mlxspec.load(plain_folder, quantize="3")
     with pytest.raises(mlxspec.MlxspecError, match="quantized already"):
         mlxspec.load(DEMO / "target", quantize="4")
+
+
+def test_a_widened_model_has_exactly_the_stored_values(monkeypatch):
+    monkeypatch.setattr(loading, "faster_dequantized", lambda model: True)
+    widened = loading.read_model(loading.DEMO / "target", mx.float32, widen=True)
+    stored = quantizing.dequantized(loading.read_model(loading.DEMO / "target", mx.float32))
+    theirs = dict(tree_flatten(stored.parameters()))
+    assert all(mx.array_equal(weight, theirs[name]) for name, weight in tree_flatten(widened.parameters()))
+
+
+def test_a_drafter_that_is_quantized_already_is_refused_with_a_fast_blas_too(monkeypatch):
+    monkeypatch.setattr(loading, "faster_dequantized", lambda model: True)
+    with pytest.raises(InvalidRequestError, match="quantized already"):
+        loading.load(drafter=str(loading.DEMO / "target"), quantize_drafter="4")
+
+
+def test_a_user_without_a_home_folder_can_use_an_absolute_cache_folder(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(quantizing.Path, "home", no_home)
+    assert quantizing.has_home(tmp_path)
+    assert not quantizing.has_home(Path("~/cache"))
