@@ -94,3 +94,12 @@ def test_a_small_quantized_target_is_held_in_float32_with_a_fast_blas_and_writes
 def test_quantize_none_keeps_the_weights_as_they_are_stored():
     kinds, _ = in_new_process(LOADED.format(quantize="quantize='none'"), "")
     assert "mlx.core.uint32" in kinds
+
+
+def test_a_list_of_processors_that_is_not_utf8_is_read(monkeypatch, tmp_path):
+    processors = tmp_path / "cpuinfo"
+    monkeypatch.setattr(blas, "Path", lambda path: processors)
+    processors.write_bytes(b"model name : \xff\xfe\nflags : fpu amx_tile\n")
+    assert blas.has_amx()
+    processors.write_bytes(b"model name : \xff\xfe\nflags : fpu\n")
+    assert not blas.has_amx()

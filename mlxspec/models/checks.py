@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from mlxspec.errors import ModelLoadError, in_one_line
 from mlxspec.files import read_json
 
-WEIGHT_FILES = ("model*.safetensors", "weights*.npz")
-TORCH_FILES = "pytorch_model*.bin"  # of models that have no other weight files
+# Names of weight files: of Hugging Face, of MLX's layout of 2023, and of PyTorch if there are no others.
+SAFETENSORS, OLD_FILES, TORCH_FILES = "model*.safetensors", "weights*.npz", "pytorch_model*.bin"
 LAYER_COUNTS = ("num_hidden_layers", "n_layers")
 
 
@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> None:
 
 def stored_weights(folder: Path) -> list[Path]:
     """Return the weight files of a model's folder, sorted. PyTorch's files count only if there are no others."""
-    return sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)) or sorted(folder.glob(TORCH_FILES))
+    return sorted([*folder.glob(SAFETENSORS), *folder.glob(OLD_FILES)]) or sorted(folder.glob(TORCH_FILES))
 
 
 def leads_out(name: str, folder: Path) -> bool:

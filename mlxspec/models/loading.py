@@ -28,8 +28,9 @@ from mlxspec.files import write_json
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.catalog import KNOWN_MODELS
 from mlxspec.models.checks import (
+    OLD_FILES,
+    SAFETENSORS,
     TORCH_FILES,
-    WEIGHT_FILES,
     check_folder,
     check_numbers,
     check_safetensors,
@@ -48,8 +49,9 @@ from mlxspec.models.torch_files import convert_to_safetensors
 
 DEMO = Path(__file__).parent.parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", *WEIGHT_FILES]
-INDEXES, QUANT_CONFIG = ("model.safetensors.index.json", "pytorch_model.bin.index.json"), "hf_quant_config.json"
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", SAFETENSORS, OLD_FILES]
+INDEXES = {SAFETENSORS: "model.safetensors.index.json", TORCH_FILES: "pytorch_model.bin.index.json"}
+QUANT_CONFIG = "hf_quant_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 NO_CODE = {"trust_remote_code": False}  # explicit, or else transformers may ask on the terminal
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -328,20 +330,15 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     Raises:
         ModelLoadError: There are none, or the index is malformed or names a file that is missing.
     """
-    if is_old_config(config):
-        pattern, files = "weights*.npz", sorted(folder.glob("weights*.npz"))
-    else:
-        for index, pattern in zip(INDEXES, ("model*.safetensors", TORCH_FILES), strict=True):
-            if (folder / index).exists():
-                return indexed_files(folder / index)
-            if files := sorted(folder.glob(pattern)):
-                break
-    if not files:
-        pattern = "weights*.npz" if is_old_config(config) else "model*.safetensors or pytorch_model*.bin"
-        others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
-        advice = f"; rename {others}, which mlx-lm would not read either" if others else "; copy the weights into it"
-        raise ModelLoadError(f"{folder} has no weights: no file is named {pattern}{advice}")
-    return files
+    patterns = [OLD_FILES] if is_old_config(config) else [SAFETENSORS, TORCH_FILES]
+    for pattern in patterns:
+        if pattern in INDEXES and (folder / INDEXES[pattern]).exists():
+            return indexed_files(folder / INDEXES[pattern])
+        if files := sorted(folder.glob(pattern)):
+            return files
+    others = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
+    advice = f"; rename {others}, which mlx-lm would not read either" if others else "; copy the weights into it"
+    raise ModelLoadError(f"{folder} has no weights: no file is named {' or '.join(patterns)}{advice}")
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -48,6 +48,15 @@ def test_the_line_says_why_nothing_was_drafted(reason, settings):
     )
 
 
+def test_the_line_says_that_the_text_is_too_long_for_a_drafter_with_a_fixed_draft_length():
+    pair = mlxspec.load()
+    pair.drafter_context_length = 4
+    decoder = mlxspec.SpeculativeDecoder(pair, draft_length=2)
+    for _ in decoder.stream("Once upon a time", max_tokens=30):
+        pass
+    assert "nothing drafted, because the text is longer than the drafter's context" in statistics.summary(decoder)
+
+
 def test_the_line_names_the_package_that_is_missing_on_linux_only_if_a_drafter_could_use_it(monkeypatch):
     monkeypatch.delenv("MLXSPEC_OPENBLAS")
     monkeypatch.setattr(statistics, "has_fast_blas", lambda: False)
