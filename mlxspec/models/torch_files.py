@@ -87,8 +87,18 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def convert_to_safetensors(path: Path, out: Path) -> None:
-    """Write the tensors of a PyTorch file to a safetensors file. Raises ModelLoadError as ``read_torch_file`` does."""
-    mx.save_safetensors(str(out), read_torch_file(path))
+    """Write the tensors of a PyTorch file to a safetensors file.
+
+    Raises:
+        ModelLoadError: The file cannot be read (``read_torch_file``), or the other one cannot be written.
+    """
+    tensors = read_torch_file(path)
+    try:
+        mx.save_safetensors(str(out), tensors)
+    except (OSError, RuntimeError) as error:
+        raise ModelLoadError(
+            f"{path} cannot be converted in {out.parent} ({in_one_line(error)}); free space there, or set TMPDIR"
+        ) from error
 
 
 def read_torch_file(path: Path) -> dict[str, mx.array]:

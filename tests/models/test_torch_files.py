@@ -19,7 +19,7 @@ from mlxspec.models import loading
 from mlxspec.models.checks import stored_weights
 from mlxspec.models.export import export
 from mlxspec.models.memory import weight_bytes
-from mlxspec.models.torch_files import STORAGES, read_torch_file
+from mlxspec.models.torch_files import STORAGES, convert_to_safetensors, read_torch_file
 from mlxspec.training.target import Target
 
 HARMFUL = [
@@ -189,6 +189,12 @@ def test_a_drafter_with_a_pytorch_file_has_the_same_weights(tmp_path):
     ours, theirs = (dict(tree_flatten(loading.read_model(folder).parameters())) for folder in (old, exported))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_copy_that_cannot_be_written_names_the_folder_and_the_remedy(tmp_path):
+    path = write_file(tmp_path / "x.bin", {"a": tensor("0", "ByteStorage", 1, (1,), (1,))}, {"0": np.uint8([7])})
+    with pytest.raises(ModelLoadError, match=r"cannot be converted in .*missing \(.*free space there, or set TMPDIR"):
+        convert_to_safetensors(path, tmp_path / "missing" / "x.safetensors")
 
 
 def test_several_pytorch_files_are_read_by_their_index(tmp_path):
