@@ -1,7 +1,6 @@
 """Models to test with: a real public one where it is at hand, and tiny random ones everywhere."""
 
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,6 @@ from mlx_lm.utils import load_model
 import mlxspec
 from mlxspec.cli import main
 from mlxspec.decoding import calibration
-
-# The same BLAS in this process, where MLX is imported before mlxspec, and in those that tests start.
-os.environ["MLXSPEC_OPENBLAS"] = "off"
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

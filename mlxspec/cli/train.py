@@ -1,6 +1,7 @@
 """``mlxspec train``: make a drafter. Progress goes to standard error, the result to standard output."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import click
 from tqdm import tqdm
 
+from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.curves import can_draw, draw_curves, metrics_files
 from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
@@ -26,10 +28,16 @@ from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluat
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Listener, Target
 from mlxspec.training.trainer import Scorer, TrainingSettings
+from mlxspec.training.warm_start import WarmStart
 
 T = TypeVar("T")
 
-SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency")
+TABLE_TITLES = {
+    "drafter": "[drafter], a new drafter with random weights",
+    "drafter with layers": "[drafter] with layers, a drafter that copies them",
+    "finetune": "[[finetune]], once or several times",
+}
+SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency", "tokens_per_second")
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the target.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -95,7 +103,7 @@ def recipe_keys() -> str:
         "    By default, a new one with the sizes in the table drafter.",
     ]
     for name, classes in recipes.TABLES.items():
-        several = "[[finetune]], once or several times" if name == "finetune" else f"[{name}]"
+        several = TABLE_TITLES.get(name, f"[{name}]")
         lines += ["", "\b", f"{several}:"]
         for field in (field for cls in classes for field in fields(cls)):
             default = list(field.default) if isinstance(field.default, tuple) else field.default
@@ -113,7 +121,7 @@ def recipe_keys() -> str:
 )
 @click.option("--dry-run", is_flag=True, help="Only print the tokens, memory and time of each stage.")
 def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
-    """Run the stages that RECIPE, a TOML file, describes. Complete stages are skipped."""
+    """Run the stages of RECIPE, a TOML file or a name that `train recipes` lists. Complete stages are skipped."""
     parsed, folder = Recipe.read(recipe), out or recipe.with_suffix("")
     if dry_run:
         print_estimate(parsed, folder)
@@ -122,6 +130,23 @@ def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
         target = Target(parsed.target, bars.listener)
         drafter, result = recipes.run(parsed, folder, target, new_scorer)
     print_result(drafter, result, folder)
+
+
+@train.command(name="recipes")
+@click.argument("name", required=False)
+def list_recipes(name: str | None) -> None:
+    """List the recipes that come with mlxspec, or print the one called NAME.
+
+    Run a recipe with `mlxspec train run NAME`. To change one, save it: `mlxspec train recipes NAME > my.toml`.
+    """
+    included = recipes.included_recipes()
+    if name is None:
+        for recipe, path in included.items():
+            click.echo(f"{recipe}\n  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    elif name in included:
+        click.echo(included[name].read_text(encoding="utf-8"), nl=False)
+    else:
+        raise InvalidRequestError(f"there is no recipe {name}; use one of {', '.join(included)}")
 
 
 @train.command()
@@ -143,7 +168,8 @@ def print_estimate(recipe: Recipe, folder: Path) -> None:
     click.echo(f"folder     {folder}")
     seconds = 0.0
     for stage in estimate(recipe, folder, target, new_scorer):
-        cost = "done" if stage.done else f"about {format_duration(stage.seconds)}"
+        speed = f" at {stage.tokens / stage.seconds:,.0f} tokens/s" if stage.seconds else ""
+        cost = "done" if stage.done else f"about {format_duration(stage.seconds)}{speed}"
         memory = f", {gigabytes(stage.bytes)} of memory" if stage.bytes else ""
         disk = f", {gigabytes(stage.disk)} on disk" if stage.disk else ""
         click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}{disk}, {cost}")
@@ -189,43 +215,23 @@ def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
 
 @train.command(short_help="Make a drafter from some of the target's layers.")
 @TARGET
-@click.option(
-    "--layer",
-    "layers",
-    type=int,
-    multiple=True,
-    required=True,
-    help="Number of a layer to copy, counted from 0. Negative numbers count from the last layer. Can be given "
-    "several times.",
-)
-@click.option(
-    "--vocabulary-size",
-    type=int,
-    help="Number of tokens that the drafter can output: those that the target "
-    "emits most often in the answers, and those that end an answer.  [default: all tokens]",
-)
+@settings_options(WarmStart)
 @click.option(
     "--answers",
     type=click.Path(path_type=Path),
-    help="Folder written by train distill. Required for --vocabulary-size.",
+    help="Folder written by train distill. Required for a smaller vocabulary or width.",
 )
-@click.option("--share-embedding", is_flag=True, help="Use the target's input embedding instead of a copy.")
 @OUT
-def init(
-    target: str,
-    layers: tuple[int, ...],
-    vocabulary_size: int | None,
-    answers: Path | None,
-    share_embedding: bool,
-    out: Path,
-) -> None:
+def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
     """Make a drafter from some of the target's layers, as a start for pretrain or finetune."""
-    if vocabulary_size and not answers:
-        raise click.UsageError("--vocabulary-size needs --answers, a folder written by train distill")
-    model = Target(target)
-    drafter, coverage = stages.start_from_target(model, layers, vocabulary_size, answers, share_embedding, out)
-    share = "" if coverage is None else f", {100 * coverage:.2f}% of the answers' tokens are in its vocabulary"
-    click.echo(f"{out}: {drafter.num_parameters:,} parameters{share}")
+    start = take_settings(WarmStart, options)
+    if start.needs_answers and not answers:
+        raise click.UsageError(
+            "--vocabulary-size, --hidden-size and --intermediate-size need --answers, a folder written by train distill"
+        )
+    shards = TokenShards(answers / "tokens", verify=True) if answers else None
+    drafter, coverage = stages.start_drafter(Target(target), start, shards, out)
+    click.echo(f"{out}: {stages.describe(drafter, coverage)}")
 
 
 @train.command(short_help="Train a drafter to match the target on the target's answers.")
@@ -285,6 +291,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._started: tuple[float, int] | None = None  # when work was first reported, and its tokens
         self.listener = Listener(self._stage, self._work, self._step, self._bad_lines)
 
     def __enter__(self) -> "Bars":
@@ -300,11 +307,15 @@ class Bars:
 
     def _stage(self, name: str, what: str) -> None:
         self._close()
+        self._started = None
         if is_first_process():
             click.echo(f"{name}: {what}", err=True)
 
     def _work(self, done: int, total: int, tokens: int) -> None:
-        self._show(done, total, f"{tokens} tokens")
+        self._started = self._started or (time.monotonic(), tokens)
+        seconds = time.monotonic() - self._started[0]
+        speed = f", {(tokens - self._started[1]) / seconds:.0f} tokens/s" if seconds > 1 else ""
+        self._show(done, total, f"{tokens} tokens{speed}")
 
     def _step(self, steps: int, step: int, metrics: Metrics) -> None:
         self._show(step, steps, " ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN_METRICS if name in metrics))

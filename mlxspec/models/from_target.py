@@ -1,6 +1,6 @@
-"""A drafter that starts from its target's own weights.
+"""A drafter that starts from the weights of a larger model, usually its target.
 
-Some of the target's layers are copied, with its embedding, its last normalization and its head. Such a drafter needs
+Some of the model's layers are copied, with its embedding, its last normalization and its head. Such a drafter needs
 far less training than one with random weights.
 """
 
@@ -15,59 +15,97 @@ from mlx.utils import tree_flatten
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.attention import model_type
 from mlxspec.models.drafter import EMBEDDING, Drafter, DrafterConfig
+from mlxspec.models.width import Width, narrow
 
 
 def drafter_from_target(
-    target: nn.Module,
+    model: nn.Module,
     config: dict[str, Any],
     layers: Sequence[int],
     tokens: np.ndarray | None = None,
     share_embedding: bool = False,
+    width: Width | None = None,
 ) -> Drafter:
-    """Return a drafter with some of the target's layers.
+    """Return a drafter with some of a model's layers.
 
     Args:
-        target: A Llama model with float weights.
+        model: A Llama model with float weights, usually the target.
         config: The content of its config.json.
         layers: Numbers of the layers to copy, counted from 0. Negative numbers count from the last layer.
-        tokens: Token ids [K] of a smaller output vocabulary, in increasing order. None for all tokens.
+        tokens: Token ids [K] of a smaller output vocabulary, in increasing order. None for that of the model.
         share_embedding: Whether the drafter uses the target's input embedding instead of a copy.
+        width: The channels, heads and neurons to keep. None for all.
 
     Returns:
-        The drafter, in the precision of the target.
+        The drafter, in the precision of the model.
 
     Raises:
-        InvalidRequestError: The target is not a Llama, or has no such layer.
+        InvalidRequestError: The model is not a Llama or has no such layer, or two of the arguments exclude each other.
     """
-    if model_type(target) != "llama":
-        raise InvalidRequestError(
-            f"the target is a {model_type(target)} model; only layers of Llama models can be copied"
-        )
-    count = len(target.layers)
-    if not layers or not all(-count <= layer < count for layer in layers):
-        raise InvalidRequestError(f"layers are {list(layers)}; use numbers from {-count} to {count - 1}")
-    shape = {
-        **config,
-        "num_hidden_layers": len(layers),
-        "tie_word_embeddings": False,
-        "draft_vocab_size": None if tokens is None else len(tokens),
-        "shared_embedding": share_embedding,
-    }
-    drafter = Drafter(DrafterConfig.from_dict(shape))
-    weights = dict(tree_flatten(target.parameters()))
-    copied = {"model.norm.weight": weights["model.norm.weight"]}
+    check_layers(model, layers)
+    weights = dict(tree_flatten(model.parameters()))
+    if tokens is not None and "d2t" in weights:
+        raise InvalidRequestError("the model to copy from has a smaller vocabulary already; leave out vocabulary_size")
+    drafter = Drafter(DrafterConfig.from_dict(shape(model, config, layers, tokens, share_embedding, width)))
     head = weights.get("lm_head.weight", weights[EMBEDDING])
+    if tokens is not None:
+        head = head[mx.array(tokens)]
+        weights["d2t"] = mx.array((tokens - np.arange(len(tokens))).astype(np.int32))
+    outer = {"model.norm.weight": weights["model.norm.weight"], "lm_head.weight": head, EMBEDDING: weights[EMBEDDING]}
+    if width is not None:
+        outer = {name: weight[..., mx.array(width.channels)] for name, weight in outer.items()}
+    copied = {**outer, **({"d2t": weights["d2t"]} if "d2t" in weights else {})}
     for number, layer in enumerate(layers):
-        prefix = f"model.layers.{layer % count}."
+        prefix = f"model.layers.{layer % len(model.layers)}."
         for name, weight in weights.items():
             if name.startswith(prefix):
-                copied[f"model.layers.{number}.{name.removeprefix(prefix)}"] = weight
-    if tokens is not None:
-        copied["d2t"] = mx.array((tokens - np.arange(len(tokens))).astype(np.int32))
-        head = head[mx.array(tokens)]
-    copied["lm_head.weight"] = head
-    copied[EMBEDDING] = weights[EMBEDDING]
+                name = name.removeprefix(prefix)
+                if width is not None:
+                    weight = narrow(name, weight, width, number, key_value_heads(config))
+                copied[f"model.layers.{number}.{name}"] = weight
     # Objects of their own over the same memory. mx.compile fails if two models hold the same object.
     drafter.load_weights([(name, mx.array(weight)) for name, weight in copied.items()])
     mx.eval(drafter.parameters())
     return drafter
+
+
+def check_layers(model: Any, layers: Sequence[int]) -> None:
+    """Check that layers can be copied. Raises InvalidRequestError if the model is not a Llama or has no such layer."""
+    if model_type(model) != "llama":
+        raise InvalidRequestError(f"this is a {model_type(model)} model; only layers of Llama models can be copied")
+    count = len(model.layers)
+    if not layers or not all(-count <= layer < count for layer in layers):
+        raise InvalidRequestError(f"layers are {list(layers)}; use numbers from {-count} to {count - 1}")
+
+
+def shape(
+    model: Any,
+    config: dict[str, Any],
+    layers: Sequence[int],
+    tokens: np.ndarray | None,
+    share_embedding: bool,
+    width: Width | None,
+) -> dict[str, Any]:
+    """Return the config of the drafter that ``drafter_from_target`` makes."""
+    own = {
+        **config,
+        "num_hidden_layers": len(layers),
+        "tie_word_embeddings": False,
+        "draft_vocab_size": config.get("draft_vocab_size") if tokens is None else len(tokens),
+        "shared_embedding": share_embedding,
+    }
+    if width is None:
+        return own
+    heads = config["num_attention_heads"] // key_value_heads(config) * len(width.groups[0])
+    return {
+        **own,
+        "hidden_size": len(width.channels),
+        "intermediate_size": len(width.neurons[0]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": len(width.groups[0]),
+    }
+
+
+def key_value_heads(config: dict[str, Any]) -> int:
+    """Return the number of key-value heads that a config.json states."""
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])

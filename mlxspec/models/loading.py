@@ -137,21 +137,22 @@ def load_pair(
     if (kind := quantize or (known.quantize if known else "none")) != "none":
         target_folder = quantized_copy(target_folder, kind, read_lazily)
     folders = [folder for folder in (target_folder, drafter_folder) if folder]
-    check_memory([(folder, read_config(folder)) for folder in folders], context, dtype)
+    widen = quantize is None
+    check_memory([(folder, read_config(folder)) for folder in folders], context, dtype, widen)
 
     tokenizer = read_tokenizer(target_folder, str(target))
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     context_length = context_length or declared_context(read_config(target_folder))
     before_weights(tokenizer, context_length)
-    target_model = read_model(target_folder, dtype, widen=quantize is None)
+    target_model = read_model(target_folder, dtype, widen)
     draft_model: Any = drafter
     if drafter_folder:
         embedding = getattr(getattr(target_model, "model", None), "embed_tokens", None)
-        draft_model = read_model(drafter_folder, dtype, widen=not quantize_drafter, embedding=embedding)
+        draft_model = read_model(drafter_folder, dtype, widen and not quantize_drafter, embedding)
         if quantize_drafter:
             quantize_in_memory(draft_model, quantize_drafter)
-            draft_model = dequantized(draft_model) if faster_dequantized(draft_model) else draft_model
+            draft_model = dequantized(draft_model) if widen and faster_dequantized(draft_model) else draft_model
             mx.eval(draft_model.parameters())
     drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)

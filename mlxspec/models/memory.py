@@ -4,30 +4,37 @@ A model that does not fit would make the operating system swap, so it is refused
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlxspec.blas import has_fast_blas
 from mlxspec.errors import ModelLoadError
 from mlxspec.models.checks import stored_weights
 from mlxspec.models.config import declared_context
 
+FLOAT_SHARE = 0.25  # of the memory, for a quantized model that is held in float32
+CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container on Linux, in bytes, or "max"
 DEFAULT_CONTEXT = 4096  # tokens to count caches for if the caller gives no number
 
 
-def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None) -> None:
+def check_memory(
+    models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None, widen: bool
+) -> None:
     """Refuse models whose weights and caches do not fit into the device's memory.
 
     Args:
         models: The folder and the config of each model.
         context: Number of tokens to count caches for, limited to what each config declares. None for 4096.
         dtype: Precision of the weights in memory. None for the device's default.
+        widen: Whether quantized weights become float32 where that is faster.
 
     Raises:
         ModelLoadError: The models do not fit.
     """
-    weights = sum(weight_bytes(folder, config, dtype) for folder, config in models)
+    weights = sum(weight_bytes(folder, config, dtype, widen) for folder, config in models)
     declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
     tokens = min(context or DEFAULT_CONTEXT, *declared)
     caches = sum(cache_bytes_per_token(config, dtype) * tokens for _, config in models)
@@ -41,18 +48,25 @@ def check_memory(models: list[tuple[Path, dict[str, Any]]], context: int | None,
         )
 
 
-def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> int:
+def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, widen: bool = False) -> int:
     """Estimate the memory of a model's weights from the size of its files.
 
     Args:
         folder: The model's folder.
         config: The content of config.json.
         dtype: Precision of the weights in memory. None for the device's default.
+        widen: Whether quantized weights become float32 where that is faster.
 
     Returns:
         The size in bytes. It is twice that of the files if 16-bit weights become float32.
     """
     stored = sum(file.stat().st_size for file in stored_weights(folder))
+    quantization = config.get("quantization")
+    if widen and bytes_per_number(dtype) == 4 and isinstance(quantization, dict):
+        bits, group = quantization.get("bits"), quantization.get("group_size")
+        if isinstance(bits, int) and isinstance(group, int) and bits > 0 and group > 0:
+            size = int(stored * 32 / (bits + 32 / group))  # a group has a scale and a bias, of 16 bits each
+            return size if fits_widened(size) else stored
     stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
     widened = stored_in_16_bits and "quantization" not in config and bytes_per_number(dtype) == 4
     return stored * (2 if widened else 1)
@@ -81,7 +95,20 @@ def device_limit() -> int:
     """Return the memory that arrays may use, in bytes: Metal's recommended working set, or else the device's memory."""
     info = mx.device_info()
     known = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
-    return int(known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = int(known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if mx.default_device().type == mx.cpu:
+        with suppress(OSError, ValueError):
+            return min(limit, int(CONTROL_GROUP.read_text()))
+    return limit
+
+
+def fits_widened(size: int) -> bool:
+    """Return whether quantized weights that take ``size`` bytes in float32 should be held in float32.
+
+    MLX's CPU back end has no fast product with quantized weights: a pass over 5 rows costs as much as 5 passes. With a
+    fast BLAS, float32 is faster over one row too. The float32 weights may take a quarter of the device's memory.
+    """
+    return mx.default_device().type == mx.cpu and has_fast_blas() and 0 < size <= FLOAT_SHARE * device_limit()
 
 
 def gigabytes(count: int) -> str:

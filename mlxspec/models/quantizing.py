@@ -15,10 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
-from mlxspec.blas import has_fast_blas
 from mlxspec.errors import InUseError, InvalidRequestError
 from mlxspec.files import fingerprint, locked, replacing
-from mlxspec.models.memory import device_limit
+from mlxspec.models.memory import fits_widened
 
 # The values of quantize, with the arguments of mlx-lm's quantize_model.
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -28,7 +27,6 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
 }
 DRAFTER_BITS = ("4", "8")  # for a draft model that is quantized in memory
-FLOAT_SHARE = 0.25  # of the memory, for a quantized model that is held in float32
 COPY_NAME = re.compile(rf".+-[0-9a-f]{{12}}-({'|'.join(QUANTIZATIONS)})")
 COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
           "generation_config.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
@@ -96,15 +94,35 @@ def quantize_in_memory(model: nn.Module, kind: str) -> None:
     tables = [module for module in model.modules() if hasattr(module, "weight") and module is not shared]
     if any(hasattr(module, "bits") for module in tables):
         raise InvalidRequestError("the draft model is quantized already; leave out quantize_drafter")
-    chosen = [module for module in tables if hasattr(module, "to_quantized")]
-    size = QUANTIZATIONS[kind]["group_size"]
-    if wrong := next((module for module in chosen if module.weight.shape[-1] % size), None):
-        raise InvalidRequestError(
-            f"the draft model has rows of {wrong.weight.shape[-1]} weights, which groups of {size} do not divide; "
-            "leave out quantize_drafter"
-        )
-    numbers = set(map(id, chosen))
+    check_divisible(model, kind)
+    numbers = {id(module) for module in tables if hasattr(module, "to_quantized")}
     nn.quantize(model, **QUANTIZATIONS[kind], class_predicate=lambda _, module: id(module) in numbers)
+
+
+def check_divisible(model: nn.Module, kind: str) -> None:
+    """Check that the rows of a draft model's weights can be divided into groups for quantization.
+
+    Args:
+        model: The model.
+        kind: "4" or "8".
+
+    Raises:
+        InvalidRequestError: A row cannot be divided.
+    """
+    size, shared = QUANTIZATIONS[kind]["group_size"], getattr(model, "shared_table", None)
+    modules: list[Any] = [module for module in model.modules() if module is not shared]
+    for module in modules:
+        if hasattr(module, "to_quantized") and module.weight.shape[-1] % size:
+            raise InvalidRequestError(
+                f"the draft model has rows of {module.weight.shape[-1]} weights, which groups of {size} do not divide; "
+                "leave out the quantization"
+            )
+
+
+def rounded(weight: mx.array, kind: str) -> mx.array:
+    """Return the weights [N, M] as quantizing and dequantizing them as ``kind`` leaves them, "4" or "8"."""
+    how = QUANTIZATIONS[kind]
+    return mx.dequantize(*mx.quantize(weight, **how), **how)
 
 
 def cache_folder() -> Path:
@@ -133,18 +151,20 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """Return the model with float weights. On the CPU back end it is then many times faster over a batch of rows."""
-    return dequantize_model(model)
+    """Return the model with float weights. On the CPU back end it is then many times faster over a batch of rows.
+
+    A table that it shares with another model stays as it is.
+    """
+    shared = getattr(model, "shared_table", None)
+    floats: Any = dequantize_model(model)
+    if shared is not None:
+        floats.model.embed_tokens = shared
+    return floats
 
 
 def faster_dequantized(model: nn.Module) -> bool:
-    """Return whether a quantized model should be held in float32 on this device.
-
-    MLX's CPU back end has no fast product with quantized weights: a pass over 5 rows costs as much as 5 passes. With a
-    fast BLAS, float32 is faster over one row too. The float32 weights may take a quarter of the device's memory.
-    """
-    if mx.default_device().type != mx.cpu or not has_fast_blas():
-        return False
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "bits") and "weight" in module]
-    size = sum(4 * layer.weight.size * 32 // layer.bits for layer in layers)
-    return 0 < size <= FLOAT_SHARE * device_limit()
+    """Return whether a quantized model should be held in float32 on this device (``fits_widened``)."""
+    shared = getattr(model, "shared_table", None)
+    modules: list[Any] = [module for module in model.modules() if module is not shared]
+    layers = [module for module in modules if hasattr(module, "bits") and "weight" in module]
+    return fits_widened(sum(4 * layer.weight.size * 32 // layer.bits for layer in layers))

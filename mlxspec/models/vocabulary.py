@@ -8,6 +8,7 @@ Source: VocabTrim, arXiv 2506.22694.
 
 from collections.abc import Iterable
 
+import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
@@ -36,3 +37,21 @@ def most_frequent(counts: np.ndarray, size: int, control: Iterable[int] = ()) ->
     order = counts.astype(np.int64)
     order[forced] = np.iinfo(np.int64).max
     return np.sort(np.argsort(-order, kind="stable")[:size])
+
+
+def places(tokens: mx.array, columns: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
+    """Find tokens in a smaller vocabulary.
+
+    Args:
+        tokens: Token ids [N].
+        columns: The token ids [K] of the smaller vocabulary.
+        vocab_size: Size of the full vocabulary.
+
+    Returns:
+        The column of each token [N], and whether the smaller vocabulary has the token [N]. The column of a missing
+        token is 0.
+    """
+    numbers = mx.arange(1, columns.shape[0] + 1)
+    table = mx.put_along_axis(mx.zeros(vocab_size, numbers.dtype), columns, numbers, axis=0)
+    found = table[tokens]
+    return mx.maximum(found - 1, 0), found > 0

@@ -188,6 +188,12 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
     evaluation = 0.0
     if recipe.evaluates and drafter:
         evaluation = evaluation_seconds(recipe, drafter, target, scorer_factory)
+    answer_tokens = 0
+    if recipe.distill:
+        prompts, answers = recipe.distill
+        answering = estimate_answers(prompts, answers, recipe.held_out_prompts, folder / "answers", target)
+        answer_tokens = answering.tokens
+        yield answering
     if recipe.pretrain and drafter:
         data, training = recipe.pretrain
         text = estimate_text(data, folder / "text", target)
@@ -195,12 +201,6 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
         yield text
         cost = estimate_training("pretrain", drafter, Loss("ce"), training, folder / "pretrain", target, text_tokens)
         yield with_evaluations(cost, training, evaluation)
-    answer_tokens = 0
-    if recipe.distill:
-        prompts, answers = recipe.distill
-        answering = estimate_answers(prompts, answers, recipe.held_out_prompts, folder / "answers", target)
-        answer_tokens = answering.tokens
-        yield answering
     for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
         assert drafter
         mix = stage.data.mix if text_tokens else 0.0

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxspec.models.drafter import Drafter
+from mlxspec.models.vocabulary import places
 from mlxspec.training.chunked_loss import Positions, weighted_loss
 from mlxspec.training.documents import document_masks
 from mlxspec.training.losses import Loss
@@ -69,21 +70,3 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
 def head_weights(drafter: Drafter) -> mx.array:
     """Return the weights of the drafter's head [V, H]."""
     return drafter.model.embed_tokens.weight if drafter.config.tie_word_embeddings else drafter.lm_head.weight
-
-
-def places(tokens: mx.array, columns: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
-    """Find tokens in a smaller vocabulary.
-
-    Args:
-        tokens: Token ids [N].
-        columns: The token ids [K] of the smaller vocabulary.
-        vocab_size: Size of the full vocabulary.
-
-    Returns:
-        The column of each token [N], and whether the smaller vocabulary has the token [N]. The column of a missing
-        token is 0.
-    """
-    numbers = mx.arange(1, columns.shape[0] + 1)
-    table = mx.put_along_axis(mx.zeros(vocab_size, numbers.dtype), columns, numbers, axis=0)
-    found = table[tokens]
-    return mx.maximum(found - 1, 0), found > 0

@@ -1,15 +1,17 @@
 """Recipes: the three stages in one TOML file.
 
-    target = "llama2-7b-chat"         # folder, hub id or short name
-    drafter = { hidden_size = 1024 }  # a shape, or the folder of a drafter to continue from
+    target = "llama2-7b-chat"      # folder, hub id or short name
 
-    [pretrain]                        # optional
-    data = ["text/*.jsonl.gz"]
+    [drafter]                      # a shape, as here, or layers to copy. Or drafter = "the folder of a drafter"
+    hidden_size = 1024
 
     [distill]
-    prompts = ["prompts.jsonl"]       # without prompts, the target writes text from BOS
+    prompts = ["prompts.jsonl"]    # without prompts, the target writes text from BOS
 
-    [[finetune]]                      # one or several, run in sequence
+    [pretrain]                     # optional
+    data = ["text/*.jsonl.gz"]
+
+    [[finetune]]                   # one or several, run in sequence
     loss = "tvd++"
 
 Every key is a field of one of the settings classes below. Paths are relative to the file.
@@ -34,6 +36,7 @@ from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_eval
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
+from mlxspec.training.warm_start import WarmStart, warm_start
 
 TEXT_SHARE = 0.1  # share of pretraining text in finetuning, the 9:1 of Goel et al.
 
@@ -76,6 +79,7 @@ class Finetune:
 # The tables of a recipe, and the settings whose fields are their keys.
 TABLES: dict[str, tuple[type, ...]] = {
     "drafter": (DrafterShape,),
+    "drafter with layers": (WarmStart,),
     "pretrain": (PretrainData, TrainingSettings),
     "distill": (DistillData, AnswerSettings),
     "finetune": (FinetuneData, Loss, TrainingSettings),
@@ -89,7 +93,8 @@ class Recipe:
 
     Attributes:
         target: Folder, hub id or short name of the target.
-        drafter: Shape of a new drafter, or the folder, hub id or short name of a drafter to continue from.
+        drafter: Shape of a new drafter, the weights to copy, or the folder, hub id or short name of a drafter to
+            continue from.
         pretrain: Data and settings of the pretraining stage, or None.
         distill: Prompts and sampling of the distillation data, or None.
         finetune: The finetuning stages in order.
@@ -97,7 +102,7 @@ class Recipe:
     """
 
     target: str
-    drafter: DrafterShape | str
+    drafter: DrafterShape | WarmStart | str
     pretrain: tuple[PretrainData, TrainingSettings] | None
     distill: tuple[DistillData, AnswerSettings] | None
     finetune: list[Finetune]
@@ -126,41 +131,57 @@ class Recipe:
         numbers = range(1, len(self.finetune) + 1)
         return ["finetune"] if len(self.finetune) == 1 else [f"finetune-{number}" for number in numbers]
 
-    def first_drafter(self, target: Target) -> Drafter:
-        """Return the drafter that the first training stage starts from."""
+    def first_drafter(self, target: Target, answers: TokenShards | None = None) -> Drafter:
+        """Return the drafter that the first training stage starts from.
+
+        Args:
+            target: The target.
+            answers: The target's answers. Without them, the values of a drafter that depends on them are arbitrary, and
+                only its shape is right.
+        """
         if isinstance(self.drafter, str):
             return stages.load_drafter(self.drafter, target)
-        return target.new_drafter(self.drafter, self.trainings[0].seed if self.trainings else 0)
+        if isinstance(self.drafter, DrafterShape):
+            return target.new_drafter(self.drafter, self.trainings[0].seed if self.trainings else 0)
+        drafter, coverage = warm_start(target, self.drafter, answers)
+        if answers:
+            target.listener.stage("drafter", stages.describe(drafter, coverage))
+        return drafter
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """Read a recipe file.
+        """Read a recipe file, or a recipe that comes with mlxspec by its name.
+
+        The paths in an included recipe are relative to the current folder.
 
         Raises:
             TrainingError: The file cannot be read, or has an unknown key or a value of the wrong type.
             InvalidRequestError: A value is outside its range.
         """
         path = Path(path)
+        home = path.parent
+        if not path.exists() and (included := included_recipes().get(str(path))):
+            path = included
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise TrainingError(
-                f"{path} cannot be read ({error.strerror}); use the path of a recipe, a TOML file"
+                f"{path} cannot be read ({error.strerror}); use the path of a recipe, a TOML file, or one of "
+                f"{', '.join(included_recipes())}"
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise TrainingError(f"{path} is not valid TOML: {error}; fix this line") from None
-        return cls._parse(content, path)
+        return cls._parse(content, path, home)
 
     @classmethod
-    def _parse(cls, content: dict[str, Any], path: Path) -> "Recipe":
+    def _parse(cls, content: dict[str, Any], path: Path, home: Path) -> "Recipe":
         known = [field.name for field in fields(cls)]
         check_keys(content, known, str(path))
         if not isinstance(content.get("target"), str):
             raise TrainingError(f'{path} has no target; add target = "a folder, hub id or short name"')
-        home = path.parent
         drafter = content.get("drafter", {})
         if not isinstance(drafter, str):
-            (drafter,) = parse_settings(drafter, f"{path}: drafter", *TABLES["drafter"])
+            drafter = parse_drafter(drafter, f"{path}: drafter", home)
         finetunes = content.get("finetune", [])
         finetunes = finetunes if isinstance(finetunes, list) else [finetunes]
         pretrain = distill = None
@@ -176,6 +197,11 @@ class Recipe:
             raise TrainingError(f"{path} has no stage; add a [pretrain], [distill] or [[finetune]] table")
         if finetunes and not distill:
             raise TrainingError(f"{path}: finetune needs the target's answers; add a [distill] table")
+        if isinstance(drafter, WarmStart) and drafter.needs_answers and not distill:
+            raise TrainingError(
+                f"{path}: the smaller vocabulary or width of the drafter needs the target's answers; add a [distill] "
+                "table"
+            )
         (evaluation,) = parse_settings(content.get("evaluation", {}), f"{path}: evaluation", *TABLES["evaluation"])
         return cls(
             path_or_name(home, content["target"]),
@@ -212,12 +238,17 @@ def run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFact
 def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> tuple[Path, Metrics]:
     made = folder / "answers"
     result: Metrics = {}
-    drafter = recipe.first_drafter(target) if recipe.trainings else None
     evaluation = None
     if recipe.evaluates:
         evaluation = new_evaluation(recipe.evaluation, target, scorer_factory, recipe.distill)
-    check(recipe, folder, target, drafter)
-    text: TokenShards | None = None
+    check(recipe, folder, target, recipe.first_drafter(target) if recipe.trainings else None)
+    answers = text = None
+    if recipe.distill:
+        prompts, settings = recipe.distill
+        answers = stages.distill(
+            target, prompts.prompts, prompts.system, settings, folder / "answers", recipe.held_out_prompts
+        )
+    drafter = recipe.first_drafter(target, answers) if recipe.trainings else None
     if recipe.pretrain and drafter:
         data, training = recipe.pretrain
         text = stages.pretraining_shards(target, data.data, folder / "text")
@@ -225,13 +256,9 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
         scored = evaluation if training.evaluate_every else None
         drafter, result = stages.train(target, drafter, [(text, 1.0)], Loss("ce"), training, stage_folder, scored)
         made = stage_folder / "drafter"
-    if recipe.distill:
-        prompts, settings = recipe.distill
-        answers = stages.distill(
-            target, prompts.prompts, prompts.system, settings, folder / "answers", recipe.held_out_prompts
-        )
     for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
         assert drafter
+        assert answers
         sources = [(answers, 1.0)]
         if text and stage.data.mix:
             sources = [(answers, 1 - stage.data.mix), (text, stage.data.mix)]
@@ -271,6 +298,32 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: Drafter | None)
         stages.check_training(target, drafter, loss, training, top_k)
         if not is_complete(folder / name):
             check_fits(step_bytes(drafter, target, loss, training))
+
+
+def included_recipes() -> dict[str, Path]:
+    """Return the paths of the recipes that come with mlxspec, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
+
+
+def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStart:
+    """Read the table of the drafter. A key that only a warm start has, such as ``layers``, makes it one.
+
+    Args:
+        table: The table.
+        where: The name of the file and the table, for messages.
+        home: The recipe's folder.
+
+    Raises:
+        TrainingError: A key is unknown, or a value has the wrong type.
+        InvalidRequestError: A value is outside its range.
+    """
+    shape_keys = {key_of(field) for field in fields(DrafterShape)}
+    warm = {key_of(field) for field in fields(WarmStart)} - shape_keys
+    if isinstance(table, dict) and warm & table.keys():
+        (start,) = parse_settings(table, where, WarmStart)
+        return replace(start, source=path_or_name(home, start.source)) if start.source else start
+    (shape,) = parse_settings(table, where, DrafterShape)
+    return shape
 
 
 def parse_settings(table: Any, where: str, *classes: type) -> list[Any]:

@@ -11,17 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint, fingerprint_files, read_json, replacing, write_json
 from mlxspec.models.drafter import Drafter
-from mlxspec.models.from_target import drafter_from_target
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
-from mlxspec.models.quantizing import COPIED, dequantized
+from mlxspec.models.quantizing import COPIED, check_divisible
 from mlxspec.models.tokens import check_same_tokens
-from mlxspec.models.vocabulary import most_frequent
 from mlxspec.training.batches import Batches
 from mlxspec.training.checkpoint import last_step
 from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
@@ -50,6 +47,7 @@ from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
+from mlxspec.training.warm_start import WarmStart, warm_start
 
 NOT_INPUTS = ("checkpoint_every", "log_every", "recompute")  # settings that do not change the result
 # Inputs that may change while a stage is unfinished, for a run that diverged or ran out of memory.
@@ -281,10 +279,8 @@ def check_training(target: Target, drafter: Drafter, loss: Loss, settings: Train
             f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
             "start from a drafter made for this target"
         )
-    if top_k and loss.needs_target and drafter.config.draft_vocab_size:
-        raise InvalidRequestError(
-            f"teacher_top_k is {top_k}, but the drafter has a smaller vocabulary; use teacher_top_k 0"
-        )
+    if settings.fake_quantize:
+        check_divisible(drafter, settings.fake_quantize)
     check_loss(loss, settings, top_k)
     check_batch(settings)
 
@@ -364,46 +360,37 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def start_from_target(
-    target: Target,
-    layers: Sequence[int],
-    vocabulary_size: int | None,
-    answers: Path | None,
-    share_embedding: bool,
-    out: Path,
+def start_drafter(
+    target: Target, start: WarmStart, answers: TokenShards | None, out: Path
 ) -> tuple[Drafter, float | None]:
-    """Write a drafter that has some of the target's layers.
+    """Write a drafter with copied weights to a folder.
 
     Args:
         target: The target.
-        layers: Numbers of the layers to copy.
-        vocabulary_size: Number of tokens that the drafter can output. None for all.
-        answers: Folder that ``distill`` wrote. It decides which tokens those are.
-        share_embedding: Whether the drafter uses the target's input embedding instead of a copy.
+        start: Which weights to copy.
+        answers: The target's answers. None if ``start`` does not need them.
         out: The folder to write.
 
     Returns:
-        The drafter, and the share of the answers' tokens that it can output. None if it can output all tokens.
+        The drafter, and the share of the answers' tokens that it can output. None if that was not counted.
 
     Raises:
-        MlxspecError: The target's layers cannot be copied, or the answers cannot be read.
+        MlxspecError: The weights cannot be copied, or the folder cannot be written.
     """
-    tokens = coverage = None
-    if vocabulary_size and answers:
-        shards = TokenShards(answers / "tokens", verify=True)
-        check_tokenizer(shards.index, target, shards.folder)
-        counts = np.zeros(target.vocab_size, np.int64)
-        for ids, mask in shards.documents():
-            counts += np.bincount(ids[mask > 0], minlength=target.vocab_size)
-        tokens = most_frequent(counts, vocabulary_size, target.tokenizer.eos_token_ids)
-        coverage = float(counts[tokens].sum() / max(counts.sum(), 1))
+    if answers:
+        check_tokenizer(answers.index, target, answers.folder)
     with locked_for_all(out), replacing(out) as aside:
         aside.mkdir()
-        drafter = drafter_from_target(dequantized(target.model), target.config, layers, tokens, share_embedding)
-        drafter.set_dtype(mx.float32)
+        drafter, coverage = warm_start(target, start, answers)
         drafter.save(aside)
         copy_tokenizer(target.folder, aside)
     return drafter, coverage
+
+
+def describe(drafter: Drafter, coverage: float | None) -> str:
+    """Return the size of a new drafter, and the share of the answers' tokens that it can output, in words."""
+    share = "" if coverage is None else f", {100 * coverage:.2f}% of the answers' tokens are in its vocabulary"
+    return f"{drafter.num_parameters:,} parameters{share}"
 
 
 def load_drafter(name: str | Path, target: Target) -> Drafter:

@@ -16,6 +16,7 @@ import numpy as np
 from mlxspec.errors import InvalidRequestError
 from mlxspec.files import explain_write_errors
 from mlxspec.models.attention import attention_windows
+from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
 from mlxspec.training.documents import document_masks, keeps_documents_apart
@@ -250,26 +251,42 @@ class CachedTeacher:
         return stored
 
     def probs(self, temperature: mx.array, columns: mx.array | None = None) -> TeacherProbs:
-        """Return the function that computes p and log p from a chunk of ``states``."""
-        return probs_from_top_k
+        """Return the function that computes p and log p from a chunk of ``states``.
+
+        Args:
+            temperature: Temperature of p. It is not used, since the stored probabilities have one already.
+            columns: The tokens of the drafter's smaller vocabulary, [K]. None for all tokens.
+        """
+
+        def teacher_probs(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
+            ids, top_logprobs = states
+            if columns is None:
+                return probs_from_top_k(ids, top_logprobs, log_q)
+            count = columns.shape[0]
+            found, known = places(ids, columns, self._log_q.shape[-1])
+            # One column more, for all tokens that the drafter cannot output. Their probability is in the tail of none.
+            wider = mx.concatenate([log_q, mx.full((len(log_q), 1), -mx.inf)], axis=-1)
+            p, log_p = probs_from_top_k(mx.where(known, found, count), top_logprobs, wider)
+            return p[:, :count], log_p[:, :count]
+
+        return teacher_probs
 
 
 Teacher = OnlineTeacher | CachedTeacher
 
 
-def probs_from_top_k(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
+def probs_from_top_k(ids: mx.array, top_logprobs: mx.array, log_q: mx.array) -> tuple[mx.array, mx.array]:
     """Complete the target's top k probabilities to a distribution over the vocabulary.
 
     Args:
-        states: Token ids and log-probabilities, each [n, k].
+        ids: Token ids [n, k].
+        top_logprobs: Their log-probabilities [n, k].
         log_q: The drafter's log-probabilities [n, V].
 
     Returns:
         p and log p, each [n, V].
     """
-    ids, top_logprobs = states
-    top_p = mx.exp(top_logprobs)
-    tail = mx.maximum(1 - top_p.sum(-1, keepdims=True), SMALLEST_PROB)
+    tail = mx.maximum(1 - mx.exp(top_logprobs).sum(-1, keepdims=True), SMALLEST_PROB)
     log_q_top = mx.take_along_axis(log_q, ids, axis=-1)
     q_tail = mx.maximum(1 - mx.exp(log_q_top).sum(-1, keepdims=True), SMALLEST_PROB)
     log_p = mx.put_along_axis(log_q + mx.log(tail / q_tail), ids, top_logprobs, axis=-1)

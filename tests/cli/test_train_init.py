@@ -14,7 +14,7 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts_and_is_not_expo
     answers, start, trained = (str(folder / name) for name in ("answers", "start", "trained"))
     drawn = ("--samples", "4", "--temperatures", "1", "--max-tokens", "60", "--group", "4")
     assert mlxspec_command("train", "distill", "--target", TARGET, *drawn, "--out", answers).status == 0
-    layers = ("--layer", "0", "--layer", "-1", "--vocabulary-size", "256", "--answers", answers)
+    layers = ("--layers", "0", "--layers", "-1", "--vocabulary-size", "256", "--answers", answers)
     made = mlxspec_command("train", "init", "--target", TARGET, *layers, "--share-embedding", "--out", start)
     assert made.status == 0, made.err
     assert "% of the answers' tokens are in its vocabulary" in made.out
@@ -37,10 +37,10 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts_and_is_not_expo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--layer", "99"), r"layers are \[99\]; use numbers from"),
-        (("--layer", "0", "--vocabulary-size", "64"), "--vocabulary-size needs --answers"),
-        ((), "Missing option '--layer'"),
-        (("--layer", "0", "--vocabulary-size", "64", "--answers", "nowhere"), "nowhere"),
+        (("--layers", "99"), r"layers are \[99\]; use numbers from"),
+        (("--layers", "0", "--vocabulary-size", "64"), "need --answers"),
+        ((), "there are no layers to copy; set layers"),
+        (("--layers", "0", "--vocabulary-size", "64", "--answers", "nowhere"), "nowhere"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_leave_nothing(tmp_path, mlxspec_command, options, message):

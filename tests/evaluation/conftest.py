@@ -16,7 +16,7 @@ def names():
 
 @pytest.fixture(scope="package")
 def demo():
-    return mlxspec.load()
+    return mlxspec.load(quantize="none")
 
 
 @pytest.fixture(scope="package")

@@ -46,10 +46,11 @@ def test_16_bit_weights_count_double_where_they_become_float32(tmp_path):
     assert memory.weight_bytes(tmp_path, {**LLAMA_2_7B, "quantization": {}}, mx.float32) == 1000
 
 
-def test_the_estimate_is_near_what_the_demo_takes():
+@pytest.mark.parametrize("quantize", [None, "none"])
+def test_the_estimate_is_near_what_the_demo_takes(quantize):
     config = json.loads((DEMO / "target" / "config.json").read_text())
-    estimate = memory.weight_bytes(DEMO / "target", config, None)
-    target = mlxspec.load().target
+    estimate = memory.weight_bytes(DEMO / "target", config, None, widen=quantize is None)
+    target = mlxspec.load(quantize=quantize).target
     assert estimate == pytest.approx(sum(w.nbytes for _, w in tree_flatten(target.parameters())), rel=0.15)
 
 
@@ -60,3 +61,13 @@ def test_the_table_of_short_names_is_whole(mlxspec_command):
         assert model.hub_id in printed
         assert model.license in printed
     assert {model.role for model in KNOWN_MODELS.values()} == {"target", "drafter"}
+
+
+def test_the_memory_is_at_most_what_a_container_may_use(monkeypatch, tmp_path):
+    whole = memory.device_limit()
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTROL_GROUP", limit)
+    for text, expected in (("max\n", None), ("1000000000\n", 10**9)):
+        limit.write_text(text)
+        found = memory.device_limit()
+        assert found == expected or (expected is None and found >= whole) or mx.default_device().type != mx.cpu

@@ -183,7 +183,7 @@ def test_the_top_k_and_the_tails_mass_make_a_distribution_that_agrees_where_it_i
     ids = np.argsort(-p)[:, :3]
     top = np.take_along_axis(p, ids, axis=-1)
     states = mx.array(ids), mx.array(np.log(top).astype(np.float32))
-    found, log_found = probs_from_top_k(states, mx.log(mx.array(q.astype(np.float32))))
+    found, log_found = probs_from_top_k(*states, mx.log(mx.array(q.astype(np.float32))))
     np.testing.assert_allclose(np.array(found).sum(-1), 1, atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(np.array(found), ids, axis=-1), top, atol=1e-6)
     np.testing.assert_allclose(np.exp(np.array(log_found)), np.array(found), atol=1e-6)

@@ -93,7 +93,7 @@ def test_three_stages_make_a_drafter_that_serves_and_a_second_run_skips_them(rec
     first = mlxspec_command("train", "run", str(recipe))
     assert first.status == 0
     stages = [line.split(":")[0] for line in first.err.splitlines()]
-    assert stages == ["text", "pretrain", "answers", "finetune-1", "finetune-2"]
+    assert stages == ["answers", "text", "pretrain", "finetune-1", "finetune-2"]
     drafter = recipe.with_suffix("") / "finetune-2" / "drafter"
     assert first.out.startswith(f"{drafter}, block efficiency ")
     load_model(drafter)  # mlx-lm reads it as it is
@@ -110,7 +110,7 @@ def test_a_dry_run_tells_what_each_stage_costs_and_makes_nothing(recipe, mlxspec
     assert outcome.status == 0
     assert not recipe.with_suffix("").exists()
     lines = {line.split()[0]: line for line in outcome.out.splitlines()}
-    assert " ".join(lines) == "target drafter folder text pretrain answers finetune-1 finetune-2 total"
+    assert " ".join(lines) == "target drafter folder answers text pretrain finetune-1 finetune-2 total"
     assert "vocabulary of 2048" in lines["target"]
     assert "6 steps of 128 positions" in lines["pretrain"]
     assert re.search(r"768 tokens, 0\.\d GB of memory, about \d+ s", lines["pretrain"])
@@ -205,7 +205,8 @@ def test_a_finished_run_is_lengthened_and_says_from_where(recipe, mlxspec_comman
 
 def test_the_help_of_run_shows_every_key_of_a_recipe_with_its_default(mlxspec_command):
     shown = mlxspec_command("train", "run", "--help").out
-    tables = dict(re.findall(r"^ *\[+(\w+)\].*?:\n(.*?)(?=^ *\[|\Z)", shown, flags=re.M | re.S))
+    parts = re.findall(r"^ *\[+(\w+)\]+( with layers)?.*?:\n(.*?)(?=^ *\[|\Z)", shown, flags=re.M | re.S)
+    tables = {name + layers: text for name, layers, text in parts}
     assert tables.keys() == TABLES.keys()
     for name, classes in TABLES.items():
         for field in (field for cls in classes for field in fields(cls)):

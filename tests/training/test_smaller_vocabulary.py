@@ -6,9 +6,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxspec.models.from_target import drafter_from_target
+from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import Batch, objective, places
+from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings

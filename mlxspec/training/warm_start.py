@@ -1,0 +1,115 @@
+"""Warm starts: drafters made from the layers of the target, or of another model with its tokenizer."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxspec.errors import InvalidRequestError
+from mlxspec.models.drafter import Drafter
+from mlxspec.models.export import to_hugging_face
+from mlxspec.models.from_target import check_layers, drafter_from_target
+from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_lazily, read_model, read_tokenizer
+from mlxspec.models.tokens import check_same_tokens
+from mlxspec.models.vocabulary import most_frequent
+from mlxspec.models.width import choose_width
+from mlxspec.settings import option
+from mlxspec.training.shards import TokenShards
+from mlxspec.training.target import Target
+
+CALIBRATION_DOCUMENTS = 64
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Which weights a drafter starts from. Raises InvalidRequestError without layers."""
+
+    layers: tuple[int, ...] = option(
+        (), "Numbers of the layers to copy, counted from 0. Negative numbers count from the last layer."
+    )
+    source: str | None = option(
+        None,
+        "Folder, hub id or short name of the Llama model to copy from. It must have the target's tokenizer. By "
+        "default, the target.",
+        key="from",
+    )
+    hidden_size: int | None = option(
+        None, "Number of channels to keep, those of the largest activations on the answers. By default, all."
+    )
+    intermediate_size: int | None = option(
+        None, "Number of neurons to keep in each MLP, those of the largest activations on the answers. By default, all."
+    )
+    vocabulary_size: int | None = option(
+        None,
+        "Number of tokens that the drafter can output: those that the target emits most often in the answers, and "
+        "those that end an answer. By default, all.",
+    )
+    share_embedding: bool = option(False, "Use the target's input embedding instead of a copy.")
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise InvalidRequestError("there are no layers to copy; set layers, such as 0 and -1")
+        if self.share_embedding and self.hidden_size:
+            raise InvalidRequestError(
+                "share_embedding needs a drafter of the target's width; leave out share_embedding or hidden_size"
+            )
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the target's answers decide a part of the drafter."""
+        return bool(self.vocabulary_size or self.hidden_size or self.intermediate_size)
+
+
+def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) -> tuple[Drafter, float | None]:
+    """Return a drafter with copied weights, in float32.
+
+    Args:
+        target: The target.
+        start: Which weights to copy.
+        answers: The target's answers. If they are needed but None, the drafter has the right shape, and its vocabulary
+            and its width are arbitrary.
+
+    Returns:
+        The drafter, and the share of the answers' tokens that it can output. None if that was not counted.
+
+    Raises:
+        MlxspecError: The weights cannot be copied.
+    """
+    folder = model_folder(start.source) if start.source else target.folder
+    if start.source and any((folder / name).exists() for name in TOKENIZER_FILES):
+        check_same_tokens(target.tokenizer, read_tokenizer(folder))
+    # The layers that are not copied stay on disk.
+    source, config = read_lazily(folder, target.embedding if start.source else None)
+    check_layers(source, start.layers)
+    source.set_dtype(mx.float32)  # before dequantizing, or else the weights are rounded to the type of the scales
+    source, config = to_hugging_face(source, config)
+    if config["vocab_size"] != target.vocab_size:
+        raise InvalidRequestError(
+            f"{folder} has a vocabulary of {config['vocab_size']} and {target.name} one of {target.vocab_size}; copy "
+            "from a model with the target's tokenizer"
+        )
+    tokens = coverage = width = None
+    if start.vocabulary_size:
+        counts = token_counts(answers, target.vocab_size)
+        tokens = most_frequent(counts, start.vocabulary_size, target.tokenizer.eos_token_ids)
+        coverage = float(counts[tokens].sum() / counts.sum()) if counts.sum() else None
+    if start.hidden_size or start.intermediate_size:
+        some = [ids for ids, _ in islice(answers.documents(), CALIBRATION_DOCUMENTS)] if answers else []
+        calibrated: Any = source
+        if some:  # all layers run, in the stored precision
+            calibrated = read_model(folder, embedding=target.embedding) if start.source else target.model
+        width = choose_width(calibrated, start.layers, start.hidden_size, start.intermediate_size, some)
+    drafter = drafter_from_target(source, config, start.layers, tokens, start.share_embedding, width)
+    if start.share_embedding:
+        drafter.share(target.embedding)
+    return drafter, coverage
+
+
+def token_counts(answers: TokenShards | None, vocab_size: int) -> np.ndarray:
+    """Return how often each token occurs in the answers, [V]."""
+    counts = np.zeros(vocab_size, np.int64)
+    for ids, mask in answers.documents() if answers else ():
+        counts += np.bincount(ids[mask > 0], minlength=vocab_size)
+    return counts
