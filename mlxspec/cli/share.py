@@ -29,10 +29,11 @@ def fact_options(command: Callable) -> Callable:
 @click.argument("drafter")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--quantize", help="Quantize to 4 bits, 8 bits, mxfp4 or nvfp4. Only MLX can load the result.")
+@click.option("--target", help="The target, for a drafter that uses its embedding.")
 @fact_options
-def export_command(drafter: str, out: Path, quantize: str | None, **facts: str | None) -> None:
+def export_command(drafter: str, out: Path, quantize: str | None, target: str | None, **facts: str | None) -> None:
     """Write DRAFTER to the new folder OUT, in a layout for mlx-lm, transformers and llama.cpp's converter."""
-    print_files(export(drafter, out, quantize, CardFacts(**facts)), out)
+    print_files(export(drafter, out, quantize, CardFacts(**facts), target), out)
 
 
 @click.command(name="push")

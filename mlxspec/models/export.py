@@ -6,13 +6,14 @@ and llama.cpp's converter reads it.
 """
 
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from mlx.utils import tree_flatten
@@ -21,10 +22,13 @@ from mlx_lm.utils import dequantize_model
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.files import locked, replacing, write_json
 from mlxspec.models.attention import model_type
-from mlxspec.models.drafter import OWN_KEYS
+from mlxspec.models.drafter import EMBEDDING, OWN_KEYS, Drafter
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
 
+UNUSED_LOGIT = -60.0  # of a token that the drafter cannot output
+RANDOM_TOKENS = (64, 64)  # rows and positions of random tokens whose hidden states are used
+RIDGE = 0.01  # regularization, as a share of the states' mean square
 MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
 
 
@@ -47,8 +51,16 @@ class CardFacts:
     block_efficiency: str | None = None
 
 
-def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: CardFacts = CardFacts()) -> list[Path]:
+def export(
+    drafter: str | Path,
+    out: Path,
+    quantize: str | None = None,
+    facts: CardFacts = CardFacts(),
+    target: str | Path | None = None,
+) -> list[Path]:
     """Write a drafter to a new folder, in the layout that other tools load.
+
+    The head of a drafter with a smaller vocabulary is widened to all tokens.
 
     Args:
         drafter: Folder, hub id or short name of a Llama model.
@@ -56,30 +68,35 @@ def export(drafter: str | Path, out: Path, quantize: str | None = None, facts: C
         quantize: "4", "8", "mxfp4" or "nvfp4". Only MLX can load the quantized result. None keeps the stored precision,
             and dequantizes a quantized model.
         facts: Facts for the model card.
+        target: Folder, hub id or short name of the target. Required for a drafter that uses its embedding.
 
     Returns:
         The paths of the files that were written.
 
     Raises:
         ModelLoadError: The drafter cannot be read.
-        InvalidRequestError: The model is not a Llama, ``out`` exists, or ``quantize`` is unknown.
+        InvalidRequestError: The model is not a Llama, ``out`` exists, ``quantize`` is unknown, or the target is not
+            named.
     """
     if out.exists():
         raise InvalidRequestError(f"{out} exists; choose a folder that does not exist yet")
     if quantize not in (None, *QUANTIZATIONS):
         raise InvalidRequestError(f"quantize is {quantize!r}; use one of {', '.join(QUANTIZATIONS)}")
     source = model_folder(drafter)
-    if any(read_config(source).get(key) for key in OWN_KEYS):
-        raise InvalidRequestError(
-            f"{drafter} has a smaller vocabulary or its target's embedding, which other tools cannot load; export a "
-            "drafter with all tokens and an embedding of its own"
-        )
-    model, config = read_lazily(source)
-    if model_type(model) != "llama":
+    embedding = None
+    if read_config(source).get("shared_embedding"):
+        if target is None:
+            raise InvalidRequestError(f"{drafter} uses its target's embedding; name the target with --target")
+        whole, _ = read_lazily(model_folder(target))
+        embedding = getattr(getattr(whole, "model", None), "embed_tokens", None)
+    model, config = read_lazily(source, embedding)
+    if model_type(model) != "llama" and not isinstance(model, Drafter):
         raise InvalidRequestError(
             f"{drafter} is a {model_type(model)} model; only Llama drafters can be exported, use one of those"
         )
     model, config = to_hugging_face(model, config)
+    if isinstance(model, Drafter):
+        model, config = plain_llama(model), {key: value for key, value in config.items() if key not in OWN_KEYS}
     if quantize:
         model, config = quantized(model, config, quantize)
     with locked(out, out.with_name(f".{out.name}.lock")), replacing(out) as aside:
@@ -112,6 +129,43 @@ def to_hugging_face(model: nn.Module, config: dict[str, Any]) -> tuple[Any, dict
     # If the key is missing, the defaults of transformers and mlx-lm differ.
     config["tie_word_embeddings"] = llama.args.tie_word_embeddings
     return llama, {**config, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+
+
+def plain_llama(drafter: Drafter) -> Drafter:
+    """Return a Llama model with the embedding and the whole vocabulary of the target.
+
+    All tokens that the drafter cannot output get the same row in the head, from ``row_for_constant_logit``.
+
+    Args:
+        drafter: A drafter with float weights.
+    """
+    config, output_tokens = drafter.config, drafter.output_tokens
+    head, table = drafter.lm_head.weight, drafter.model.embed_tokens.weight
+    if output_tokens is not None:
+        places = mx.random.randint(0, len(output_tokens), RANDOM_TOKENS, key=mx.random.key(0))
+        states = drafter.model(output_tokens[places]).astype(mx.float32).flatten(0, 1)
+        row = mx.array(row_for_constant_logit(np.array(states, np.float64), UNUSED_LOGIT)).astype(head.dtype)
+        every = mx.broadcast_to(row, (config.vocab_size, config.hidden_size))
+        head = mx.put_along_axis(every, mx.broadcast_to(output_tokens[:, None], head.shape), head, axis=0)
+    plain = Drafter(replace(config, draft_vocab_size=None, shared_embedding=False))
+    weights: dict[str, mx.array] = dict(tree_flatten(drafter.parameters()))
+    weights.pop("d2t", None)
+    plain.load_weights([*{**weights, "lm_head.weight": head, EMBEDDING: table.astype(head.dtype)}.items()])
+    return plain
+
+
+def row_for_constant_logit(states: np.ndarray, logit: float) -> np.ndarray:
+    """Return the row w [H] of a head for which w · h is nearly the same for all hidden states h.
+
+    Args:
+        states: Hidden states [N, H].
+        logit: The value to come near.
+
+    Source: ridge regression of a constant on the states. Their norms are about equal, and some channels hardly vary.
+    """
+    moments = states.T @ states / len(states)
+    ridge = RIDGE * np.trace(moments) / len(moments) * np.eye(len(moments))
+    return logit * np.linalg.solve(moments + ridge, states.mean(0))
 
 
 def half_split(rows: mx.array, heads: int) -> mx.array:

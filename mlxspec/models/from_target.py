@@ -71,7 +71,7 @@ def drafter_from_target(
 
 def check_layers(model: Any, layers: Sequence[int]) -> None:
     """Check that layers can be copied. Raises InvalidRequestError if the model is not a Llama or has no such layer."""
-    if model_type(model) != "llama":
+    if model_type(model) != "llama" and not isinstance(model, Drafter):
         raise InvalidRequestError(f"this is a {model_type(model)} model; only layers of Llama models can be copied")
     count = len(model.layers)
     if not layers or not all(-count <= layer < count for layer in layers):

@@ -9,7 +9,7 @@ from mlxspec.models.loading import DEMO
 TARGET = str(DEMO / "target")
 
 
-def test_a_drafter_from_the_targets_layers_is_trained_and_drafts_and_is_not_exported(tmp_path, mlxspec_command):
+def test_a_drafter_from_the_targets_layers_is_trained_and_drafts(tmp_path, mlxspec_command):
     folder = tmp_path / "a folder"
     answers, start, trained = (str(folder / name) for name in ("answers", "start", "trained"))
     drawn = ("--samples", "4", "--temperatures", "1", "--max-tokens", "60", "--group", "4")
@@ -31,7 +31,7 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts_and_is_not_expo
     assert text.out == plain.out
     refused = mlxspec_command("export", start, str(folder / "exported"))
     assert refused.status == 2
-    assert "which other tools cannot load" in refused.err
+    assert "uses its target's embedding; name the target with --target" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.utils import load_model
+from mlx_lm.utils import dequantize_model, load_model
 
 import mlxspec
 from mlxspec.models.export import CardFacts, export, files_to_push
+from mlxspec.models.from_target import drafter_from_target
 from mlxspec.models.loading import DEMO
 from tests.models.test_old_layout import write_old_layout
 
@@ -59,6 +61,41 @@ def test_mlx_lm_generate_takes_it_as_its_draft_model(exported):
         [*command, "--draft-model", exported], capture_output=True, text=True, timeout=120, check=True
     ).stdout
     assert plain.split("==========")[1] == drafted.split("==========")[1]
+
+
+@pytest.fixture
+def small_drafter(tmp_path):
+    """With 300 of the 2048 tokens and the target's embedding, in a folder with the tokenizer."""
+    target, config = load_model(DEMO / "target")
+    target.set_dtype(mx.float32)
+    tokens = np.sort(np.random.default_rng(0).choice(2048, 300, replace=False))
+    drafter = drafter_from_target(dequantize_model(target), config, [0, -1], tokens, share_embedding=True)
+    drafter.save(tmp_path / "small")
+    shutil.copyfile(DEMO / "target" / "tokenizer.json", tmp_path / "small" / "tokenizer.json")
+    return drafter, tmp_path / "small"
+
+
+@pytest.mark.parametrize("quantize", [None, "8"])
+def test_a_smaller_vocabulary_is_widened_and_the_other_tokens_are_as_good_as_never_drafted(
+    tmp_path, small_drafter, quantize
+):
+    drafter, folder = small_drafter
+    export(folder, tmp_path / "wide", quantize, target=DEMO / "target")
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert not {"draft_vocab_size", "shared_embedding"} & config.keys()
+    rows = mx.array(np.random.default_rng(1).choice(np.array(drafter.output_tokens), (4, 30)))
+    q, expected = (mx.softmax(model(rows), axis=-1) for model in (load_model(tmp_path / "wide")[0], drafter))
+    assert mx.abs(q - expected).max() < (0.1 if quantize else 0.01)
+    text = mlxspec.generate(mlxspec.load(DEMO / "target", tmp_path / "wide"), "A dog", max_tokens=30, draft_length=2)
+    assert text.text == mlxspec.generate(mlxspec.load(DEMO / "target", None), "A dog", max_tokens=30).text
+
+
+def test_a_shared_embedding_is_exported_only_with_the_target_that_has_it(tmp_path, small_drafter):
+    _, folder = small_drafter
+    with pytest.raises(mlxspec.MlxspecError, match="name the target with --target"):
+        export(folder, tmp_path / "wide")
+    with pytest.raises(mlxspec.MlxspecError, match="width"):
+        export(folder, tmp_path / "wide", target=DEMO / "drafter")
 
 
 @pytest.mark.parametrize("quantize", ["4", "mxfp4"])

@@ -3,15 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxspec.models.from_target import drafter_from_target
+from mlxspec.models.quantizing import rounded
 from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
 
@@ -88,3 +89,65 @@ def test_a_resumed_run_ends_with_the_same_weights_and_leaves_map_and_embedding_a
         assert unchanged == (name in ("d2t", "model.embed_tokens.weight"))
     stored = mx.load(str(tmp_path / "whole" / "step-00000006" / "model.safetensors"))
     assert not {"d2t", "model.embed_tokens.weight"} & stored.keys()
+
+
+def test_stored_probabilities_of_the_teacher_give_the_loss_of_a_float64_formula_over_k_columns(tmp_path):
+    target, drafter = pair()
+    with ShardWriter(tmp_path / "shards", V, "tokens") as writer:
+        for row in np.random.default_rng(1).integers(0, V, (4, 9)):
+            writer.add(row, np.ones_like(row))
+        writer.finish()
+    batches = Batches([TokenShards(tmp_path / "shards")], [1], 8, 2, seed=0)
+    top = 12
+    teacher = CachedTeacher(target, batches, V, top, 1.0, "f")
+    ids = mx.array(batches(0).ids)
+    inputs = ids[:, :-1]
+    batch = Batch(
+        ids,
+        mx.array(batches(0).documents[:, :-1]),
+        mx.full(inputs.shape, 1 / inputs.size),
+        teacher.load_rows(batches.row_numbers(0)),
+        mx.array(1.0),
+        mx.random.key(0),
+    )
+    value, alpha = objective(Loss("kld"), teacher)(drafter, batch)
+
+    whole = softmax(np.array(target(inputs), np.float64)).reshape(-1, V)
+    q = softmax(np.array(drafter(inputs), np.float64)[..., TOKENS]).reshape(-1, len(TOKENS))
+    losses, rates = [], []
+    for p, q_row in zip(whole, q, strict=True):
+        stored = np.argsort(-p)[:top]
+        known = [list(TOKENS).index(token) for token in stored if token in TOKENS]
+        rest = np.ones(len(TOKENS), bool)
+        rest[known] = False
+        p_row = np.where(rest, q_row * (1 - p[stored].sum()) / q_row[rest].sum(), p[TOKENS])
+        losses.append((p_row * np.log(p_row / q_row)).sum())
+        rates.append(np.minimum(p_row, q_row).sum())
+    assert value.item() == pytest.approx(np.mean(losses), abs=2e-3)  # stored in 16 bits
+    assert alpha.item() == pytest.approx(np.mean(rates), abs=2e-3)
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_fake_quantization_computes_with_rounded_weights_and_trains_the_exact_ones(tmp_path, bits):
+    target = random_llama(vocab_size=V, hidden_size=64, intermediate_size=64, scale=4)
+    with ShardWriter(tmp_path / "shards", V, "tokens") as writer:
+        for row in np.random.default_rng(0).integers(0, V, (8, 17)):
+            writer.add(row, np.ones_like(row))
+        writer.finish()
+    batches = Batches([TokenShards(tmp_path / "shards")], [1], 16, 4, seed=0)
+    losses = {}
+    for fake in (None, bits):
+        drafter = drafter_from_target(target, vars(target.args), [1])
+        if fake is None:  # the same arithmetic on weights that were rounded beforehand
+            drafter.update(tree_map(lambda w: rounded(w, bits) if w.ndim == 2 else w, drafter.parameters()))
+        before = {name: np.array(weight) for name, weight in tree_flatten(drafter.parameters())}
+        settings = TrainingSettings(steps=1, batch=4, length=16, learning_rate=1e-4, fake_quantize=fake)
+        seen = []
+        Trainer(
+            drafter, objective(Loss("kld"), OnlineTeacher(target)), batches, settings, tmp_path / str(fake),
+            report=lambda step, metrics, seen=seen: seen.append(metrics),
+        ).run()  # fmt: skip
+        losses[fake] = seen[0]["loss"], seen[0]["gradient_norm"]
+        changes = [np.abs(np.array(w) - before[name]).max() for name, w in tree_flatten(drafter.parameters())]
+        assert max(changes) < 1e-3  # one small step from the exact weights, not from the rounded ones
+    assert losses[bits] == pytest.approx(losses[None], rel=1e-4)
