@@ -112,7 +112,7 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-@train.command(epilog=recipe_keys())
+@train.command(epilog=recipe_keys(), short_help="Run the stages that a recipe describes.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -132,7 +132,7 @@ def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
     print_result(drafter, result, folder)
 
 
-@train.command(name="recipes")
+@train.command(name="recipes", short_help="List or print the recipes that come with mlxspec.")
 @click.argument("name", required=False)
 def list_recipes(name: str | None) -> None:
     """List the recipes that come with mlxspec, or print the one called NAME.

@@ -1,0 +1,330 @@
+"""Compare drafters of a chat model: where they start, which loss trains them, what their step costs.
+
+    python scripts/chat_drafters.py starts TARGET ANSWERS OUT
+    python scripts/chat_drafters.py losses TARGET ANSWERS START OUT --seeds 3
+    python scripts/chat_drafters.py costs TARGET ANSWERS DRAFTER
+    python scripts/chat_drafters.py tasks TARGET --prompts DOLLY.jsonl --prompts SPEC_BENCH.jsonl DRAFTER
+
+ANSWERS is a folder that `mlxspec train distill` wrote. Its last documents are held out. The acceptance rate is
+α = Σ min(p, q) at temperature 1, the mean over the positions of the held-out answers. OUT keeps what is finished, so a
+command that is repeated continues.
+"""
+
+import mlxspec  # noqa: F401  first, so that MLX uses OpenBLAS
+
+# isort: split
+
+import json
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxspec.evaluation.curves import new_figure
+from mlxspec.evaluation.metrics import served_block_efficiency
+from mlxspec.evaluation.rounds import by_engine, interleaved, ratio
+from mlxspec.models.drafter import EMBEDDING, Drafter
+from mlxspec.models.quantizing import rounded
+from mlxspec.training.batches import Batches
+from mlxspec.training.corpus import read_prompts
+from mlxspec.training.losses import Loss
+from mlxspec.training.objectives import objective
+from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.stages import load_drafter
+from mlxspec.training.target import Target
+from mlxspec.training.teachers import CachedTeacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
+from mlxspec.training.warm_start import WarmStart, token_counts, warm_start
+
+ALL, TABLES, NOTHING = "all weights", "tables", "nothing"  # what a drafter copies from the target
+# Name -> what is copied, which layers, to which width. The smaller width is a third or two thirds of the heads.
+STARTS = {
+    "random weights, 2 layers": (NOTHING, (0, -1), None),
+    "random weights, 4 layers": (NOTHING, (0, 1, -2, -1), None),
+    "tables of the target, 4 random layers": (TABLES, (0, 1, -2, -1), None),
+    "2 layers: first, last": (ALL, (0, -1), None),
+    "2 layers: first two": (ALL, (0, 1), None),
+    "4 layers: first two, last two": (ALL, (0, 1, -2, -1), None),
+    "4 layers: first four": (ALL, (0, 1, 2, 3), None),
+    "4 layers, 2/3 of the width": (ALL, (0, 1, -2, -1), 2 / 3),
+}
+LOSSES = ("ce", "kld", "tvd", "tvd++")
+TOP_K = 64  # tokens that the teacher stores for each position
+
+
+class HeldOut:
+    """Answers that are not trained on, with the target's probabilities for K tokens at each position."""
+
+    def __init__(self, target: nn.Module, documents: list[tuple[np.ndarray, np.ndarray]], tokens: mx.array):
+        self.documents, self.probs = documents, []
+        for ids, mask in documents:
+            logits = target(mx.array(ids[:-1])[None])[0][self.places(mask)].astype(mx.float32)
+            self.probs.append(mx.softmax(logits, axis=-1)[:, tokens])
+            mx.eval(self.probs[-1])
+
+    @staticmethod
+    def places(mask: np.ndarray) -> mx.array:
+        """Positions whose next token belongs to the answer."""
+        return mx.array(np.flatnonzero(mask[1:]))
+
+    def acceptance_rate(self, drafter: Drafter, columns: mx.array | None = None) -> float:
+        """Mean of Σ min(p, q). With ``columns``, q is limited to these columns of the head."""
+        total = count = 0.0
+        for (ids, mask), p in zip(self.documents, self.probs, strict=True):
+            hidden = drafter.model(mx.array(ids[:-1])[None])[0][self.places(mask)]
+            logits = drafter.lm_head(hidden)
+            if columns is not None:
+                logits, p = logits[:, columns], p[:, columns]
+            overlap = mx.minimum(p, mx.softmax(logits, axis=-1)).sum()
+            total, count = total + overlap.item(), count + len(p)
+        return total / count
+
+
+def split(answers: Path, target: Target, out: Path, held_out: int) -> tuple[TokenShards, list]:
+    """Return shards of all documents but the last ones, and a third of the last ones as a list."""
+    documents = list(TokenShards(answers / "tokens").documents())
+    folder = out / "training"
+    if not (folder / "index.json").exists():
+        with ShardWriter(folder, target.vocab_size, target.tokenizer_fingerprint) as writer:
+            for ids, mask in documents[:-held_out]:
+                writer.add(ids, mask)
+            writer.finish()
+    return TokenShards(folder), documents[-held_out::3]
+
+
+def make_start(name: str, target: Target, training: TokenShards, vocabulary: int) -> Drafter:
+    """Return the drafter of a row of STARTS."""
+    copied, layers, share = STARTS[name]
+    sizes = {}
+    if share:
+        group = target.config["hidden_size"] // target.config["num_key_value_heads"]
+        sizes = {
+            "hidden_size": round(share * target.config["num_key_value_heads"]) * group,
+            "intermediate_size": round(share * target.config["intermediate_size"]),
+        }
+    shared = copied != NOTHING and not share
+    start = WarmStart(layers, vocabulary_size=vocabulary, share_embedding=shared, **sizes)
+    drafter, _ = warm_start(target, start, training)
+    if copied != ALL:
+        mx.random.seed(0)
+        kept = {"d2t"} | ({EMBEDDING, "lm_head.weight", "model.norm.weight"} if copied == TABLES else set())
+        fresh = [(name, w) for name, w in tree_flatten(Drafter(drafter.config).parameters()) if name not in kept]
+        drafter.load_weights(fresh, strict=False)
+    return drafter
+
+
+def trained(
+    drafter: Drafter,
+    target: Target,
+    training: TokenShards,
+    loss: str,
+    folder: Path,
+    settings: TrainingSettings,
+    report: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train a drafter in place, with stored probabilities of the target."""
+    batches = Batches([training], [1.0], settings.length, settings.batch, settings.seed)
+    teacher = None
+    if loss != "ce":
+        teacher = CachedTeacher(target.model, batches, target.vocab_size, TOP_K, 1.0, target.fingerprint)
+    Trainer(
+        drafter,
+        objective(Loss(loss), teacher),
+        batches,
+        settings,
+        folder,
+        teacher=teacher,
+        report=lambda step, metrics: report(step),
+    ).run()
+
+
+@click.group()
+def main() -> None:
+    """Compare drafters of a chat model."""
+
+
+@main.command()
+@click.argument("target_folder", metavar="TARGET")
+@click.argument("answers", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--steps", default=150, show_default=True, help="Steps of kld, and again as many of tvd.")
+@click.option("--batch", default=4, show_default=True)
+@click.option("--length", default=256, show_default=True)
+@click.option("--vocabulary", default=6144, show_default=True)
+@click.option("--held-out", default=96, show_default=True)
+@click.option("--every", default=50, show_default=True, help="Steps between points of the curve.")
+def starts(
+    target_folder: str, answers: Path, out: Path, steps: int, batch: int, length: int, vocabulary: int, held_out: int,
+    every: int,
+) -> None:  # fmt: skip
+    """Train each start on the same rows: acceptance rate over trained positions."""
+    target = Target(target_folder)
+    training, documents = split(answers, target, out, held_out)
+    lines = out / "starts.jsonl"
+    done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    held: HeldOut | None = None
+    for name in STARTS:
+        if any(entry["start"] == name for entry in done):
+            continue
+        drafter = make_start(name, target, training, vocabulary)
+        held = held or HeldOut(target.model, documents, drafter.output_tokens)
+        curve = [[0, held.acceptance_rate(drafter)]]
+        began = time.monotonic()
+        for phase, loss in enumerate(("kld", "tvd")):
+            settings = TrainingSettings(
+                steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, checkpoint_every=steps
+            )
+
+            def point(step: int, phase=phase, drafter=drafter, held=held, curve=curve) -> None:
+                if step % every == 0:
+                    curve.append([(phase * steps + step) * batch * length, held.acceptance_rate(drafter)])
+
+            trained(drafter, target, training, loss, out / f"{name} {loss}", settings, point)
+        drafter.save(out / name)
+        size = sum(weight.size for _, weight in tree_flatten(drafter.trainable_parameters()))
+        entry = {"start": name, "trained_parameters": size, "curve": curve, "seconds": time.monotonic() - began}
+        done.append(entry)
+        with lines.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        click.echo(f"{name}: " + ", ".join(f"{positions:,} {rate:.3f}" for positions, rate in curve))
+    figure = new_figure((8, 5))
+    axis = figure.subplots()
+    for entry in done:
+        axis.plot(*zip(*entry["curve"], strict=True), marker=".", label=entry["start"])
+    axis.set(xlabel="trained positions: kld, then as many with tvd", ylabel="acceptance rate on held-out answers")
+    axis.legend()
+    figure.savefig(out / "starts.png")
+    click.echo(out / "starts.png")
+
+
+@main.command()
+@click.argument("target_folder", metavar="TARGET")
+@click.argument("answers", type=click.Path(path_type=Path))
+@click.argument("start", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--steps", default=150, show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--length", default=256, show_default=True)
+@click.option("--held-out", default=96, show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+def losses(
+    target_folder: str, answers: Path, start: Path, out: Path, steps: int, batch: int, length: int, held_out: int,
+    seeds: int,
+) -> None:  # fmt: skip
+    """Train START with each loss on the same rows, with several orders of the rows."""
+    target = Target(target_folder)
+    training, documents = split(answers, target, out, held_out)
+    held: HeldOut | None = None
+    for seed in range(seeds):
+        for loss in (None, *LOSSES):
+            drafter = load_drafter(start, target)
+            held = held or HeldOut(target.model, documents, drafter.output_tokens)
+            if loss:
+                settings = TrainingSettings(
+                    steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=5e-4, seed=seed,
+                    checkpoint_every=steps,
+                )  # fmt: skip
+                trained(drafter, target, training, loss, out / f"{loss} {seed}", settings)
+                drafter.save(out / f"{loss}-{seed}")
+            click.echo(f"seed {seed}, {loss or 'start'}: {held.acceptance_rate(drafter):.4f}")
+
+
+@main.command()
+@click.argument("target_folder", metavar="TARGET")
+@click.argument("answers", type=click.Path(path_type=Path))
+@click.argument("drafter_folder", metavar="DRAFTER", type=click.Path(path_type=Path))
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--held-out", default=96, show_default=True)
+@click.option("--vocabulary", "sizes", multiple=True, type=int, default=[49152, 16384, 8192, 4096, 2048])
+def costs(
+    target_folder: str, answers: Path, drafter_folder: Path, rounds: int, held_out: int, sizes: tuple[int, ...]
+) -> None:
+    """Time a step of drafters with each vocabulary, and score DRAFTER with fewer columns and fewer bits."""
+    target = Target(target_folder)
+    documents = list(TokenShards(answers / "tokens").documents())[-held_out::3]
+    drafter = load_drafter(drafter_folder, target)
+    counts = token_counts(TokenShards(answers / "tokens"), target.vocab_size)
+    engines = {("target", 1): stepper(target.model, 1), ("target", 4): stepper(target.model, 4)}
+    for size in sizes:
+        start = WarmStart((0, -1), vocabulary_size=size, share_embedding=True)
+        copy, _ = warm_start(target, start, TokenShards(answers / "tokens"))
+        engines["drafter", size] = stepper(copy, 1)
+    times = by_engine(interleaved(engines, rounds))
+    rows = ratio(times["target", 4], times["target", 1])
+    click.echo(f"target, 4 rows / 1 row: {rows}")
+    held = HeldOut(target.model, documents, drafter.output_tokens)
+    output_tokens = np.array(drafter.output_tokens)
+    order = np.argsort(-counts[output_tokens], kind="stable")
+    for size in sizes:
+        cost = ratio(times["drafter", size], times["target", 1])
+        coverage = np.sort(counts)[::-1][:size].sum() / counts.sum()
+        line = f"{size} tokens: step / target step {cost}, coverage {coverage:.4f}"
+        if size <= len(output_tokens):
+            columns = mx.array(np.sort(order[:size]))
+            alpha = held.acceptance_rate(drafter, columns)
+            tau = (1 - alpha**4) / (1 - alpha)
+            line += f", α {alpha:.3f}, τ at γ = 3 if α is the same at all positions {tau:.2f}"
+            line += f", predicted speed / plain {tau / (rows.median + 3 * cost.median):.2f}"
+        click.echo(line)
+    for bits in ("8", "4"):
+        copy = load_drafter(drafter_folder, target)
+        copy.update(tree_map(lambda w, bits=bits: rounded(w, bits) if w.ndim == 2 else w, copy.trainable_parameters()))
+        click.echo(f"{bits} bits: α {held.acceptance_rate(copy):.3f}")
+
+
+def stepper(model: nn.Module, rows: int) -> Callable[[int], float]:
+    """Return an engine that takes the mean time of steps over ``rows`` tokens after 128 tokens of context."""
+
+    def run(seed: int, steps: int = 6) -> float:
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.zeros((1, 128), mx.int32), cache))
+        began = time.perf_counter()
+        for _ in range(steps):
+            mx.eval(mx.softmax(model(mx.zeros((1, rows), mx.int32), cache), axis=-1))
+        return (time.perf_counter() - began) / steps
+
+    return run
+
+
+@main.command()
+@click.argument("target_folder", metavar="TARGET")
+@click.argument("drafters", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--prompts", "files", multiple=True, type=click.Path(path_type=Path))
+@click.option("--count", default=10, show_default=True, help="Prompts of each task.")
+@click.option("--max-tokens", default=48, show_default=True)
+@click.option("--draft-length", default=3, show_default=True)
+def tasks(
+    target_folder: str, drafters: tuple[Path, ...], files: tuple[Path, ...], count: int, max_tokens: int,
+    draft_length: int,
+) -> None:  # fmt: skip
+    """Measure block efficiency at T = 0 and 1 for each file of prompts, or each category of a Spec-Bench file."""
+    target = Target(target_folder)
+    found = {}
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for category in dict.fromkeys(json.loads(line).get("category", file.stem) for line in lines):
+            chosen = [line for line in lines if json.loads(line).get("category", file.stem) == category]
+            part = Path(f"{category}.jsonl").resolve()
+            part.write_text("\n".join(islice(chosen, count)), encoding="utf-8")
+            found[category] = read_prompts([str(part)], target.tokenizer, None)[0]
+            part.unlink()
+    for folder in drafters:
+        drafter = load_drafter(folder, target)
+        for category, ids in found.items():
+            score = served_block_efficiency(
+                target.model, target.tokenizer, ids[:count], [0.0, 1.0], draft_length, max_tokens
+            )
+            click.echo(
+                json.dumps({"drafter": folder.name, "task": category, "prompts": len(ids[:count]), **score(drafter)})
+            )
+
+
+if __name__ == "__main__":
+    main()
