@@ -2,6 +2,7 @@
 
     python scripts/chat_drafters.py starts TARGET ANSWERS OUT
     python scripts/chat_drafters.py losses TARGET ANSWERS START OUT --seeds 3
+    python scripts/chat_drafters.py rejected TARGET ANSWERS START OUT --seeds 3
     python scripts/chat_drafters.py costs TARGET ANSWERS DRAFTER
     python scripts/chat_drafters.py tasks TARGET --prompts DOLLY.jsonl --prompts SPEC_BENCH.jsonl DRAFTER
 
@@ -17,6 +18,7 @@ import mlxspec  # noqa: F401  first, so that MLX uses OpenBLAS
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,8 +36,9 @@ from mlxspec.models.drafter import EMBEDDING, Drafter
 from mlxspec.models.quantizing import rounded
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
+from mlxspec.training.documents import document_masks
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import objective
+from mlxspec.training.objectives import Batch, Objective, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.stages import load_drafter
 from mlxspec.training.target import Target
@@ -128,15 +131,17 @@ def trained(
     folder: Path,
     settings: TrainingSettings,
     report: Callable[[int], None] = lambda step: None,
+    change: Callable[[Objective, CachedTeacher], Objective] = lambda goal, teacher: goal,
 ) -> None:
-    """Train a drafter in place, with stored probabilities of the target."""
+    """Train a drafter in place, with stored probabilities of the target. ``change`` may replace the objective."""
     batches = Batches([training], [1.0], settings.length, settings.batch, settings.seed)
     teacher = None
     if loss != "ce":
         teacher = CachedTeacher(target.model, batches, target.vocab_size, TOP_K, 1.0, target.fingerprint)
+    goal = objective(Loss(loss), teacher)
     Trainer(
         drafter,
-        objective(Loss(loss), teacher),
+        change(goal, teacher) if teacher else goal,
         batches,
         settings,
         folder,
@@ -234,6 +239,53 @@ def losses(
                 trained(drafter, target, training, loss, out / f"{loss} {seed}", settings)
                 drafter.save(out / f"{loss}-{seed}")
             click.echo(f"seed {seed}, {loss or 'start'}: {held.acceptance_rate(drafter):.4f}")
+
+
+@main.command()
+@click.argument("target_folder", metavar="TARGET")
+@click.argument("answers", type=click.Path(path_type=Path))
+@click.argument("start", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--steps", default=100, show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--length", default=256, show_default=True)
+@click.option("--held-out", default=96, show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+def rejected(
+    target_folder: str, answers: Path, start: Path, out: Path, steps: int, batch: int, length: int, held_out: int,
+    seeds: int,
+) -> None:  # fmt: skip
+    """Train START with tvd, and again with weights 1 - α, the chance that START's token was rejected there."""
+    target = Target(target_folder)
+    training, documents = split(answers, target, out, held_out)
+    held: HeldOut | None = None
+    for seed in range(seeds):
+        for name, share in (("equal weights", 0.0), ("half by rejection", 0.5), ("all by rejection", 1.0)):
+            drafter, frozen = load_drafter(start, target), load_drafter(start, target)
+            held = held or HeldOut(target.model, documents, drafter.output_tokens)
+            settings = TrainingSettings(
+                steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=5e-4, seed=seed,
+                checkpoint_every=steps,
+            )  # fmt: skip
+            change = partial(weighted_by_rejection, frozen, share)
+            trained(drafter, target, training, "tvd", out / f"{name} {seed}", settings, change=change)
+            click.echo(f"seed {seed}, {name}: {held.acceptance_rate(drafter):.4f}")
+
+
+def weighted_by_rejection(frozen: Drafter, share: float, goal: Objective, teacher: CachedTeacher) -> Objective:
+    """Return an objective that weighs a share of a step by the chance 1 - α that a drafted token is rejected."""
+
+    def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
+        masks = document_masks([None] * len(frozen.layers), batch.documents)
+        log_q = nn.log_softmax(frozen.lm_head(frozen.model(batch.ids[:, :-1], masks)), axis=-1).flatten(0, 1)
+        states = tuple(part.flatten(0, 1) for part in batch.teacher)
+        p, _ = teacher.probs(batch.temperature, frozen.output_tokens)(states, log_q)
+        rejection = 1 - mx.minimum(p, mx.exp(log_q)).sum(-1).reshape(batch.weights.shape)
+        weights = mx.stop_gradient(batch.weights * rejection)
+        weights = share * weights / weights.sum() + (1 - share) * batch.weights
+        return goal(drafter, batch._replace(weights=weights))
+
+    return weighted
 
 
 @main.command()

@@ -14,6 +14,7 @@ import pytest
 from mlx_lm.utils import load_model
 
 import mlxspec
+from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe
 from tests.conftest import shared
 
@@ -70,7 +71,7 @@ def test_the_usage_lines_of_a_script_are_commands_that_it_takes(script, monkeypa
 
 def test_the_usage_lines_name_every_subcommand(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    for name in ("measure_auto", "compare_training"):
+    for name in ("measure_auto", "compare_training", "chat_drafters"):
         words = {word for line in usage_lines(SCRIPTS / f"{name}.py") for word in line.split()}
         assert set(importlib.import_module(name).main.commands) <= words
 
@@ -196,3 +197,33 @@ def test_the_costs_of_training_are_measured(what, options):
     small = ["--length", 16, "--steps", 1] if what in ("throughput", "distill") else []
     out = run_script("compare_training.py", what, *options, *small, "--rounds", 1)
     assert re.search(r"ratio \d|over mlx-lm \d|costs \d|\d\) of its time", out)
+
+
+@pytest.mark.slow
+def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, mlxspec_command):
+    target, answers, out = DEMO / "target", tmp_path / "answers", tmp_path / "out"
+    drawn = ("--samples", "16", "--temperatures", "1", "--max-tokens", "24", "--group", "8")
+    assert mlxspec_command("train", "distill", "--target", str(target), *drawn, "--out", str(answers)).status == 0
+    small = ["--held-out", 4, "--steps", 1, "--batch", 2, "--length", 32]
+    command = ["starts", target, answers, out, *small, "--vocabulary", 200, "--every", 1]
+    printed = run_script("chat_drafters.py", *command)
+    assert len(re.findall(r"^.+: 0 0\.\d+, 64 0\.\d+, 128 0\.\d+$", printed, re.M)) == 8
+    assert (out / "starts.png").exists()
+    assert run_script("chat_drafters.py", *command).splitlines() == [str(out / "starts.png")]  # all is done
+    start = out / "2 layers: first two"
+    printed = run_script("chat_drafters.py", "losses", target, answers, start, tmp_path / "l", *small, "--seeds", 1)
+    assert re.findall(r"seed 0, (\S+):", printed) == ["start", "ce", "kld", "tvd", "tvd++"]
+    printed = run_script("chat_drafters.py", "rejected", target, answers, start, tmp_path / "r", *small, "--seeds", 1)
+    rates = [float(line.split()[-1]) for line in printed.splitlines()]
+    assert len(rates) == 3
+    assert len(set(rates)) > 1  # the weights change the result
+    sizes = ["--vocabulary", 300, "--vocabulary", 100]
+    printed = run_script("chat_drafters.py", "costs", target, answers, start, "--rounds", 1, "--held-out", 4, *sizes)
+    assert "100 tokens: step / target step" in printed
+    assert "4 bits: α" in printed
+    prompts = tmp_path / "few.jsonl"
+    prompts.write_text('{"prompt": "A dog"}\n{"prompt": "A cat"}\n')
+    options = ["--prompts", prompts, "--max-tokens", 8]
+    printed = run_script("chat_drafters.py", "tasks", target, start, *options)
+    assert json.loads(printed)["task"] == "few"
+    assert json.loads(printed)["prompts"] == 2

@@ -64,8 +64,9 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @QUANTIZE
 @QUANTIZE_DRAFTER
 @CONTEXT
-@click.option("--tasks", default="stories", show_default=True,
-              help=f"Tasks, separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files with prompts.")  # fmt: skip
+@click.option("--tasks", multiple=True, default=["stories"], show_default=True,
+              help=f"Tasks, separated by commas: {', '.join(TASK_NAMES)}, or .jsonl files with prompts. Can be given "
+                   "several times.")  # fmt: skip
 @click.option("--temperature", "--temp", "temperatures", type=float, multiple=True,
               help="Sampling temperature. Can be given several times.  "
                    "[default: the task's own, or 0 and 1]")  # fmt: skip
@@ -108,7 +109,8 @@ def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, 
         say_drafter(pair)
     contexts = [pair.context_length, pair.drafter_context_length]  # mlx-lm asks a drafter beyond its own
     room = min((context for context in contexts if context), default=float("inf")) - settings.max_tokens
-    chosen = read_tasks([name for name in tasks.split(",") if name], pair.tokenizer, prompts, room)
+    names = [name for part in tasks for name in part.split(",") if name]
+    chosen = read_tasks(names, pair.tokenizer, prompts, room)
     record = new_record(pair, settings, {"target": target_name(target), "drafter": pair.drafter_name})
     try:
         measure_blocks(pair, chosen, settings, calibration, record)
