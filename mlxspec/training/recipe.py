@@ -160,7 +160,7 @@ class Recipe:
         """
         path = Path(path)
         home = path.parent
-        if not path.exists() and (included := included_recipes().get(str(path))):
+        if not path.is_file() and (included := included_recipes().get(str(path))):
             path = included
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))

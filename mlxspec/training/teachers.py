@@ -21,7 +21,7 @@ from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
 from mlxspec.training.documents import document_masks, keeps_documents_apart
 
-SMALLEST_PROB = 1e-30  # replaces 0 in logarithms
+SMALLEST_PROB, SMALLEST_LOGPROB = 1e-30, -1e30  # replace 0 in logarithms, and −∞
 
 
 class OnlineTeacher:
@@ -287,7 +287,8 @@ def probs_from_top_k(ids: mx.array, top_logprobs: mx.array, log_q: mx.array) -> 
         p and log p, each [n, V].
     """
     tail = mx.maximum(1 - mx.exp(top_logprobs).sum(-1, keepdims=True), SMALLEST_PROB)
-    log_q_top = mx.take_along_axis(log_q, ids, axis=-1)
-    q_tail = mx.maximum(1 - mx.exp(log_q_top).sum(-1, keepdims=True), SMALLEST_PROB)
-    log_p = mx.put_along_axis(log_q + mx.log(tail / q_tail), ids, top_logprobs, axis=-1)
+    # The sum over the other tokens, not 1 minus that of the k: a difference of nearly equal numbers would be noise.
+    others = mx.put_along_axis(log_q, ids, mx.array(-mx.inf), axis=-1)
+    log_q_tail = mx.maximum(mx.logsumexp(others, axis=-1, keepdims=True), SMALLEST_LOGPROB)
+    log_p = mx.put_along_axis(log_q + mx.log(tail) - log_q_tail, ids, top_logprobs, axis=-1)
     return mx.exp(log_p), log_p

@@ -189,6 +189,20 @@ def test_the_top_k_and_the_tails_mass_make_a_distribution_that_agrees_where_it_i
     np.testing.assert_allclose(np.exp(np.array(log_found)), np.array(found), atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1, 30, 300])
+def test_the_tail_is_a_distribution_also_if_the_drafter_is_almost_sure_of_a_stored_token(scale):
+    ids = mx.array([[0, 1, 2], [3, 1, 0]])
+    top = mx.log(mx.array([[0.6, 0.2, 0.1], [0.5, 0.3, 0.1]]))
+    logits = mx.array([[9.0, 1, 0.5, 0.2, 0.1, 0.0], [0.1, 0.2, 0.0, 5, 0.3, 0.4]]) * scale
+    log_q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    p, _ = probs_from_top_k(ids, top, log_q)
+    np.testing.assert_allclose(np.array(p).sum(-1), 1, atol=1e-5)
+    tails = [[3, 4, 5], [2, 4, 5]]
+    for row, tail in enumerate(tails):  # in proportion to q, computed in float64
+        shares = np.exp(np.array(logits[row], np.float64)[tail] - np.array(logits[row], np.float64)[tail].max())
+        np.testing.assert_allclose(np.array(p)[row, tail], 0.1 * shares / shares.sum(), atol=1e-5)
+
+
 def test_the_targets_logits_are_made_from_its_hidden_states_where_that_is_the_same():
     teacher = OnlineTeacher(random_llama(vocab_size=V))
     assert teacher.splits

@@ -150,7 +150,9 @@ def test_every_included_recipe_is_listed_printed_and_valid(mlxspec_command, tmp_
     assert "llama2-7b-chat-one-night" in missing.err
 
 
-def test_an_included_recipe_without_its_prompts_names_the_file(mlxspec_command, tmp_path, monkeypatch):
+def test_an_included_recipe_names_the_prompts_that_are_missing_and_is_resumed_by_its_name(
+    mlxspec_command, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlxspec.training.recipe.included_recipes", lambda: {"small": tmp_path / "shipped" / "s.toml"})
     (tmp_path / "shipped").mkdir()
@@ -159,6 +161,12 @@ def test_an_included_recipe_without_its_prompts_names_the_file(mlxspec_command, 
     assert outcome.status == 2
     assert "prompts.jsonl" in outcome.err
     assert "shipped" not in outcome.err
+    lines = [json.dumps({"prompt": f"A dog {n}"}) for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    first, second = (mlxspec_command("train", "run", "small") for _ in range(2))  # the folder now has the same name
+    assert (first.status, second.status) == (0, 0), second.err
+    assert first.out == second.out
+    assert second.err == ""
 
 
 @pytest.mark.slow
