@@ -131,20 +131,21 @@ class Recipe:
         numbers = range(1, len(self.finetune) + 1)
         return ["finetune"] if len(self.finetune) == 1 else [f"finetune-{number}" for number in numbers]
 
-    def first_drafter(self, target: Target, answers: TokenShards | None = None) -> Drafter:
+    def first_drafter(self, target: Target, answers: TokenShards | None = None, report: bool = False) -> Drafter:
         """Return the drafter that the first training stage starts from.
 
         Args:
             target: The target.
             answers: The target's answers. Without them, the values of a drafter that depends on them are arbitrary, and
                 only its shape is right.
+            report: Whether to report the size and the vocabulary of a warm start.
         """
         if isinstance(self.drafter, str):
             return stages.load_drafter(self.drafter, target)
         if isinstance(self.drafter, DrafterShape):
             return target.new_drafter(self.drafter, self.trainings[0].seed if self.trainings else 0)
         drafter, coverage = warm_start(target, self.drafter, answers)
-        if answers:
+        if report:
             target.listener.stage("drafter", stages.describe(drafter, coverage))
         return drafter
 
@@ -248,7 +249,8 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
         answers = stages.distill(
             target, prompts.prompts, prompts.system, settings, folder / "answers", recipe.held_out_prompts
         )
-    drafter = recipe.first_drafter(target, answers) if recipe.trainings else None
+    first = "pretrain" if recipe.pretrain else next(iter(recipe.finetune_names), "")
+    drafter = recipe.first_drafter(target, answers, not is_complete(folder / first)) if recipe.trainings else None
     if recipe.pretrain and drafter:
         data, training = recipe.pretrain
         text = stages.pretraining_shards(target, data.data, folder / "text")
