@@ -78,7 +78,7 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
     small = "steps = 2\nlength = 32\nbatch = 2\n"
     for value, small_value in (("llama2-7b-chat", str(DEMO / "target")), (" = 512", " = 32"), (" = 1408", " = 64")):
         recipe = recipe.replace(value, small_value)
-    recipe = recipe.replace("[distill]", f"{small}[distill]\nmax_tokens = 8")
+    recipe = recipe.replace("[[finetune]]", f"{small}\n[[finetune]]").replace("[distill]", "[distill]\nmax_tokens = 8")
     recipe = f"{recipe.replace(' = 20000', ' = 2')}{small.replace('steps = 2', '')}"
     Path("recipe.toml").write_text(f"{recipe}[evaluation]\ncount = 2\nmax_tokens = 8\n")
     sizes = {

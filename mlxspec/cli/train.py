@@ -99,16 +99,18 @@ def recipe_keys() -> str:
     ]
     lines += [
         "  drafter",
-        "    Folder, hub id or short name of a drafter to start from.",
-        "    By default, a new one with the sizes in the table drafter.",
+        "    Folder, hub id or short name of an existing drafter. Use this key or the table drafter.",
     ]
     for name, classes in recipes.TABLES.items():
         several = TABLE_TITLES.get(name, f"[{name}]")
         lines += ["", "\b", f"{several}:"]
         for field in (field for cls in classes for field in fields(cls)):
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            lines.append(f"  {key_of(field)}" + ("" if default is None else f" = {json.dumps(default)}"))
-            lines += wrap(field.metadata["help"], 76, initial_indent="    ", subsequent_indent="    ")
+            unset = default is None or default == []
+            lines.append(f"  {key_of(field)}" + ("" if unset else f" = {json.dumps(default)}"))
+            choices = field.metadata.get("choices", list)()
+            text = field.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
+            lines += wrap(text, 76, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -119,9 +121,17 @@ def recipe_keys() -> str:
     type=click.Path(path_type=Path),
     help="Folder for the results.  [default: next to RECIPE, with its name]",
 )
-@click.option("--dry-run", is_flag=True, help="Only print the tokens, memory and time of each stage.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Estimate the tokens, memory and time of each stage. This loads the models and times a few steps.",
+)
 def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
-    """Run the stages of RECIPE, a TOML file or a name that `train recipes` lists. Complete stages are skipped."""
+    """Run the stages of RECIPE, a TOML file or a name that `train recipes` lists. Complete stages are skipped.
+
+    Paths in a recipe are relative to its file. In a recipe that comes with mlxspec, they are relative to the current
+    folder.
+    """
     parsed, folder = Recipe.read(recipe), out or recipe.with_suffix("")
     if dry_run:
         print_estimate(parsed, folder)
@@ -204,7 +214,7 @@ def pretrain(
 @settings_options(DistillData, AnswerSettings)
 @click.option("--validate", is_flag=True, help="Count duplicate, empty and truncated answers.")
 def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
-    """Let the target answer prompts, as training data for finetune."""
+    """Generate the target's answers, as training data for finetune."""
     data, settings = take_settings(DistillData, options), take_settings(AnswerSettings, options)
     with Bars() as bars:
         shards = stages.distill(Target(target, bars.listener), data.prompts, data.system, settings, out)
@@ -223,7 +233,7 @@ def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
 )
 @OUT
 def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
-    """Make a drafter from some of the target's layers, as a start for pretrain or finetune."""
+    """Make a warm start: a drafter from some of the target's layers, as a start for pretrain or finetune."""
     start = take_settings(WarmStart, options)
     if start.needs_answers and not answers:
         raise click.UsageError(

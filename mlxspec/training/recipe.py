@@ -52,12 +52,12 @@ class PretrainData:
 class FinetuneData:
     """The data of a finetuning stage. Raises InvalidRequestError for a value outside its range."""
 
-    mix: float = option(TEXT_SHARE, "Share of the rows that come from the pretraining text, if there is any.")
+    mix: float = option(TEXT_SHARE, "Share of the sequences that come from the pretraining text, if there is any.")
     teacher_top_k: int = option(
         0,
         "Number of the target's most likely tokens to store on disk for each position. Later epochs read them instead "
-        "of running the target. The acceptance rate in metrics.jsonl becomes an upper bound, because the other tokens' "
-        "probabilities are missing. 0 stores none.",
+        "of running the target. The acceptance rate in metrics.jsonl becomes an upper bound, because the remaining "
+        "probability is divided in proportion to the drafter's. 0 stores none.",
     )
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class EvaluationSettings:
         "prompts, every answer starts from BOS alone.",
     )
     count: int = option(20, "Number of prompts.")
-    words: int = option(0, "Use this number of words from the start of each prompt. 0 uses all.")
+    words: int = option(0, "Use this number of words from the start of each prompt of `prompts`. 0 uses all.")
     max_tokens: int = option(120, "Maximum length of an answer, in tokens.")
     draft_length: int = option(4, "Tokens drafted for each pass of the target.")
     temperatures: tuple[float, ...] = option((0.0, 1.0), "Temperatures. The score is the mean over them.")

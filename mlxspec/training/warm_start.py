@@ -27,7 +27,7 @@ class WarmStart:
     """Which weights a drafter starts from. Raises InvalidRequestError without layers."""
 
     layers: tuple[int, ...] = option(
-        (), "Numbers of the layers to copy, counted from 0. Negative numbers count from the last layer."
+        (), "Numbers of the layers to copy, counted from 0. Negative numbers count from the last layer. Required."
     )
     source: str | None = option(
         None,
@@ -36,14 +36,17 @@ class WarmStart:
         key="from",
     )
     hidden_size: int | None = option(
-        None, "Number of channels to keep, those of the largest activations on the answers. By default, all."
+        None,
+        "Hidden size. The channels with the largest activations on the answers are kept. By default, all. It excludes "
+        "share_embedding.",
     )
     intermediate_size: int | None = option(
-        None, "Number of neurons to keep in each MLP, those of the largest activations on the answers. By default, all."
+        None,
+        "Neurons in each MLP. Those with the largest activations on the answers are kept. By default, all.",
     )
     vocabulary_size: int | None = option(
         None,
-        "Number of tokens that the drafter can output: those that the target emits most often in the answers, and "
+        "Number of tokens that the drafter can output: those that the target generates most often in the answers, and "
         "those that end an answer. By default, all.",
     )
     share_embedding: bool = option(False, "Use the target's input embedding instead of a copy.")
