@@ -17,6 +17,8 @@ SHORT_ANSWER = 8  # tokens, in which a draft saves little
 def summary(decoder: SpeculativeDecoder) -> str:
     """Return the line that follows every answer."""
     stats = decoder.stats
+    if not stats.prompt_tokens:
+        return "there is no answer yet"
     if stats.drafted:
         passes = f"{stats.block_efficiency:.2f} tokens per pass of the target"
         drafts = f"{passes}, {stats.acceptance_rate:.0%} of {stats.drafted} drafted tokens accepted"
@@ -50,7 +52,7 @@ def advice(decoder: SpeculativeDecoder) -> str:
     slow = sys.platform == "linux" and mx.default_device().type == mx.cpu and not has_fast_blas()
     if not slow or os.environ.get(SWITCH) == "off" or not decoder.compiled.drafters or decoder.draft_length == 0:
         return ""
-    return f". For speed on this machine, install OpenBLAS: apt install {PACKAGE}"
+    return f". For speed on this machine, install OpenBLAS (on Debian and Ubuntu: apt install {PACKAGE})"
 
 
 def detailed(decoder: SpeculativeDecoder) -> str:

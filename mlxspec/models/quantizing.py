@@ -26,6 +26,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
     "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
 }
+MODEL_SUFFIXES = (".json", ".safetensors", ".npz", ".bin", ".model", ".jinja", ".txt")
 DRAFTER_BITS = ("4", "8")  # for a draft model that is quantized in memory
 COPY_NAME = re.compile(rf".+-[0-9a-f]{{12}}-({'|'.join(QUANTIZATIONS)})")
 COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -145,8 +146,9 @@ def copies() -> list[Path]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return a fingerprint of the folder's path and of the size and time of its files."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.*"))]
+    """Return a fingerprint of the folder's path and of the size and time of the files that belong to a model."""
+    own = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()]
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in own]
     return fingerprint(json.dumps([str(folder.resolve()), files]), digits=12)
 
 

@@ -106,3 +106,7 @@ def test_the_compiling_of_kernels_is_announced_while_there_are_none(mlxspec_comm
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where MLX of another machine would find none
     assert mlxspec_command(*arguments).err.startswith("MLX compiles its kernels for this machine")
     assert "compiles its kernels" not in mlxspec_command(*arguments, "--json").err
+
+
+def test_before_the_first_answer_the_line_says_so():
+    assert statistics.summary(mlxspec.SpeculativeDecoder(mlxspec.load())) == "there is no answer yet"

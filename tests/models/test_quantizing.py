@@ -12,6 +12,7 @@ import mlxspec
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models import loading, quantizing
+from mlxspec.models.from_target import drafter_from_target
 from mlxspec.models.loading import DEMO, read_lazily
 from mlxspec.models.quantizing import QUANTIZATIONS, quantized_copy
 
@@ -117,3 +118,23 @@ def test_a_user_without_a_home_folder_can_use_an_absolute_cache_folder(monkeypat
     monkeypatch.setattr(quantizing.Path, "home", no_home)
     assert quantizing.has_home(tmp_path)
     assert not quantizing.has_home(Path("~/cache"))
+
+
+def test_files_that_do_not_belong_to_the_model_do_not_change_which_copy_is_used(plain_folder):
+    before = quantizing.folder_fingerprint(plain_folder)
+    for name in (".DS_Store", "README.md"):
+        (plain_folder / name).write_text("x")
+    (plain_folder / "missing.json").symlink_to("nowhere.json")
+    assert quantizing.folder_fingerprint(plain_folder) == before
+    (plain_folder / "tokenizer_config.json").write_text("{}")
+    assert quantizing.folder_fingerprint(plain_folder) != before
+
+
+def test_an_embedding_that_a_drafter_shares_is_not_dequantized_into_a_copy_of_its_own():
+    target, config = read_lazily(DEMO / "target")
+    drafter = drafter_from_target(quantizing.dequantized(read_lazily(DEMO / "target")[0]), config, [0], None, True)
+    drafter.share(target.model.embed_tokens)
+    quantizing.quantize_in_memory(drafter, "8")
+    widened = quantizing.dequantized(drafter)
+    assert widened.shared_table is target.model.embed_tokens
+    assert not hasattr(widened.lm_head, "bits")
