@@ -54,6 +54,9 @@ class WarmStart:
     def __post_init__(self) -> None:
         if not self.layers:
             raise InvalidRequestError("there are no layers to copy; set layers, such as 0 and -1")
+        for name in ("hidden_size", "intermediate_size", "vocabulary_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more, or leave it out")
         if self.share_embedding and self.hidden_size:
             raise InvalidRequestError(
                 "share_embedding needs a drafter of the target's width; leave out share_embedding or hidden_size"
@@ -88,10 +91,10 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
     check_layers(source, start.layers)
     source.set_dtype(mx.float32)  # before dequantizing, or else the weights are rounded to the type of the scales
     source, config = to_hugging_face(source, config)
-    if config["vocab_size"] != target.vocab_size:
+    if config.get("vocab_size") != target.vocab_size:
         raise InvalidRequestError(
-            f"{folder} has a vocabulary of {config['vocab_size']} and {target.name} one of {target.vocab_size}; copy "
-            "from a model with the target's tokenizer"
+            f"{folder} has a vocabulary of {config.get('vocab_size')} and {target.name} one of {target.vocab_size}; "
+            "copy from a model with the target's tokenizer"
         )
     tokens = coverage = width = None
     if start.vocabulary_size:

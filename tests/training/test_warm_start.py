@@ -15,6 +15,7 @@ from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe, included_recipes
 from mlxspec.training.target import Target
 from mlxspec.training.warm_start import WarmStart, warm_start
+from tests.models.test_old_layout import write_old_layout
 
 RECIPE = f"""
 target = "{DEMO / "target"}"
@@ -106,6 +107,8 @@ def test_layers_of_another_drafter_can_be_copied_and_its_vocabulary_stays(recipe
         ("layers = [0, -1]", "layer = [0, -1]", 'there is no key "layer"; the nearest is "layers"'),
         ("layers = [0, -1]", "", "there are no layers to copy"),
         ("vocabulary_size = 200", "vocabulary_size = 5000", "vocabulary_size is 5000; use"),
+        ("vocabulary_size = 200", "vocabulary_size = 0", "vocabulary_size is 0; use 1 or more, or leave it out"),
+        ("share_embedding = true", "hidden_size = 0", "hidden_size is 0; use 1 or more"),
         ("vocabulary_size = 200", 'vocabulary_size = 200\nfrom = "nowhere"', "nowhere"),
         ("vocabulary_size = 200", "hidden_size = 100", "leave out share_embedding or hidden_size"),
         ("fake_quantize = 4", "fake_quantize = 5", "fake_quantize is '5'; use one of 4, 8"),
@@ -192,3 +195,11 @@ def test_twenty_kills_during_a_warm_start_and_its_stages_end_with_the_same_draft
     found = mx.load(str(last_drafter(copy) / "model.safetensors"))
     assert found.keys() == expected.keys()
     assert all(mx.array_equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_the_layers_of_a_model_in_the_old_layout_give_its_logits(tmp_path, stories_folder):
+    write_old_layout(stories_folder, tmp_path / "old", mx.float32, quantized=False)
+    target = Target(str(tmp_path / "old"))
+    drafter, _ = warm_start(target, WarmStart((0, 1, 2, 3, 4)), None)
+    tokens = mx.array([[1, 5, 9, 30]])
+    assert mx.allclose(drafter(tokens), target.model(tokens), atol=1e-4)
