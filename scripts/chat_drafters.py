@@ -2,7 +2,6 @@
 
     python scripts/chat_drafters.py starts TARGET ANSWERS OUT
     python scripts/chat_drafters.py losses TARGET ANSWERS START OUT --seeds 3
-    python scripts/chat_drafters.py rejected TARGET ANSWERS START OUT --seeds 3
     python scripts/chat_drafters.py costs TARGET ANSWERS DRAFTER
     python scripts/chat_drafters.py tasks TARGET --prompts DOLLY.jsonl --prompts SPEC_BENCH.jsonl DRAFTER
 
@@ -58,7 +57,12 @@ STARTS = {
     "4 layers: first four": (ALL, (0, 1, 2, 3), None),
     "4 layers, 2/3 of the width": (ALL, (0, 1, -2, -1), 2 / 3),
 }
-LOSSES = ("ce", "kld", "tvd", "tvd++")
+# Name -> loss, and the share of the weights that follows the chance that START's token was rejected.
+VARIANTS = {
+    **{name: (name, 0.0) for name in ("ce", "kld", "tvd", "tvd++")},
+    "tvd, half by rejection": ("tvd", 0.5),
+    "tvd, all by rejection": ("tvd", 1.0),
+}
 TOP_K = 64  # tokens that the teacher stores for each position
 
 
@@ -123,6 +127,11 @@ def make_start(name: str, target: Target, training: TokenShards, vocabulary: int
     return drafter
 
 
+def unchanged(goal: Objective, teacher: CachedTeacher) -> Objective:
+    """Return the objective itself."""
+    return goal
+
+
 def trained(
     drafter: Drafter,
     target: Target,
@@ -131,7 +140,7 @@ def trained(
     folder: Path,
     settings: TrainingSettings,
     report: Callable[[int], None] = lambda step: None,
-    change: Callable[[Objective, CachedTeacher], Objective] = lambda goal, teacher: goal,
+    change: Callable[[Objective, CachedTeacher], Objective] = unchanged,
 ) -> None:
     """Train a drafter in place, with stored probabilities of the target. ``change`` may replace the objective."""
     batches = Batches([training], [1.0], settings.length, settings.batch, settings.seed)
@@ -219,56 +228,28 @@ def starts(
 @click.option("--length", default=256, show_default=True)
 @click.option("--held-out", default=96, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS))
 def losses(
     target_folder: str, answers: Path, start: Path, out: Path, steps: int, batch: int, length: int, held_out: int,
-    seeds: int,
+    seeds: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Train START with each loss on the same rows, with several orders of the rows."""
     target = Target(target_folder)
     training, documents = split(answers, target, out, held_out)
-    held: HeldOut | None = None
+    frozen = load_drafter(start, target)
+    held = HeldOut(target.model, documents, frozen.output_tokens)
+    click.echo(f"start: {held.acceptance_rate(frozen):.4f}")
     for seed in range(seeds):
-        for loss in (None, *LOSSES):
+        for name in only:
+            loss, share = VARIANTS[name]
             drafter = load_drafter(start, target)
-            held = held or HeldOut(target.model, documents, drafter.output_tokens)
-            if loss:
-                settings = TrainingSettings(
-                    steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=5e-4, seed=seed,
-                    checkpoint_every=steps,
-                )  # fmt: skip
-                trained(drafter, target, training, loss, out / f"{loss} {seed}", settings)
-                drafter.save(out / f"{loss}-{seed}")
-            click.echo(f"seed {seed}, {loss or 'start'}: {held.acceptance_rate(drafter):.4f}")
-
-
-@main.command()
-@click.argument("target_folder", metavar="TARGET")
-@click.argument("answers", type=click.Path(path_type=Path))
-@click.argument("start", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", default=100, show_default=True)
-@click.option("--batch", default=4, show_default=True)
-@click.option("--length", default=256, show_default=True)
-@click.option("--held-out", default=96, show_default=True)
-@click.option("--seeds", default=3, show_default=True)
-def rejected(
-    target_folder: str, answers: Path, start: Path, out: Path, steps: int, batch: int, length: int, held_out: int,
-    seeds: int,
-) -> None:  # fmt: skip
-    """Train START with tvd, and again with weights 1 - α, the chance that START's token was rejected there."""
-    target = Target(target_folder)
-    training, documents = split(answers, target, out, held_out)
-    held: HeldOut | None = None
-    for seed in range(seeds):
-        for name, share in (("equal weights", 0.0), ("half by rejection", 0.5), ("all by rejection", 1.0)):
-            drafter, frozen = load_drafter(start, target), load_drafter(start, target)
-            held = held or HeldOut(target.model, documents, drafter.output_tokens)
             settings = TrainingSettings(
                 steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=5e-4, seed=seed,
                 checkpoint_every=steps,
             )  # fmt: skip
-            change = partial(weighted_by_rejection, frozen, share)
-            trained(drafter, target, training, "tvd", out / f"{name} {seed}", settings, change=change)
+            change = partial(weighted_by_rejection, frozen, share) if share else unchanged
+            trained(drafter, target, training, loss, out / f"{name} {seed}", settings, change=change)
+            drafter.save(out / f"{name}-{seed}")
             click.echo(f"seed {seed}, {name}: {held.acceptance_rate(drafter):.4f}")
 
 
