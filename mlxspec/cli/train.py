@@ -37,7 +37,7 @@ TABLE_TITLES = {
     "drafter with layers": "[drafter] with layers, a drafter that copies them",
     "finetune": "[[finetune]], once or several times",
 }
-SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency", "tokens_per_second")
+SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency")
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the target.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -328,7 +328,10 @@ class Bars:
         self._show(done, total, f"{tokens} tokens{speed}")
 
     def _step(self, steps: int, step: int, metrics: Metrics) -> None:
-        self._show(step, steps, " ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN_METRICS if name in metrics))
+        shown = [f"{name} {metrics[name]:.3g}" for name in SHOWN_METRICS if name in metrics]
+        if speed := metrics.get("tokens_per_second"):
+            shown.append(f"{speed:,.0f} tokens/s")
+        self._show(step, steps, " ".join(shown))
 
     def _show(self, done: int, total: int, text: str) -> None:
         if self._bar is None:

@@ -26,7 +26,7 @@ from mlxspec.models.drafter import EMBEDDING, OWN_KEYS, Drafter
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
 
-UNUSED_LOGIT = -60.0  # of a token that the drafter cannot output
+UNUSED_LOGITS_BELOW = 60.0  # how far the logit of a token that the drafter cannot output is below log Σ exp of others
 RANDOM_TOKENS = (64, 64)  # rows and positions of random tokens whose hidden states are used
 RIDGE = 0.01  # regularization, as a share of the states' mean square
 MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
@@ -134,7 +134,7 @@ def to_hugging_face(model: nn.Module, config: dict[str, Any]) -> tuple[Any, dict
 def plain_llama(drafter: Drafter) -> Drafter:
     """Return a Llama model with the embedding and the whole vocabulary of the target.
 
-    All tokens that the drafter cannot output get the same row in the head, from ``row_for_constant_logit``.
+    All tokens that the drafter cannot output get the same row in the head. Its logit is far below the others'.
 
     Args:
         drafter: A drafter with float weights.
@@ -142,9 +142,10 @@ def plain_llama(drafter: Drafter) -> Drafter:
     config, output_tokens = drafter.config, drafter.output_tokens
     head, table = drafter.lm_head.weight, drafter.model.embed_tokens.weight
     if output_tokens is not None:
-        places = mx.random.randint(0, len(output_tokens), RANDOM_TOKENS, key=mx.random.key(0))
-        states = drafter.model(output_tokens[places]).astype(mx.float32).flatten(0, 1)
-        row = mx.array(row_for_constant_logit(np.array(states, np.float64), UNUSED_LOGIT)).astype(head.dtype)
+        tokens = mx.random.randint(0, config.vocab_size, RANDOM_TOKENS, key=mx.random.key(0))
+        states = drafter.model(tokens).astype(mx.float32).flatten(0, 1)
+        wanted = mx.logsumexp(states @ head.T.astype(mx.float32), axis=-1) - UNUSED_LOGITS_BELOW
+        row = mx.array(fitted_row(np.array(states, np.float64), np.array(wanted, np.float64))).astype(head.dtype)
         every = mx.broadcast_to(row, (config.vocab_size, config.hidden_size))
         head = mx.put_along_axis(every, mx.broadcast_to(output_tokens[:, None], head.shape), head, axis=0)
     plain = Drafter(replace(config, draft_vocab_size=None, shared_embedding=False))
@@ -154,18 +155,16 @@ def plain_llama(drafter: Drafter) -> Drafter:
     return plain
 
 
-def row_for_constant_logit(states: np.ndarray, logit: float) -> np.ndarray:
-    """Return the row w [H] of a head for which w · h is nearly the same for all hidden states h.
+def fitted_row(states: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Return the row w [H] of a head for which w · h is near a logit for each hidden state h, by ridge regression.
 
     Args:
         states: Hidden states [N, H].
-        logit: The value to come near.
-
-    Source: ridge regression of a constant on the states. Their norms are about equal, and some channels hardly vary.
+        logits: The logit for each state [N].
     """
     moments = states.T @ states / len(states)
     ridge = RIDGE * np.trace(moments) / len(moments) * np.eye(len(moments))
-    return logit * np.linalg.solve(moments + ridge, states.mean(0))
+    return np.linalg.solve(moments + ridge, states.T @ logits / len(states))
 
 
 def half_split(rows: mx.array, heads: int) -> mx.array:

@@ -45,7 +45,7 @@ from mlxspec.training.run_folder import (
 from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import Target
-from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
 from mlxspec.training.warm_start import WarmStart, warm_start
 
@@ -279,6 +279,8 @@ def check_training(target: Target, drafter: Drafter, loss: Loss, settings: Train
             f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
             "start from a drafter made for this target"
         )
+    if top_k and loss.needs_target:
+        check_top_k(top_k, target.vocab_size)
     if settings.fake_quantize:
         check_divisible(drafter, settings.fake_quantize)
     check_loss(loss, settings, top_k)

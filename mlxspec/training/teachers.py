@@ -187,10 +187,7 @@ class CachedTeacher:
         fingerprint: str,
         apart: bool | None = None,
     ):
-        if not 1 < k < vocab_size:
-            raise InvalidRequestError(
-                f"teacher_top_k is {k}; use 2 to {vocab_size - 1}, or 0 to run the target in every step"
-            )
+        check_top_k(k, vocab_size)
         self.batches, self.temperature, self.k = batches, temperature, k
         self._online = OnlineTeacher(target, apart)
         self._log_q = mx.zeros((1, vocab_size))  # only its shape is used, for the size of the vocabulary
@@ -273,6 +270,14 @@ class CachedTeacher:
 
 
 Teacher = OnlineTeacher | CachedTeacher
+
+
+def check_top_k(k: int, vocab_size: int) -> None:
+    """Raise InvalidRequestError if a teacher cannot store k tokens for each position."""
+    if not 1 < k < vocab_size:
+        raise InvalidRequestError(
+            f"teacher_top_k is {k}; use 2 to {vocab_size - 1}, or 0 to run the target in every step"
+        )
 
 
 def probs_from_top_k(ids: mx.array, top_logprobs: mx.array, log_q: mx.array) -> tuple[mx.array, mx.array]:

@@ -11,7 +11,7 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.export import to_hugging_face
 from mlxspec.models.from_target import check_layers, drafter_from_target
-from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_lazily, read_model, read_tokenizer
+from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_model, read_tokenizer
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.models.vocabulary import most_frequent
 from mlxspec.models.width import choose_width
@@ -87,10 +87,15 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
     if start.source and any((folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
     # The layers that are not copied stay on disk.
-    source, config = read_lazily(folder, target.embedding if start.source else None)
+    embedding = None
+    if read_config(folder).get("shared_embedding"):  # of its own, since its precision is changed below
+        whole: Any = read_lazily(target.folder)[0]
+        embedding = whole.model.embed_tokens
+    source, config = read_lazily(folder, embedding)
     check_layers(source, start.layers)
     source.set_dtype(mx.float32)  # before dequantizing, or else the weights are rounded to the type of the scales
     source, config = to_hugging_face(source, config)
+    source.set_dtype(mx.float32)  # some quantizations become 16 bits
     if config.get("vocab_size") != target.vocab_size:
         raise InvalidRequestError(
             f"{folder} has a vocabulary of {config.get('vocab_size')} and {target.name} one of {target.vocab_size}; "

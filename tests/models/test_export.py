@@ -11,7 +11,7 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import dequantize_model, load_model
 
 import mlxspec
-from mlxspec.models.export import CardFacts, export, files_to_push
+from mlxspec.models.export import CardFacts, export, files_to_push, fitted_row
 from mlxspec.models.from_target import drafter_from_target
 from mlxspec.models.loading import DEMO
 from tests.models.test_old_layout import write_old_layout
@@ -88,6 +88,19 @@ def test_a_smaller_vocabulary_is_widened_and_the_other_tokens_are_as_good_as_nev
     assert mx.abs(q - expected).max() < (0.1 if quantize else 0.01)
     text = mlxspec.generate(mlxspec.load(DEMO / "target", tmp_path / "wide"), "A dog", max_tokens=30, draft_length=2)
     assert text.text == mlxspec.generate(mlxspec.load(DEMO / "target", None), "A dog", max_tokens=30).text
+
+
+def test_widening_does_not_depend_on_an_offset_of_all_logits(tmp_path, small_drafter):
+    drafter, folder = small_drafter
+    rows = mx.array(np.random.default_rng(2).integers(0, 2048, (4, 30)))  # also tokens outside its vocabulary
+    expected = mx.softmax(drafter(rows), axis=-1)
+    states = drafter.model(rows).reshape(-1, drafter.config.hidden_size)
+    offset = fitted_row(np.array(states, np.float64), np.full(len(states), -80.0))
+    drafter.lm_head.weight = drafter.lm_head.weight + mx.array(offset.astype(np.float32))
+    drafter.save(folder)
+    export(folder, tmp_path / "wide", target=DEMO / "target")
+    q = mx.softmax(load_model(tmp_path / "wide")[0](rows), axis=-1)
+    assert mx.abs(q - expected).max() < 0.01
 
 
 def test_a_shared_embedding_is_exported_only_with_the_target_that_has_it(tmp_path, small_drafter):
