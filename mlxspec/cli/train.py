@@ -241,7 +241,8 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
         )
     shards = TokenShards(answers / "tokens", verify=True) if answers else None
     drafter, coverage = stages.start_drafter(Target(target), start, shards, out)
-    click.echo(f"{out}: {stages.describe(drafter, coverage)}")
+    if is_first_process():
+        click.echo(f"{out}: {stages.describe(drafter, coverage)}")
 
 
 @train.command(short_help="Train a drafter to match the target on the target's answers.")

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxspec.errors import InvalidRequestError
+from mlxspec.errors import InvalidRequestError, ModelLoadError
 from mlxspec.models.attention import model_type
 from mlxspec.models.drafter import EMBEDDING, Drafter, DrafterConfig
 from mlxspec.models.width import Width, narrow
@@ -46,7 +46,11 @@ def drafter_from_target(
     weights = dict(tree_flatten(model.parameters()))
     if tokens is not None and "d2t" in weights:
         raise InvalidRequestError("the model to copy from has a smaller vocabulary already; leave out vocabulary_size")
-    drafter = Drafter(DrafterConfig.from_dict(shape(model, config, layers, tokens, share_embedding, width)))
+    try:
+        drafter = Drafter(DrafterConfig.from_dict(shape(model, config, layers, tokens, share_embedding, width)))
+    except ModelLoadError as error:  # for example rope_scaling
+        reason = str(error).split(";")[0]
+        raise InvalidRequestError(f"its layers cannot be copied: {reason}; use a drafter with random weights") from None
     head = weights.get("lm_head.weight", weights[EMBEDDING])
     if tokens is not None:
         head = head[mx.array(tokens)]

@@ -131,3 +131,10 @@ def test_a_drafter_that_cannot_be_quantized_is_named_with_the_reason(folder):
             load(DEMO / "target", drafter, quantize_drafter="4")
     with pytest.raises(InvalidRequestError, match="use one of 4, 8"):
         load(DEMO / "target", folder, quantize_drafter="5")
+
+
+def test_a_target_with_a_feature_that_a_drafter_lacks_is_refused_with_advice_that_fits():
+    target = load().target
+    config = {**read_config(DEMO / "target"), "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    with pytest.raises(InvalidRequestError, match=r"cannot be copied: .*rope_scaling.*; use a drafter with random"):
+        drafter_from_target(target, config, [0])
