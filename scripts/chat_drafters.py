@@ -15,6 +15,7 @@ import mlxspec  # noqa: F401  first, so that MLX uses OpenBLAS
 # isort: split
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -46,7 +47,7 @@ from mlxspec.training.trainer import Trainer, TrainingSettings
 from mlxspec.training.warm_start import WarmStart, token_counts, warm_start
 
 ALL, TABLES, NOTHING = "all weights", "tables", "nothing"  # what a drafter copies from the target
-# Name -> what is copied, which layers, to which width. The smaller width is a third or two thirds of the heads.
+# Name -> what is copied, which layers, and the share of the heads and neurons that is kept.
 STARTS = {
     "random weights, 2 layers": (NOTHING, (0, -1), None),
     "random weights, 4 layers": (NOTHING, (0, 1, -2, -1), None),
@@ -344,10 +345,10 @@ def tasks(
         lines = file.read_text(encoding="utf-8").splitlines()
         for category in dict.fromkeys(json.loads(line).get("category", file.stem) for line in lines):
             chosen = [line for line in lines if json.loads(line).get("category", file.stem) == category]
-            part = Path(f"{category}.jsonl").resolve()
-            part.write_text("\n".join(islice(chosen, count)), encoding="utf-8")
-            found[category] = read_prompts([str(part)], target.tokenizer, None)[0]
-            part.unlink()
+            with tempfile.TemporaryDirectory() as scratch:
+                part = Path(scratch) / "prompts.jsonl"
+                part.write_text("\n".join(islice(chosen, count)), encoding="utf-8")
+                found[category] = read_prompts([str(part)], target.tokenizer, None)[0]
     for folder in drafters:
         drafter = load_drafter(folder, target)
         for category, ids in found.items():

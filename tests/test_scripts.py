@@ -200,7 +200,7 @@ def test_the_costs_of_training_are_measured(what, options):
 
 
 @pytest.mark.slow
-def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, mlxspec_command):
+def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, mlxspec_command, monkeypatch):
     target, answers, out = DEMO / "target", tmp_path / "answers", tmp_path / "out"
     drawn = ("--samples", "16", "--temperatures", "1", "--max-tokens", "24", "--group", "8")
     assert mlxspec_command("train", "distill", "--target", str(target), *drawn, "--out", str(answers)).status == 0
@@ -222,7 +222,9 @@ def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, ml
     assert "4 bits: α" in printed
     prompts = tmp_path / "few.jsonl"
     prompts.write_text('{"prompt": "A dog"}\n{"prompt": "A cat"}\n')
+    monkeypatch.chdir(tmp_path)  # where a file of the task's name is
     options = ["--prompts", prompts, "--max-tokens", 8]
     printed = run_script("chat_drafters.py", "tasks", target, start, *options)
     assert json.loads(printed)["task"] == "few"
     assert json.loads(printed)["prompts"] == 2
+    assert prompts.exists()

@@ -261,7 +261,7 @@ class CachedTeacher:
                 return probs_from_top_k(ids, top_logprobs, log_q)
             count = columns.shape[0]
             found, known = places(ids, columns, self._log_q.shape[-1])
-            # One column more, for all tokens that the drafter cannot output. Their probability is in the tail of none.
+            # One column more, for the tokens that the drafter cannot output. It is cut off again below.
             wider = mx.concatenate([log_q, mx.full((len(log_q), 1), -mx.inf)], axis=-1)
             p, log_p = probs_from_top_k(mx.where(known, found, count), top_logprobs, wider)
             return p[:, :count], log_p[:, :count]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def test_twenty_kills_during_a_warm_start_and_its_stages_end_with_the_same_draft
         process.send_signal(signal.SIGKILL)
         error = process.communicate()[1]
         if process.returncode == 0:  # it was done; the next one starts from nothing
-            subprocess.run(["rm", "-rf", str(copy.with_suffix(""))], check=True)
+            shutil.rmtree(copy.with_suffix(""))
             longest = max(2.0, longest * 0.7)
             continue
         assert process.returncode == -signal.SIGKILL, error
