@@ -71,6 +71,6 @@ def decode_block(parts: BlockParts, state: State) -> tuple[mx.array, State]:
         recent=mx.concatenate([state.recent, emitted])[last_two],
         committed=state.committed + accepted + 1,
         target=target,
-        drafter=parts.proposer.record(drafter, state.committed, emitted),
+        drafter=parts.proposer.record(drafter, state.committed, emitted, accepted, target),
         key=key,
     )

@@ -13,8 +13,11 @@ import mlx.nn as nn
 
 from mlxspec.errors import UnsupportedModelError, in_one_line
 from mlxspec.models.attention import attention_windows, model_type
+from mlxspec.models.parts import run_with_states
 
-Buffers = list[tuple[mx.array, mx.array]]  # for each layer: keys and values, [1, H, capacity, D]
+# For each layer its keys and values, [1, H, capacity, D]. Then, if the model's hidden states are kept, a last entry with
+# them alone, [1, 1, capacity, F].
+Buffers = list[tuple[mx.array, ...]]
 
 # Attention in a decoding block costs the capacity, not the length, and every new capacity is traced again.
 CAPACITY_STEP = 256
@@ -34,7 +37,7 @@ class KVCache:
 
     def __init__(
         self,
-        buffers: tuple[mx.array, mx.array] | None,
+        buffers: tuple[mx.array, ...] | None,
         length: mx.array,
         window: int | None,
         end: int | None = None,
@@ -114,7 +117,7 @@ def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
     """Resize buffers so that they hold ``length`` positions. The positions already stored are kept.
 
     Args:
-        buffers: Keys and values of each layer, [1, H, capacity, D].
+        buffers: The buffers of a model.
         length: Number of positions.
         exactly: Also shrink buffers that a longer text has enlarged, so that attention over a short text costs less.
 
@@ -131,7 +134,7 @@ def with_room(buffers: Buffers, length: int, exactly: bool = False) -> Buffers:
 
     if capacity == present or (capacity < present and not exactly):
         return buffers
-    return [(resized(keys), resized(values)) for keys, values in buffers]
+    return [tuple(resized(buffer) for buffer in layer) for layer in buffers]
 
 
 class CachedModel:
@@ -139,13 +142,16 @@ class CachedModel:
 
     Args:
         model: A model with the interface of mlx-lm's models.
+        reads: Numbers of the layers whose inputs are kept as hidden states, () for the last hidden states. None to keep
+            no hidden states.
 
     Raises:
         UnsupportedModelError: The model cannot run on caches whose length is an array.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, reads: Sequence[int] | None = None):
         self.model = model
+        self.reads = reads
         self.windows = attention_windows(model)
         try:
             # Traced and never evaluated. It costs no forward pass and fails where the compiled block would.
@@ -163,10 +169,10 @@ class CachedModel:
     def empty(self, length: int) -> Buffers:
         """Return empty buffers with room for ``length`` positions."""
 
-        def zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-            return mx.zeros((*shape[:2], capacity_for(length), shape[3]), dtype)
-
-        return [(zeros(*keys), zeros(*values)) for keys, values in self.shapes]
+        return [
+            tuple(mx.zeros((*shape[:2], capacity_for(length), shape[3]), dtype) for shape, dtype in layer)
+            for layer in self.shapes
+        ]
 
     def __call__(
         self, tokens: mx.array, buffers: Buffers | None, length: mx.array, end: int | None = None
@@ -175,17 +181,22 @@ class CachedModel:
 
         Args:
             tokens: Token ids [L].
-            buffers: Keys and values of each layer, None to determine their shapes.
+            buffers: The buffers, None to determine their shapes.
             length: Number of positions before ``tokens``, scalar int32.
             end: length + L, if the host knows it.
 
         Returns:
             Logits [L, V] and the buffers after the pass.
         """
-        layers: Sequence[tuple[mx.array, mx.array] | None] = buffers or [None] * len(self.windows)
-        caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=True)]
-        logits = self.model(tokens[None], cache=caches)[0]
-        return logits, [cache.buffers for cache in caches]
+        layers: Sequence[tuple[mx.array, ...] | None] = buffers or [None] * len(self.windows)
+        caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=False)]
+        if self.reads is None:
+            logits = self.model(tokens[None], cache=caches)[0]
+            return logits, [cache.buffers for cache in caches]
+        logits, states = run_with_states(self.model, self.reads, tokens[None], caches)
+        kept = buffers[-1][0] if buffers else mx.zeros((1, 1, CAPACITY_STEP, states.shape[-1]), states.dtype)
+        kept = mx.slice_update(kept, states[None], length.reshape(1), axes=(2,))
+        return logits[0], [*(cache.buffers for cache in caches), (kept,)]
 
     def prefill(self, tokens: mx.array, kept: list[Buffers], length: int, advanced: Callable[[int], None]) -> Buffers:
         """Run the model over a text, in chunks of ``PREFILL_STEP`` tokens.

@@ -27,10 +27,20 @@ from mlx.utils import tree_flatten
 
 from mlxspec.blas import blas_name
 from mlxspec.decoding.block import State
-from mlxspec.decoding.cache import CAPACITY_STEP
+from mlxspec.decoding.cache import CAPACITY_STEP, Buffers
 from mlxspec.decoding.compiled import CompiledBlocks, CompiledGraph
 from mlxspec.decoding.costs import BlockCosts
-from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer, ModelProposer, Proposer
+from mlxspec.decoding.drafting import (
+    LOOKUP,
+    MODEL,
+    NONE,
+    PLAIN,
+    Choice,
+    EagleProposer,
+    LookupProposer,
+    ModelProposer,
+    Proposer,
+)
 from mlxspec.errors import WriteError
 from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
@@ -180,7 +190,7 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
         "mlx": version("mlx"),
         "device": [str(mx.default_device()), info.get("device_name"), info.get("architecture"), platform.machine()],
         "target": shapes_of(compiled.pair.target),
-        "drafter": shapes_of(model_proposer(compiled).run.model) if MODEL in compiled.drafters else None,
+        "drafter": shapes_of(drafter_of(compiled).model) if MODEL in compiled.drafters else None,
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
         "verification": compiled.verification,
     }
@@ -300,39 +310,42 @@ def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
 def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int, length: int | None = None) -> State:
     """Return the state before a block, for a text of ``length`` zeros. The caches are not filled."""
     length = capacity - ROOM if length is None else length
-    drafter = proposer.start([], [0] * length, 0, lambda tokens: None)
+    target = compiled.target.empty(capacity)
+    drafter = proposer.start([], [0] * length, 0, lambda tokens: None, target)
     recent, committed = mx.zeros(2, mx.int32), mx.array(length, mx.int32)
-    return State(recent, committed, compiled.target.empty(capacity), drafter, mx.random.key(0))
+    return State(recent, committed, target, drafter, mx.random.key(0))
 
 
 def drafting(compiled: CompiledBlocks, length: int) -> Callable[[Any], tuple[Any, Any]]:
-    """Return a step that drafts ``length`` tokens with the draft model."""
-    proposer, greedy = model_proposer(compiled), compiled.sampling.temperature == 0
+    """Return a step that drafts ``length`` tokens with the draft model, and records them as emitted."""
+    proposer, greedy = drafter_of(compiled), compiled.sampling.temperature == 0
 
-    def draft(recent: mx.array, committed: mx.array, buffers: Any, key: mx.array) -> tuple[Any, Any]:
+    def draft(recent: mx.array, committed: mx.array, state: Any, key: mx.array, target: Buffers) -> tuple[Any, Any]:
         key, subkey = mx.random.split(key)
         uniforms = mx.random.uniform(shape=(length,), key=subkey)
-        tokens, q, buffers = proposer.propose(buffers, recent, committed, uniforms)
+        tokens, q, state = proposer.propose(state, recent, committed, uniforms)
+        state = proposer.record(state, committed, mx.concatenate([tokens, recent[-1:]]), mx.array(length - 1), target)
         following = mx.concatenate([recent, tokens])[-2:]
-        return tokens if greedy else (tokens, q), (following, committed + length, buffers, key)
+        return tokens if greedy else (tokens, q), (following, committed + length, state, key, target)
 
-    graph = CompiledGraph(draft, [proposer.run.model], compiled.weights)
+    graph = CompiledGraph(draft, compiled.weights.models, compiled.weights)
     return lambda state: graph(*state)
 
 
-def model_proposer(compiled: CompiledBlocks) -> ModelProposer:
+def drafter_of(compiled: CompiledBlocks) -> ModelProposer | EagleProposer:
     """Return the proposer of the pair's draft model. The pair must have one."""
-    return cast(ModelProposer, compiled.proposers[MODEL])
+    return cast(ModelProposer | EagleProposer, compiled.proposers[MODEL])
 
 
 def draft_state(compiled: CompiledBlocks, capacity: int, length: int | None = None) -> tuple[Any, ...]:
     """Return the state before a draft of the draft model, for a text of ``length`` zeros."""
     length = capacity - ROOM if length is None else length
-    buffers = model_proposer(compiled).run.empty(capacity)
-    return mx.zeros(2, mx.int32), mx.array(length, mx.int32), buffers, mx.random.key(0)
+    proposer, target = drafter_of(compiled), compiled.target.empty(capacity)
+    state = proposer.with_room(proposer.start([], [0, 0], 0, lambda tokens: None, target), capacity)
+    return mx.zeros(2, mx.int32), mx.array(length, mx.int32), state, mx.random.key(0), target
 
 
 def reading(compiled: CompiledBlocks) -> Callable[[Any], tuple[Any, Any]]:
     """Return a step in which the draft model reads ``READ`` tokens."""
-    run, tokens = model_proposer(compiled).run, mx.zeros(READ, mx.int32)
-    return lambda state: (run.prefill(tokens, [], 0, lambda count: None), None)
+    proposer, target = drafter_of(compiled), compiled.target.empty(READ + 2)
+    return lambda state: (proposer.start([], [0] * (READ + 2), 0, lambda count: None, target), None)

@@ -9,9 +9,20 @@ import mlx.nn as nn
 
 from mlxspec.decoding.block import BlockParts, State, decode_block
 from mlxspec.decoding.cache import CachedModel
-from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, Choice, ModelProposer, NoProposer, Proposer, proposer_for
+from mlxspec.decoding.drafting import (
+    LOOKUP,
+    MODEL,
+    NONE,
+    Choice,
+    EagleProposer,
+    ModelProposer,
+    NoProposer,
+    Proposer,
+    proposer_for,
+)
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import verifier
+from mlxspec.models.eagle import Eagle
 from mlxspec.models.pair import ModelPair
 
 DecodeBlock = Callable[[State], tuple[mx.array, State]]  # as ``decode_block`` without its first argument
@@ -131,13 +142,14 @@ class CompiledBlocks:
         self.pair = pair
         self.sampling = sampling
         self.verification = verification
-        self.target = CachedModel(pair.target)
+        head = pair.drafter if drafting and isinstance(pair.drafter, Eagle) else None
+        self.target = CachedModel(pair.target, head and head.reads(len(pair.parts.body.layers)))
         self.proposers: dict[str, Proposer] = {NONE: NoProposer(self.target.vocab_size)}
         for drafter in (pair.drafter, pair.lookup) if drafting else ():
             if drafter is not None:
-                proposer = proposer_for(drafter, sampling, self.target.vocab_size)
+                proposer = proposer_for(drafter, sampling, self.target.vocab_size, pair.parts)
                 self.proposers[MODEL if proposer.reads else LOOKUP] = proposer
-        drafters = [p.run.model for p in self.proposers.values() if isinstance(p, ModelProposer)]
+        drafters = [p.model for p in self.proposers.values() if isinstance(p, ModelProposer | EagleProposer)]
         self.weights = Weights([pair.target, *drafters])
         self._blocks: dict[Choice, DecodeBlock] = {}
 

@@ -341,7 +341,8 @@ class SpeculativeDecoder:
         """Set the state of the present proposer aside and take that of another, which reads what it missed."""
         state = self._detach()
         self._idle.put_back(self._proposer, state.drafter, max(0, len(self._tokens) - 2))
-        self._state, self._proposer = state._replace(drafter=self._idle.take(name, self._tokens)), name
+        drafter = self._idle.take(name, self._tokens, state.target)
+        self._state, self._proposer = state._replace(drafter=drafter), name
 
     def _unread(self) -> int:
         """Return the tokens that the model drafter would have to read if it were to draft next."""
@@ -372,13 +373,15 @@ class SpeculativeDecoder:
             progress(reused + min(done // passes, new - 1), len(prompt))
 
         unread = mx.array(prompt[reused:-1], mx.int32)
+        target = self.compiled.target.prefill(unread, kept, reused, advanced)
         state = State(
             recent=mx.array(prompt[-2:], mx.int32),
             committed=mx.array(len(prompt), mx.int32),
-            target=self.compiled.target.prefill(unread, kept, reused, advanced),
-            drafter=self._idle.take(proposer, prompt, advanced),
+            target=target,
+            drafter=self._idle.take(proposer, prompt, target, advanced),
             key=key,
         )
+        del target
         mx.eval(state)
         self._state, self._proposer, self._tokens = state, proposer, list(prompt)
         progress(len(prompt), len(prompt))

@@ -1,4 +1,4 @@
-"""Proposers draft the next tokens: with a draft model, by prompt lookup, or not at all.
+"""Proposers draft the next tokens: with a draft model or an EAGLE head, by prompt lookup, or not at all.
 
 A proposer's state is a tree of arrays. The decoder stores it between blocks. Two invariants hold between blocks, where
 ``committed`` is the number of tokens that are final:
@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxspec.decoding.cache import Buffers, CachedModel, capacity_for, with_room
+from mlxspec.decoding.cache import PREFILL_STEP, Buffers, CachedModel, KVCache, capacity_for, with_room
 from mlxspec.decoding.sampling import Sampling, draw, one_hot
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.eagle import Eagle
+from mlxspec.models.parts import Parts
 
 MODEL, LOOKUP, NONE = "model", "lookup", "none"
 
@@ -51,7 +53,7 @@ class Proposer(Protocol):
 
     reads: bool  # whether ``start`` runs a model over the text
 
-    def start(self, kept: list[Any], tokens: list[int], covered: int, advanced: Advanced) -> Any:
+    def start(self, kept: list[Any], tokens: list[int], covered: int, advanced: Advanced, target: Buffers) -> Any:
         """Return the state for a text.
 
         Args:
@@ -60,6 +62,7 @@ class Proposer(Protocol):
             tokens: Token ids of the text.
             covered: Number of tokens that the state in ``kept`` covers.
             advanced: Called after each chunk of the text with its number of tokens.
+            target: The target's buffers. They cover all tokens but the last.
         """
 
     def with_room(self, state: Any, length: int) -> Any:
@@ -78,14 +81,15 @@ class Proposer(Protocol):
             The drafted tokens [γ] int32, the distributions q [γ, V] that they were drawn from, and the next state.
         """
 
-    def record(self, state: Any, committed: mx.array, emitted: mx.array) -> Any:
+    def record(self, state: Any, committed: mx.array, emitted: mx.array, accepted: mx.array, target: Buffers) -> Any:
         """Return the state after a block.
 
         Args:
             state: The state that ``propose`` returned.
             committed: Number of committed tokens before the block, scalar int32.
-            emitted: Emitted tokens [γ+1] int32. If n drafted tokens were accepted, only the leading n + 1 are
-                committed.
+            emitted: Emitted tokens [γ+1] int32. The leading ``accepted`` + 1 are committed.
+            accepted: Number of accepted tokens, scalar int32.
+            target: The target's buffers after the block.
         """
 
 
@@ -101,11 +105,14 @@ class ModelProposer:
     reads = True
 
     def __init__(self, model: nn.Module, sampling: Sampling, vocab_size: int):
+        self.model = model
         self.run = CachedModel(model)
         self.sampling = sampling
         self.vocab_size = vocab_size
 
-    def start(self, kept: list[Buffers], tokens: list[int], covered: int, advanced: Advanced) -> Buffers:
+    def start(
+        self, kept: list[Buffers], tokens: list[int], covered: int, advanced: Advanced, target: Buffers
+    ) -> Buffers:
         """Run the draft model over the uncovered tokens, except the last two. ``propose`` reads those."""
         return self.run.prefill(self._known(mx.array(tokens[covered:-2], mx.int32)), kept, covered, advanced)
 
@@ -119,22 +126,111 @@ class ModelProposer:
         feed, length = recent, committed - recent.shape[0]
         for i in range(uniforms.shape[0]):
             logits, state = self.run(self._known(feed), state, length)
-            logits = fitted(logits[-1], self.vocab_size)
-            q = self.sampling.probs(logits)
-            token = mx.argmax(logits).astype(mx.int32) if self.sampling.temperature == 0 else draw(q, uniforms[i])
+            token, q = drawn(fitted(logits[-1], self.vocab_size), self.sampling, uniforms[i])
             length = length + feed.shape[0]
             feed = token.reshape(1)
             tokens.append(feed)
             probs.append(q)
         return mx.concatenate(tokens), mx.stack(probs), state
 
-    def record(self, state: Buffers, committed: mx.array, emitted: mx.array) -> Buffers:
+    def record(
+        self, state: Buffers, committed: mx.array, emitted: mx.array, accepted: mx.array, target: Buffers
+    ) -> Buffers:
         """Return the state unchanged."""
         return state  # entries of rejected tokens are overwritten
 
     def _known(self, tokens: mx.array) -> mx.array:
         """Replace tokens that the draft model lacks by its last token. The target may have more tokens."""
         return mx.minimum(tokens, self.run.vocab_size - 1)
+
+
+class EagleState(NamedTuple):
+    """The state of an EAGLE head between blocks. It covers row t of the head for each committed token t + 1."""
+
+    buffers: Buffers  # keys and values of the head's layer
+    feature: mx.array  # [1, 1, D] what the layer returned for the last row. It gives the next token's distribution
+
+
+class EagleProposer:
+    """Drafts with an EAGLE head.
+
+    The head reads the target's hidden states, which are kept next to the target's KV cache. So a head that was idle can
+    read later what it missed. A block ends with one pass of the head over its emitted tokens and their hidden states.
+    The first token of the next draft is drawn from the result. A draft of γ tokens needs γ − 1 passes more.
+
+    Args:
+        head: The head.
+        sampling: How tokens are drawn.
+        parts: The parts of the target. Its embedding and, for an EAGLE-1 head, its output head are used.
+        vocab_size: Size of the target's vocabulary.
+    """
+
+    reads = True
+
+    def __init__(self, head: Eagle, sampling: Sampling, parts: Parts, vocab_size: int):
+        self.model = head
+        self.sampling = sampling
+        self.parts = parts
+        self.vocab_size = vocab_size
+
+    def start(
+        self, kept: list[EagleState], tokens: list[int], covered: int, advanced: Advanced, target: Buffers
+    ) -> EagleState:
+        """Read the uncovered tokens and their hidden states, and at least the last row again for its feature."""
+        args, start = self.model.args, max(0, min(covered - 1, len(tokens) - 2))
+        dtype = self.model.layer.post_attention_layernorm.weight.dtype
+        state = EagleState([], mx.zeros((1, 1, args.hidden_size), dtype))
+        if kept:
+            state = kept.pop()._replace(feature=state.feature)
+        else:
+            size = args.head_dim or args.hidden_size // args.num_attention_heads
+            empty = mx.zeros((1, args.num_key_value_heads, capacity_for(len(tokens)), size), dtype)
+            state = state._replace(buffers=[(empty, mx.array(empty))])
+        buffers, feature = with_room(state.buffers, len(tokens), exactly=True), state.feature
+        del state
+        for begin in range(start, len(tokens) - 1, PREFILL_STEP):
+            end = min(begin + PREFILL_STEP, len(tokens) - 1)
+            states = target[-1][0][0, :, begin:end]
+            following = mx.array(tokens[begin + 1 : end + 1], mx.int32)
+            features, buffers = self._run(following, self.model.features(states), buffers, mx.array(begin), end)
+            feature = features[:, -1:]
+            mx.eval(buffers, feature)
+            advanced(end - begin)
+        return EagleState(buffers, feature)
+
+    def with_room(self, state: EagleState, length: int) -> EagleState:
+        """Return the state with room for ``length`` tokens."""
+        return state._replace(buffers=with_room(state.buffers, length))
+
+    def propose(self, state: EagleState, recent: mx.array, committed: mx.array, uniforms: mx.array) -> Proposal:
+        """Draw γ tokens one after another. The head's own outputs take the place of hidden states."""
+        buffers, feature = state
+        tokens, probs = [], []
+        for i in range(uniforms.shape[0]):
+            if i > 0:
+                feature, buffers = self._run(tokens[-1], feature, buffers, committed - 2 + i)
+            logits = self.model.logits(feature, self.parts.head)[0, 0]
+            token, q = drawn(fitted(logits, self.vocab_size), self.sampling, uniforms[i])
+            tokens.append(token.reshape(1))
+            probs.append(q)
+        return mx.concatenate(tokens), mx.stack(probs), EagleState(buffers, feature)
+
+    def record(
+        self, state: EagleState, committed: mx.array, emitted: mx.array, accepted: mx.array, target: Buffers
+    ) -> EagleState:
+        """Read the emitted tokens and their hidden states, in the place of the draft's rows."""
+        kept, rows = target[-1][0], emitted.shape[0]
+        states = mx.slice(kept, (committed - 1).reshape(1), (2,), (1, 1, rows, kept.shape[-1]))[0]
+        features, buffers = self._run(emitted, self.model.features(states), state.buffers, committed - 1)
+        return EagleState(buffers, mx.take(features, accepted.reshape(1), axis=1))
+
+    def _run(
+        self, tokens: mx.array, features: mx.array, buffers: Buffers, length: mx.array, end: int | None = None
+    ) -> tuple[mx.array, Buffers]:
+        """Run the head over tokens [L] and the features before them [1, L, D]."""
+        cache = KVCache(buffers[0], length, None, end)
+        following = self.model(self.parts.embedding(tokens[None]), features, cache)
+        return following, [cache.buffers]
 
 
 class LookupProposer:
@@ -156,7 +252,9 @@ class LookupProposer:
         self.lookup = lookup
         self.vocab_size = vocab_size
 
-    def start(self, kept: list[mx.array], tokens: list[int], covered: int, advanced: Advanced) -> mx.array:
+    def start(
+        self, kept: list[mx.array], tokens: list[int], covered: int, advanced: Advanced, target: Buffers
+    ) -> mx.array:
         """Copy the text to the device: [capacity] int32, padded with zeros."""
         history = mx.array(tokens, dtype=mx.int32)
         return mx.concatenate([history, mx.zeros(capacity_for(len(tokens)) - len(tokens), mx.int32)])
@@ -184,7 +282,9 @@ class LookupProposer:
         tokens = state[best + 1 + mx.arange(uniforms.shape[0]) % period]
         return tokens, one_hot(tokens, self.vocab_size), state
 
-    def record(self, state: mx.array, committed: mx.array, emitted: mx.array) -> mx.array:
+    def record(
+        self, state: mx.array, committed: mx.array, emitted: mx.array, accepted: mx.array, target: Buffers
+    ) -> mx.array:
         """Write the emitted tokens after the committed ones."""
         return mx.slice_update(state, emitted, committed.reshape(1), axes=(0,))
 
@@ -201,7 +301,7 @@ class NoProposer:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def start(self, kept: list[Any], tokens: list[int], covered: int, advanced: Advanced) -> None:
+    def start(self, kept: list[Any], tokens: list[int], covered: int, advanced: Advanced, target: Buffers) -> None:
         """Return None. There is no state."""
 
     def with_room(self, state: None, length: int) -> None:
@@ -211,7 +311,7 @@ class NoProposer:
         """Return an empty draft: tokens [0], q [0, V]."""
         return mx.zeros(0, mx.int32), mx.zeros((0, self.vocab_size)), None
 
-    def record(self, state: None, committed: mx.array, emitted: mx.array) -> None:
+    def record(self, state: None, committed: mx.array, emitted: mx.array, accepted: mx.array, target: Buffers) -> None:
         """Return None. There is no state."""
 
 
@@ -238,19 +338,22 @@ class IdleStates:
         """
         return max(0, length - 2 - self._states.get(name, ([], 0))[1])
 
-    def take(self, name: str, tokens: list[int], advanced: Advanced = lambda tokens: None) -> Any:
+    def take(
+        self, name: str, tokens: list[int], target: Buffers, advanced: Advanced = lambda tokens: None
+    ) -> Any:
         """Remove and return a proposer's state. First, the proposer reads the tokens that the state does not cover.
 
         Args:
             name: Name of the proposer.
             tokens: Token ids of the text.
+            target: The target's buffers. They cover all tokens but the last.
             advanced: Called after each chunk of the text with its number of tokens.
 
         Returns:
             The state for the text.
         """
         kept, covered = self._states.pop(name, ([], 0))
-        return self.proposers[name].start(kept, tokens, covered, advanced)
+        return self.proposers[name].start(kept, tokens, covered, advanced, target)
 
     def put_back(self, name: str, state: Any, covered: int) -> None:
         """Store a state. None is not stored.
@@ -272,24 +375,41 @@ class IdleStates:
                 self._states[name] = kept, min(covered, length)
 
 
-def proposer_for(drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_size: int) -> Proposer:
+def proposer_for(
+    drafter: nn.Module | PromptLookup, sampling: Sampling, vocab_size: int, parts: Parts | None = None
+) -> Proposer:
     """Return the proposer for a drafter.
 
     Args:
-        drafter: A draft model or the settings of prompt lookup.
+        drafter: A draft model, an EAGLE head, or the settings of prompt lookup.
         sampling: How the draft model's tokens are drawn.
         vocab_size: Size of the target's vocabulary.
+        parts: The parts of the target, for an EAGLE head.
 
     Raises:
         InvalidRequestError: ``drafter`` is something else.
     """
     if isinstance(drafter, PromptLookup):
         return LookupProposer(drafter, vocab_size)
+    if isinstance(drafter, Eagle) and parts:
+        return EagleProposer(drafter, sampling, parts, vocab_size)
     if isinstance(drafter, nn.Module):
         return ModelProposer(drafter, sampling, vocab_size)
     raise InvalidRequestError(
         f"the drafter is a {type(drafter).__name__}; use an mlx.nn.Module, mlxspec.PromptLookup or None"
     )
+
+
+def drawn(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.array, mx.array]:
+    """Draw a token. Returns it, scalar int32, and the distribution q [V] that it was drawn from.
+
+    Args:
+        logits: The drafter's logits [V].
+        sampling: How tokens are drawn.
+        uniform: A draw from [0, 1).
+    """
+    q = sampling.probs(logits)
+    return mx.argmax(logits).astype(mx.int32) if sampling.temperature == 0 else draw(q, uniform), q
 
 
 def fitted(logits: mx.array, vocab_size: int) -> mx.array:

@@ -39,6 +39,7 @@ from mlxspec.models.checks import (
 )
 from mlxspec.models.config import completed, declared_context
 from mlxspec.models.drafter import OWN_KEYS, Drafter, PromptLookup
+from mlxspec.models.eagle import is_eagle, read_eagle
 from mlxspec.models.memory import check_memory
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
@@ -274,6 +275,8 @@ def read_lazily(folder: Path, embedding: nn.Module | None = None) -> tuple[nn.Mo
             files = [as_safetensors(file, Path(scratch)) for file in files]
             tensors = [name for file in files for name in check_safetensors(file)]
             check_numbers(config, folder / "config.json", len(tensors))
+            if is_eagle(tensors):
+                return read_eagle(folder, config, files), config
             if any(config.get(key) for key in OWN_KEYS):
                 return Drafter.load(folder, embedding=embedding), config
             return load_with_mlx_lm(folder, completed(config, tensors), files)

@@ -1,6 +1,6 @@
 """A target and its drafters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.nn as nn
@@ -8,6 +8,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxspec.models.attention import context_length, position_table
 from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.eagle import Eagle, fitting_parts
+from mlxspec.models.parts import Parts
 
 
 @dataclass
@@ -16,13 +18,17 @@ class ModelPair:
 
     Attributes:
         target: The target model.
-        drafter: A draft model, prompt lookup, or None to decode without drafts.
+        drafter: A draft model, an EAGLE head, prompt lookup, or None to decode without drafts.
         tokenizer: A tokenizer of mlx-lm or transformers, or None to work on token ids.
         context_length: Maximum number of positions of the target. None for what its config declares, or no limit.
         lookup: A second drafter, which ``draft_length="auto"`` may choose for text that repeats itself.
         drafter_context_length: The same for the draft model. It does not draft beyond.
         drafter_name: What drafts, for users, such as "amd-135m+lookup". ``load`` sets it.
         drafter_note: Why ``load`` chose another drafter than the recommended one, "" if it did not.
+        parts: The parts of the target, if an EAGLE head uses them.
+
+    Raises:
+        UnsupportedModelError: The drafter is an EAGLE head that does not fit the target.
     """
 
     target: nn.Module
@@ -33,11 +39,14 @@ class ModelPair:
     drafter_context_length: int | None = None
     drafter_name: str = ""
     drafter_note: str = ""
+    parts: Parts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):
             self.lookup = None
         self.context_length = limit_of(self.target, self.context_length)
+        if isinstance(self.drafter, Eagle):
+            self.parts = fitting_parts(self.drafter, self.target)
         if isinstance(self.drafter, nn.Module):
             self.drafter_context_length = limit_of(self.drafter, self.drafter_context_length)
         if self.tokenizer is not None and not isinstance(self.tokenizer, TokenizerWrapper):

@@ -78,7 +78,7 @@ def test_the_replay_decodes_the_text_as_the_proposer_would(length, monkeypatch):
     replay.extend(text[5:])
     lengths, end = [], 6  # the first token after the prompt was not drafted: it tells nothing
     while end < len(text):
-        state = proposer.start([], text[:end], 0, lambda tokens: None)
+        state = proposer.start([], text[:end], 0, lambda tokens: None, [])
         drafted, _, _ = proposer.propose(state, mx.array(text[end - 2 : end]), mx.array(end), mx.zeros(length))
         following = text[end : end + length]
         wrong = (i for i, (a, b) in enumerate(itertools.zip_longest(drafted.tolist(), following)) if a != b)

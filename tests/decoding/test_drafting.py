@@ -10,7 +10,7 @@ from tests.conftest import decoded, random_llama
 
 def proposed(text: list[int], count: int, ngram: int = 3) -> list[int]:
     lookup = LookupProposer(PromptLookup(ngram), vocab_size=100)
-    state = lookup.start([], text, 0, lambda tokens: None)
+    state = lookup.start([], text, 0, lambda tokens: None, [])
     recent = mx.array(text[-2:], mx.int32)
     tokens, q, _ = lookup.propose(state, recent, mx.array(len(text)), mx.zeros(count))
     assert mx.argmax(q, axis=-1).tolist() == tokens.tolist()  # q is the one-hot of what is proposed

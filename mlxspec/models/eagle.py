@@ -1,0 +1,299 @@
+"""Drafters that read the target's hidden states: EAGLE heads.
+
+A head is one transformer layer. Row t of a head reads the embedding of token t + 1 and a *feature*, which stands for the
+target's hidden state at position t. Its output gives the distribution of token t + 2. In a draft, the head's own output
+takes the place of the next feature.
+
+There are two public layouts, and both are read and written here:
+
+- EAGLE-1 (and EAGLE-2, with the same weights): the feature is the target's last hidden state. ``fc`` projects the
+  embedding and the feature to the width of the layer. The target's own output head computes the logits.
+- EAGLE-3: ``fc`` projects three hidden states of the target to a feature. The attention reads the embedding and the
+  feature next to each other. The head has an output head of its own, often with a smaller vocabulary.
+
+Source: Li et al., arXiv 2401.15077 (EAGLE-1) and arXiv 2503.01840 (EAGLE-3).
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+from mlx_lm.models.llama import MLP, Attention, ModelArgs
+
+from mlxspec.errors import ModelLoadError, UnsupportedModelError, in_one_line
+from mlxspec.files import write_atomically, write_json
+from mlxspec.models.attention import model_type
+from mlxspec.models.parts import Parts, parts_of
+
+EAGLE1, EAGLE3 = "EAGLE-1", "EAGLE-3"
+NOT_READ = ("t2d", "embed_tokens.weight")  # tensors that follow from the others, or are the target's
+LAYER_KEYS = ("eagle_aux_hidden_state_layer_ids",)
+OWN_KEYS = ("draft_vocab_size", "norm_before_residual", "bias", *LAYER_KEYS)
+
+
+class Layer(nn.Module):
+    """The transformer layer of a head. It differs from Llama's in what its attention reads and adds to.
+
+    Args:
+        args: Shape of the layer.
+        attention_size: Size of the rows that the attention reads.
+    """
+
+    def __init__(self, args: ModelArgs, attention_size: int):
+        super().__init__()
+        self.self_attn = Attention(args)
+        if attention_size != args.hidden_size:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                size = getattr(self.self_attn, name).weight.shape[0]
+                setattr(self.self_attn, name, nn.Linear(attention_size, size, bias=args.attention_bias))
+        self.mlp = MLP(args)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, read: mx.array, residual: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Return the output [B, L, D] for what the attention reads [B, L, ·] and the residual [B, L, D]."""
+        h = residual + self.self_attn(read, mask, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Eagle(nn.Module):
+    """An EAGLE head. Its rows are described at the top of the module.
+
+    Args:
+        args: Shape of the layer, as mlx-lm reads it from ``config.json``. The vocabulary is the target's.
+        layout: ``EAGLE1`` or ``EAGLE3``.
+        bias: Whether ``fc`` has a bias.
+        reads: Numbers of the target's layers whose inputs an EAGLE-3 head reads. None for layers 2, L/2 and L − 3 of L.
+        draft_vocab_size: Number of tokens that the head can output, K. None for all tokens of the target.
+        own_head: Whether an EAGLE-1 head has an output head of its own.
+        norm_before_residual: Whether the residual of an EAGLE-3 head is the normalized feature.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        layout: str = EAGLE1,
+        bias: bool = True,
+        reads: Sequence[int] | None = None,
+        draft_vocab_size: int | None = None,
+        own_head: bool = False,
+        norm_before_residual: bool = False,
+    ):
+        super().__init__()
+        self.args, self.layout, self.norm_before_residual = args, layout, norm_before_residual
+        self.draft_vocab_size = draft_vocab_size
+        self.read_layers = None if reads is None else tuple(reads)
+        size = args.hidden_size
+        if layout == EAGLE1:
+            self.fc = nn.Linear(2 * size, size, bias=bias)
+            self.layers = [Layer(args, size)]
+        else:
+            self.fc = nn.Linear(3 * size, size, bias=bias)
+            self.midlayer = Layer(args, 2 * size)
+            self.midlayer.input_layernorm = nn.RMSNorm(size, eps=args.rms_norm_eps)
+            self.midlayer.hidden_norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
+            self.norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
+        if layout == EAGLE3 or own_head or draft_vocab_size:
+            self.lm_head = nn.Linear(size, draft_vocab_size or args.vocab_size, bias=False)
+        if draft_vocab_size:
+            self.d2t = mx.zeros(draft_vocab_size, mx.int32)
+            self.freeze(recurse=False, keys=["d2t"])
+
+    @property
+    def layer(self) -> Layer:
+        """The transformer layer."""
+        return self.layers[0] if self.layout == EAGLE1 else self.midlayer
+
+    def make_cache(self) -> list[KVCache]:
+        """Return a cache for the layer, as mlx-lm's models do."""
+        return [KVCache()]
+
+    @property
+    def output_tokens(self) -> mx.array | None:
+        """The token of each row of the output head, [K] int32. None if it has a row for every token."""
+        return mx.arange(self.draft_vocab_size) + self.d2t if self.draft_vocab_size else None
+
+    def reads(self, layer_count: int) -> tuple[int, ...]:
+        """Return the numbers of the target's layers whose inputs the head reads. None of them for EAGLE-1.
+
+        Args:
+            layer_count: Number of the target's layers.
+        """
+        if self.layout == EAGLE1:
+            return ()
+        return self.read_layers or (2, layer_count // 2, layer_count - 3)
+
+    def features(self, states: mx.array) -> mx.array:
+        """Return the features [B, L, D] for the target's hidden states [B, L, F] that the head reads."""
+        states = states.astype(self.layer.post_attention_layernorm.weight.dtype)
+        return states if self.layout == EAGLE1 else self.fc(states)
+
+    def __call__(self, embedded: mx.array, features: mx.array, cache: Any = None, mask: Any = None) -> mx.array:
+        """Return the next features [B, L, D]. ``logits`` computes the distribution of a token from them.
+
+        Args:
+            embedded: Embedding of the token after each row, [B, L, D].
+            features: Feature of each row, [B, L, D].
+            cache: The KV cache of the layer, or None.
+            mask: The attention mask. None for the cache's own mask.
+        """
+        embedded = embedded.astype(features.dtype)
+        mask = create_attention_mask(features, cache) if mask is None else mask
+        if self.layout == EAGLE1:
+            x = self.fc(mx.concatenate([embedded, features], axis=-1))
+            return self.layer(x, x, mask, cache)
+        normed = self.midlayer.hidden_norm(features)
+        read = mx.concatenate([self.midlayer.input_layernorm(embedded), normed], axis=-1)
+        return self.layer(read, normed if self.norm_before_residual else features, mask, cache)
+
+    def outputs(self, features: mx.array) -> mx.array:
+        """Return what the output head reads, [B, L, D], for the features that the layer returned."""
+        return features if self.layout == EAGLE1 else self.norm(features)
+
+    def logits(self, features: mx.array, target_head: Any) -> mx.array:
+        """Return the logits [B, L, V] for the features [B, L, D] that the layer returned.
+
+        Args:
+            features: The features.
+            target_head: The target's output head.
+        """
+        if "lm_head" not in self:
+            return target_head(self.outputs(features))
+        logits = self.lm_head(self.outputs(features))
+        if self.output_tokens is None:
+            return logits
+        every = mx.full((*logits.shape[:-1], self.args.vocab_size), -mx.inf, logits.dtype)
+        return mx.put_along_axis(every, mx.broadcast_to(self.output_tokens, logits.shape), logits, axis=-1)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        args = {name: value for name, value in vars(self.args).items() if value is not None and name != "layer_types"}
+        own = {
+            "architectures": ["LlamaForCausalLMEagle3" if self.layout == EAGLE3 else "LlamaForCausalLM"],
+            "bias": "bias" in self.fc,
+            "draft_vocab_size": self.draft_vocab_size,
+            "norm_before_residual": self.norm_before_residual or None,
+            LAYER_KEYS[0]: self.read_layers and list(self.read_layers),
+            "tie_word_embeddings": False,
+        }
+        return {**args, **{name: value for name, value in own.items() if value is not None}}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` in the layout of the head."""
+        weights = dict(tree_flatten(self.parameters()))
+        if self.draft_vocab_size:
+            known = np.zeros(self.args.vocab_size, bool)
+            known[np.array(self.output_tokens)] = True
+            weights["t2d"] = mx.array(known)
+            weights["d2t"] = self.d2t.astype(mx.int64)
+        write_atomically(
+            Path(folder) / "model.safetensors",
+            lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}),
+        )
+        write_json(Path(folder) / "config.json", self.config)
+
+
+def is_eagle(tensors: Collection[str]) -> bool:
+    """Return whether these are the names of the tensors of an EAGLE head."""
+    return "fc.weight" in tensors and any(name.startswith(("midlayer.", "layers.0.")) for name in tensors)
+
+
+def read_eagle(folder: Path, config: dict[str, Any], files: Sequence[Path]) -> Eagle:
+    """Read an EAGLE head lazily.
+
+    Args:
+        folder: The folder of the head, for messages.
+        config: The content of ``config.json``.
+        files: The safetensors files.
+
+    Raises:
+        ModelLoadError: The config and the tensors are not those of a head in a known layout.
+    """
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        weights |= mx.load(str(file))  # type: ignore[arg-type]
+    weights = {name: weight for name, weight in weights.items() if name not in NOT_READ}
+    if "hidden_norm.weight" in {name.removeprefix("layers.0.") for name in weights}:  # the name of vLLM's speculators
+        weights = {name.replace("layers.0.", "midlayer.", 1): weight for name, weight in weights.items()}
+    config = {**config, **config.get("transformer_layer_config", {})}
+    layout = EAGLE3 if any(name.startswith("midlayer.") for name in weights) else EAGLE1
+    try:
+        head = Eagle(
+            ModelArgs.from_dict({**config, "num_hidden_layers": 1, "layer_types": None}),
+            layout,
+            bias=bool(config.get("bias", layout == EAGLE1)),
+            reads=layers_in(config),
+            draft_vocab_size=weights["d2t"].shape[0] if "d2t" in weights else None,
+            own_head="lm_head.weight" in weights,
+            norm_before_residual=bool(config.get("norm_before_residual")),
+        )
+        if "quantization" in config:
+            nn.quantize(head, **config["quantization"], class_predicate=lambda path, _: f"{path}.scales" in weights)
+        if "d2t" in weights:
+            weights["d2t"] = checked_map(weights["d2t"], head.args.vocab_size)
+        head.load_weights(list(weights.items()))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelLoadError(
+            f"{folder} is not an {layout} head that mlxspec can read: {in_one_line(error)}; check config.json and the "
+            "weights, or use another head"
+        ) from None
+    return head
+
+
+def layers_in(config: dict[str, Any]) -> list[int] | None:
+    """Return the numbers of the target's layers that a config names, or None if it names none."""
+    named = config.get("eagle_config")
+    for part in (config, named if isinstance(named, dict) else {}):
+        if part.get(LAYER_KEYS[0]):
+            return [int(layer) for layer in part[LAYER_KEYS[0]]]
+    return None
+
+
+def checked_map(d2t: mx.array, vocab_size: int) -> mx.array:
+    """Return the map from rows of the output head to tokens, int32. Raises ValueError if it is damaged."""
+    offsets = np.array(d2t).astype(np.int64)
+    tokens = np.sort(offsets + np.arange(len(offsets)))
+    if tokens[0] < 0 or tokens[-1] >= vocab_size:
+        wrong = tokens[0] if tokens[0] < 0 else tokens[-1]
+        raise ValueError(f"d2t names token {wrong}, and the vocabulary has {vocab_size}")
+    if (tokens[1:] == tokens[:-1]).any():
+        raise ValueError("d2t names a token twice")
+    return mx.array(offsets.astype(np.int32))
+
+
+def fitting_parts(head: Eagle, target: nn.Module) -> Parts:
+    """Return the parts of a target that a head uses.
+
+    Raises:
+        UnsupportedModelError: The parts cannot be told apart, or the head was made for another target.
+    """
+    parts = parts_of(target)
+    if parts is None:
+        raise UnsupportedModelError(
+            f"an EAGLE head cannot draft for {model_type(target)}, which computes its logits in more steps than a body "
+            "and an output head; use a draft model or prompt lookup"
+        )
+    layers, (vocab_size, size) = len(parts.body.layers), sizes_of(parts)
+    args, reads = head.args, head.reads(layers)
+    wrong = next((layer for layer in reads if not 0 <= layer < layers), None)
+    if args.hidden_size != size:
+        reason = f"it has a width of {args.hidden_size}, and the target of {size}"
+    elif args.vocab_size != vocab_size:
+        reason = f"it has a vocabulary of {args.vocab_size}, and the target of {vocab_size}"
+    elif wrong is not None:
+        reason = f"it reads layer {wrong}, and the target has {layers} layers"
+    else:
+        return parts
+    raise UnsupportedModelError(f"the {head.layout} head was made for another target: {reason}; use a head for this one")
+
+
+def sizes_of(parts: Parts) -> tuple[int, int]:
+    """Return the size of a target's vocabulary and the width of its hidden states."""
+    hidden = parts.body(mx.array([[0]]))
+    return parts.head(hidden).shape[-1], hidden.shape[-1]

@@ -1,0 +1,238 @@
+import dataclasses
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.llama import ModelArgs
+
+import mlxspec
+from mlxspec import ModelPair, SpeculativeDecoder
+from mlxspec.decoding.sampling import Sampling
+from mlxspec.errors import ModelLoadError, UnsupportedModelError
+from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle
+from mlxspec.models.loading import read_model
+from mlxspec.models.parts import parts_of, run_with_states
+from tests.conftest import random_llama
+from tests.models.eagle_oracle import EagleOracle
+
+VOCAB = 60
+
+
+def target(**config):
+    return random_llama(5, vocab_size=VOCAB, num_hidden_layers=6, **config)
+
+
+def random_head(model, layout=EAGLE1, seed=1, tokens=None, shape=None, **options) -> Eagle:
+    """A head with random weights for a target; ``tokens`` are those of its smaller vocabulary."""
+    mx.random.seed(seed)
+    args = ModelArgs.from_dict({**vars(model.args), "num_hidden_layers": 1, "layer_types": None, **(shape or {})})
+    head = Eagle(args, layout, draft_vocab_size=tokens and len(tokens), **{"bias": layout == EAGLE1, **options})
+    if tokens:
+        head.d2t = mx.array(tokens) - mx.arange(len(tokens))
+    head.fc.weight = head.fc.weight * 3
+    mx.eval(head.parameters())
+    return head
+
+
+def stored(folder) -> dict:
+    return dict(mx.load(str(folder / "model.safetensors")))
+
+
+def oracle(head, model, tmp_path) -> EagleOracle:
+    head.save(tmp_path)
+    tables = {"target.embed": model.model.embed_tokens.weight, "target.head": model.lm_head.weight}
+    return EagleOracle({**stored(tmp_path), **tables}, json.loads((tmp_path / "config.json").read_text()))
+
+
+def states_of(model, head, text) -> np.ndarray:
+    return np.array(run_with_states(model, head.reads(6), mx.array([text]))[1][0])
+
+
+SMALLER = list(range(0, VOCAB, 3))
+HEADS = [
+    (EAGLE1, {}),
+    (EAGLE1, {"bias": False}),
+    (EAGLE1, {"tokens": SMALLER}),
+    (EAGLE3, {}),
+    (EAGLE3, {"tokens": SMALLER}),
+    (EAGLE3, {"tokens": SMALLER, "reads": [0, 1, 5], "norm_before_residual": True}),
+]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("layout", "options"), HEADS, ids=str)
+def test_logits_of_three_draft_steps_equal_a_float64_reference(tmp_path, layout, options, groups):
+    model = target(num_key_value_heads=groups)
+    head = random_head(model, layout, **options)
+    text = [3, 8, 1, 44, 27, 9, 2, 2, 30]
+    drafted, expected = oracle(head, model, tmp_path).draft(text, states_of(model, head, text), 3)
+    compiled = SpeculativeDecoder(ModelPair(model, head), Sampling(), 3).compiled
+    proposer = compiled.proposers["model"]
+    buffers = compiled.target.prefill(mx.array(text[:-1]), [], 0, lambda count: None)
+    state = proposer.start([], text, 0, lambda count: None, buffers)
+    found, features = [], state.feature
+    for step, token in enumerate(drafted):
+        found.append(head.logits(features, model.lm_head)[0, 0])
+        features, rest = proposer._run(mx.array([token]), features, state.buffers, mx.array(len(text) - 1 + step))
+        state = state._replace(buffers=rest)
+    known = np.isfinite(expected)
+    assert (known == np.isfinite(np.array(found))).all()
+    np.testing.assert_allclose(np.array(found)[known], expected[known], atol=1e-5)
+    tokens, q, _ = proposer.propose(
+        proposer.start([], text, 0, lambda count: None, buffers), mx.array(text[-2:]), mx.array(len(text)), mx.zeros(3)
+    )
+    assert tokens.tolist() == drafted
+    assert q.argmax(-1).tolist() == drafted
+
+
+def test_the_parts_of_a_target_are_told_apart_only_where_they_make_its_logits():
+    model = target()
+    parts = parts_of(model)
+    assert parts.embedding is model.model.embed_tokens
+    assert parts.head is model.lm_head
+    tied = type(model)(dataclasses.replace(model.args, tie_word_embeddings=True))
+    assert parts_of(tied).head == tied.model.embed_tokens.as_linear
+
+    class Scaled(type(model)):
+        def __call__(self, *args, **options):
+            return super().__call__(*args, **options) * 0.5
+
+    scaled = Scaled(model.args)
+    assert parts_of(scaled) is None
+    with pytest.raises(UnsupportedModelError, match="more steps than a body and an output head"):
+        ModelPair(scaled, random_head(model))
+
+
+def test_running_with_states_leaves_the_model_as_it_was_even_after_an_error():
+    model = target()
+    body, layers = model.model, list(model.model.layers)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    for reads in ((), (2, 3, 3)):
+        logits, states = run_with_states(model, reads, mx.array([[1, 2, 3]]))
+        assert mx.array_equal(logits, model(mx.array([[1, 2, 3]])))
+        assert states.shape == (1, 3, 16 * max(1, len(reads)))
+        with pytest.raises(ValueError, match="indices"):
+            run_with_states(model, reads, mx.array([[1.5]]))
+        assert model.model is body
+        assert model.model.layers == layers
+        assert [name for name, _ in tree_flatten(model.parameters())] == names
+
+
+@pytest.mark.parametrize(("layout", "options"), HEADS, ids=str)
+def test_a_saved_head_loads_with_the_same_weights(tmp_path, layout, options):
+    head = random_head(target(), layout, **options)
+    head.save(tmp_path)
+    loaded = read_model(tmp_path)
+    assert isinstance(loaded, Eagle)
+    assert loaded.layout == layout
+    assert loaded.reads(6) == head.reads(6)
+    before, after = dict(tree_flatten(head.parameters())), dict(tree_flatten(loaded.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def public_files(folder, layout):
+    """A head as it is published: EAGLE-1 with the target's table, EAGLE-3 with t2d and 64-bit d2t."""
+    model = target()
+    head = random_head(model, layout, tokens=SMALLER if layout == EAGLE3 else None)
+    head.save(folder)
+    weights, config = stored(folder), json.loads((folder / "config.json").read_text())
+    if layout == EAGLE1:
+        weights["embed_tokens.weight"] = model.model.embed_tokens.weight
+    else:
+        assert weights["t2d"].dtype == mx.bool_
+        assert weights["t2d"].sum() == len(SMALLER)
+        assert weights["d2t"].dtype == mx.int64
+    return model, head, weights, config
+
+
+def write_files(folder, weights, config):
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("layout", [EAGLE1, EAGLE3])
+def test_the_target_own_table_in_a_published_head_takes_no_memory(tmp_path, layout):
+    _, head, weights, config = public_files(tmp_path, layout)
+    write_files(tmp_path, weights, config)
+    assert {name for name, _ in tree_flatten(read_model(tmp_path).parameters())} == {
+        name for name, _ in tree_flatten(head.parameters())
+    }
+
+
+def test_a_head_in_the_layout_of_vllms_speculators_is_the_same_head(tmp_path):
+    _, head, weights, config = public_files(tmp_path, EAGLE3)
+    renamed = {name.replace("midlayer.", "layers.0."): weight for name, weight in weights.items()}
+    shape = {key: config.pop(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    write_files(tmp_path, renamed, {**config, "norm_before_residual": True, "transformer_layer_config": shape})
+    loaded = read_model(tmp_path)
+    assert loaded.layout == EAGLE3
+    assert loaded.norm_before_residual
+    assert mx.array_equal(loaded.midlayer.hidden_norm.weight, head.midlayer.hidden_norm.weight)
+
+
+DAMAGE = {
+    "a missing tensor": (lambda w, c: w.pop("fc.bias"), "fc.bias"),
+    "a tensor of another shape": (lambda w, c: w.update({"fc.weight": mx.zeros((16, 48))}), "fc.weight"),
+    "an unknown tensor": (lambda w, c: w.update({"layers.1.mlp.weight": mx.zeros(3)}), "layers.1.mlp.weight"),
+    "a config without a width": (lambda w, c: c.pop("hidden_size"), "hidden_size"),
+    "NaN": (lambda w, c: w.update({"fc.bias": mx.full(16, mx.nan)}), "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_head_is_refused_with_one_line(tmp_path, name):
+    damage, words = DAMAGE[name]
+    _, _, weights, config = public_files(tmp_path, EAGLE1)
+    damage(weights, config)
+    write_files(tmp_path, weights, config)
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        read_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("row", "words"), [(VOCAB, "names token"), (-40, "names token"), (-3, "names a token twice")])
+def test_a_damaged_vocabulary_map_is_refused(tmp_path, row, words):
+    _, _, weights, config = public_files(tmp_path, EAGLE3)
+    offsets = np.array(weights["d2t"])
+    offsets[1] = row + (2 if row == -3 else 0)
+    if row == -3:
+        offsets[1] = offsets[0] - 1  # the same token as row 0
+    write_files(tmp_path, {**weights, "d2t": mx.array(offsets)}, config)
+    with pytest.raises(ModelLoadError, match=words):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"hidden_size": 32}, "width of 32, and the target of 16"),
+        ({"vocab_size": 50}, "vocabulary of 50, and the target of 60"),
+    ],
+)
+def test_a_head_of_another_target_is_refused(other, words):
+    model = random_llama(1, **{"vocab_size": VOCAB, "num_hidden_layers": 6, **other})
+    with pytest.raises(UnsupportedModelError, match=words):
+        ModelPair(target(), random_head(model))
+
+
+def test_a_head_that_reads_a_layer_that_the_target_lacks_is_refused():
+    model = random_llama(1, vocab_size=VOCAB, num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match="reads layer 2, and the target has 2 layers"):
+        ModelPair(model, random_head(model, EAGLE3))
+
+
+@pytest.mark.parametrize("layout", [EAGLE1, EAGLE3])
+def test_a_head_drafts_through_load_quantized_or_not(tmp_path, stories_folder, layout):
+    stories, _ = mlxspec.models.loading.read_lazily(stories_folder)
+    for bits in (None, "8"):
+        shape = {"intermediate_size": 128}  # whole groups of 64
+        head = random_head(stories, layout, shape=shape, reads=[1, 2, 3] if layout == EAGLE3 else None)
+        head.save(tmp_path)
+        pair = mlxspec.load(stories_folder, tmp_path, quantize_drafter=bits)
+        decoder = SpeculativeDecoder(pair, draft_length=2)
+        text = "".join(segment.text for segment in decoder.stream([1], max_tokens=40))
+        assert text.startswith("Once upon a time")
+        assert decoder.stats.drafted > 0
