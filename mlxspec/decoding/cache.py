@@ -15,8 +15,8 @@ from mlxspec.errors import UnsupportedModelError, in_one_line
 from mlxspec.models.attention import attention_windows, model_type
 from mlxspec.models.parts import run_with_states
 
-# For each layer its keys and values, [1, H, capacity, D]. Then, if the model's hidden states are kept, a last entry with
-# them alone, [1, 1, capacity, F].
+# For each layer its keys and values, [1, H, capacity, D]. If the model's hidden states are kept, a last entry has them
+# alone, [1, 1, capacity, F].
 Buffers = list[tuple[mx.array, ...]]
 
 # Attention in a decoding block costs the capacity, not the length, and every new capacity is traced again.
@@ -193,7 +193,7 @@ class CachedModel:
         if self.reads is None:
             logits = self.model(tokens[None], cache=caches)[0]
             return logits, [cache.buffers for cache in caches]
-        logits, states = run_with_states(self.model, self.reads, tokens[None], caches)
+        logits, states = run_with_states(self.model, self.reads, lambda: self.model(tokens[None], cache=caches))
         kept = buffers[-1][0] if buffers else mx.zeros((1, 1, CAPACITY_STEP, states.shape[-1]), states.dtype)
         kept = mx.slice_update(kept, states[None], length.reshape(1), axes=(2,))
         return logits[0], [*(cache.buffers for cache in caches), (kept,)]

@@ -340,7 +340,8 @@ def drafter_of(compiled: CompiledBlocks) -> ModelProposer | EagleProposer:
 def draft_state(compiled: CompiledBlocks, capacity: int, length: int | None = None) -> tuple[Any, ...]:
     """Return the state before a draft of the draft model, for a text of ``length`` zeros."""
     length = capacity - ROOM if length is None else length
-    proposer, target = drafter_of(compiled), compiled.target.empty(capacity)
+    proposer: Proposer = drafter_of(compiled)
+    target = compiled.target.empty(capacity)
     state = proposer.with_room(proposer.start([], [0, 0], 0, lambda tokens: None, target), capacity)
     return mx.zeros(2, mx.int32), mx.array(length, mx.int32), state, mx.random.key(0), target
 

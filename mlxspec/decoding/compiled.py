@@ -142,8 +142,10 @@ class CompiledBlocks:
         self.pair = pair
         self.sampling = sampling
         self.verification = verification
-        head = pair.drafter if drafting and isinstance(pair.drafter, Eagle) else None
-        self.target = CachedModel(pair.target, head and head.reads(len(pair.parts.body.layers)))
+        reads = None
+        if drafting and isinstance(pair.drafter, Eagle) and pair.parts:
+            reads = pair.drafter.reads(len(pair.parts.body.layers))
+        self.target = CachedModel(pair.target, reads)
         self.proposers: dict[str, Proposer] = {NONE: NoProposer(self.target.vocab_size)}
         for drafter in (pair.drafter, pair.lookup) if drafting else ():
             if drafter is not None:

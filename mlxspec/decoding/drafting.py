@@ -184,7 +184,8 @@ class EagleProposer:
             state = kept.pop()._replace(feature=state.feature)
         else:
             size = args.head_dim or args.hidden_size // args.num_attention_heads
-            empty = mx.zeros((1, args.num_key_value_heads, capacity_for(len(tokens)), size), dtype)
+            groups = args.num_key_value_heads or args.num_attention_heads
+            empty = mx.zeros((1, groups, capacity_for(len(tokens)), size), dtype)
             state = state._replace(buffers=[(empty, mx.array(empty))])
         buffers, feature = with_room(state.buffers, len(tokens), exactly=True), state.feature
         del state
@@ -205,7 +206,8 @@ class EagleProposer:
     def propose(self, state: EagleState, recent: mx.array, committed: mx.array, uniforms: mx.array) -> Proposal:
         """Draw γ tokens one after another. The head's own outputs take the place of hidden states."""
         buffers, feature = state
-        tokens, probs = [], []
+        tokens: list[mx.array] = []
+        probs: list[mx.array] = []
         for i in range(uniforms.shape[0]):
             if i > 0:
                 feature, buffers = self._run(tokens[-1], feature, buffers, committed - 2 + i)
@@ -338,9 +340,7 @@ class IdleStates:
         """
         return max(0, length - 2 - self._states.get(name, ([], 0))[1])
 
-    def take(
-        self, name: str, tokens: list[int], target: Buffers, advanced: Advanced = lambda tokens: None
-    ) -> Any:
+    def take(self, name: str, tokens: list[int], target: Buffers, advanced: Advanced = lambda tokens: None) -> Any:
         """Remove and return a proposer's state. First, the proposer reads the tokens that the state does not cover.
 
         Args:

@@ -1,8 +1,8 @@
 """Drafters that read the target's hidden states: EAGLE heads.
 
-A head is one transformer layer. Row t of a head reads the embedding of token t + 1 and a *feature*, which stands for the
-target's hidden state at position t. Its output gives the distribution of token t + 2. In a draft, the head's own output
-takes the place of the next feature.
+A head is one transformer layer. Row t of a head reads the embedding of token t + 1 and a *feature*, which stands for
+the target's hidden state at position t. Its output gives the distribution of token t + 2. In a draft, the head's own
+output takes the place of the next feature.
 
 There are two public layouts, and both are read and written here:
 
@@ -290,7 +290,7 @@ def fitting_parts(head: Eagle, target: nn.Module) -> Parts:
         reason = f"it reads layer {wrong}, and the target has {layers} layers"
     else:
         return parts
-    raise UnsupportedModelError(f"the {head.layout} head was made for another target: {reason}; use a head for this one")
+    raise UnsupportedModelError(f"the {head.layout} head is for another target: {reason}; use a head for this one")
 
 
 def sizes_of(parts: Parts) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The parts of a target: its input embedding, its body and its output head. And hidden states between them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -55,31 +55,28 @@ class Watched:
         return result
 
 
-def run_with_states(
-    model: Any, layers: Sequence[int], tokens: mx.array, cache: Any = None
-) -> tuple[mx.array, mx.array]:
-    """Run a model and return its logits [B, L, V] and its hidden states [B, L, F].
+def run_with_states(model: Any, layers: Sequence[int], run: Callable[[], mx.array]) -> tuple[mx.array, mx.array]:
+    """Run a model, or its body, and return the result and the hidden states [B, L, F] of this pass.
 
     Args:
         model: A model with the parts that ``parts_of`` finds.
         layers: Numbers of the layers whose inputs are returned, next to each other: F = D · number of layers. Without
             layers, the last hidden states are returned, F = D.
-        tokens: Token ids [B, L].
-        cache: The KV caches, or None.
+        run: Runs the model. With layers, it may run the body alone.
     """
     body = model.model
     if not layers:
         watched = Watched(body, output=True)
         model["model"] = watched  # a module is a dictionary of its parts
         try:
-            return model(tokens, cache=cache), watched.seen
+            return run(), watched.seen
         finally:
             model["model"] = body
     originals = {number: body.layers[number] for number in layers}
     body.layers[:] = [Watched(layer, output=False) if n in originals else layer for n, layer in enumerate(body.layers)]
     try:
-        logits = model(tokens, cache=cache)
-        return logits, mx.concatenate([body.layers[number].seen for number in layers], axis=-1)
+        result = run()
+        return result, mx.concatenate([body.layers[number].seen for number in layers], axis=-1)
     finally:
         for number, layer in originals.items():
             body.layers[number] = layer

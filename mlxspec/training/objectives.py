@@ -1,16 +1,20 @@
 """Objectives of a training step: the loss on the next token, or the divergence from the target's distribution."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxspec.models.drafter import Drafter
+from mlxspec.models.eagle import Eagle
+from mlxspec.models.parts import Parts
 from mlxspec.models.vocabulary import places
 from mlxspec.training.chunked_loss import Positions, weighted_loss
 from mlxspec.training.documents import document_masks
 from mlxspec.training.losses import Loss
-from mlxspec.training.teachers import Teacher
+from mlxspec.training.teachers import OnlineTeacher, Teacher
+
+STEP_DECAY = 0.8  # weight of a draft step relative to the one before
 
 
 class Batch(NamedTuple):
@@ -24,8 +28,8 @@ class Batch(NamedTuple):
     key: mx.array  # random key
 
 
-# (drafter, batch) -> Σ weights · loss, Σ weights · acceptance rate
-Objective = Callable[[Drafter, Batch], tuple[mx.array, mx.array]]
+# (drafter, batch) -> Σ weights · loss, Σ weights · acceptance rate. For an EAGLE head, one rate for each draft step.
+Objective = Callable[[Any, Batch], tuple[mx.array, mx.array]]
 
 
 def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = False) -> Objective:
@@ -70,3 +74,104 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
 def head_weights(drafter: Drafter) -> mx.array:
     """Return the weights of the drafter's head [V, H]."""
     return drafter.model.embed_tokens.weight if drafter.config.tie_word_embeddings else drafter.lm_head.weight
+
+
+def eagle_objective(loss: Loss, teacher: OnlineTeacher, parts: Parts, draft_steps: int = 3) -> Objective:
+    """Return the function that a step of an EAGLE head minimizes.
+
+    The head drafts from every position at once, as it does in decoding: in the first step it reads the target's hidden
+    states, then its own outputs. The losses of the steps are averaged, with weights that fall by ``STEP_DECAY``.
+
+    Args:
+        loss: The loss at each position. It must need the target.
+        teacher: Source of the target's probabilities and hidden states.
+        parts: The parts of the target.
+        draft_steps: Number of draft steps γ.
+
+    Returns:
+        A function of the head and a batch. It returns the weighted sum of the loss, and the acceptance rate of each
+        step [γ].
+
+    Source: Li et al., arXiv 2503.01840, section 3.2 ("training-time test").
+    """
+
+    def weighted(head: Eagle, batch: Batch) -> tuple[mx.array, mx.array]:
+        # Row t reads token t + 1 and predicts token t + 2. So the last row predicts nothing.
+        inputs, following, documents = batch.ids[:, :-1], batch.ids[:, 1:], batch.documents
+        hidden, states = (mx.stop_gradient(part) for part in teacher.states(inputs, documents, ()))
+        embedded = mx.stop_gradient(parts.embedding(following))
+        features, cache = head.features(states), DraftRows(documents)
+        weights = output_head(head, parts)
+        targets = (hidden[:, 1:].flatten(0, 1),)
+        total, rates = mx.array(0.0), []
+        for share, key in zip(step_shares(draft_steps), mx.random.split(batch.key, draft_steps), strict=True):
+            features = head(embedded, features, cache, cache.mask())
+            counted = mx.where(cache.valid(), batch.weights[:, 1:], 0)
+            positions = Positions(following[:, 1:].flatten(), counted.flatten(), targets, batch.temperature, key)
+            value, rate = weighted_loss(
+                loss,
+                head.outputs(features)[:, :-1].flatten(0, 1),
+                weights,
+                positions,
+                teacher.probs(batch.temperature, head.output_tokens),
+            )
+            total = total + share * value
+            rates.append(rate)
+            features = mx.concatenate([features[:, :1], features[:, :-1]], axis=1)  # row t + 1 reads row t's output
+        return total, mx.stack(rates)
+
+    return weighted
+
+
+class DraftRows:
+    """The keys and values of the draft steps of all rows, in the place of a KV cache.
+
+    In step j, counted from 0, row t attends to the rows before t − j + 1 as they were in step 0, when they read the
+    target's hidden states. It also attends to row t − j + i as it was in step i, for i = 1 to j. These are the rows
+    that are in the cache when the head drafts for the (j + 1)-th time.
+
+    Args:
+        documents: Number of the document at each position [B, L].
+    """
+
+    offset = 0  # row t keeps its position in every step
+
+    def __init__(self, documents: mx.array):
+        self.documents = documents
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add the keys and values of a step, and return those of all steps so far, [B, H, steps · L, D]."""
+        self.keys.append(keys)
+        self.values.append(values)
+        return mx.concatenate(self.keys, axis=2), mx.concatenate(self.values, axis=2)
+
+    def mask(self) -> mx.array:
+        """Return the mask of the next step, bool [B, 1, L, steps · L]."""
+        place, step = mx.arange(self.documents.shape[1]), len(self.keys)
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        behind = place[:, None] - place  # [L, L] how many rows before its row a column is
+        masks = [behind >= step, *(behind == step - i for i in range(1, step + 1))]
+        return mx.concatenate([same & mask for mask in masks], axis=-1)[:, None]
+
+    def valid(self) -> mx.array:
+        """Return which rows of the last step predict a token of the document that their draft began in: [B, L − 1]."""
+        step = len(self.keys) - 1
+        begun = self.documents[:, : self.documents.shape[1] - 1 - step]
+        same = self.documents[:, step + 1 :] == begun
+        return mx.concatenate([mx.zeros((len(begun), step), mx.bool_), same], axis=1)
+
+
+def step_shares(draft_steps: int) -> list[float]:
+    """Return the weight of each draft step. They sum to 1."""
+    weights = [STEP_DECAY**step for step in range(draft_steps)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def output_head(head: Eagle, parts: Parts) -> mx.array:
+    """Return the weights [V, D] with which the logits of a head are computed. The target's own are not trained."""
+    if "lm_head" in head:
+        return head.lm_head.weight
+    module = getattr(parts.head, "__self__", parts.head)  # ``as_linear`` of a tied embedding
+    return mx.stop_gradient(module.weight)

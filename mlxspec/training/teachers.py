@@ -16,6 +16,7 @@ import numpy as np
 from mlxspec.errors import InvalidRequestError
 from mlxspec.files import explain_write_errors
 from mlxspec.models.attention import attention_windows
+from mlxspec.models.parts import parts_of, run_with_states
 from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
@@ -34,26 +35,16 @@ class OnlineTeacher:
         target: The target model.
         apart: Whether to keep the documents of a row apart. If False, a row should hold only one document. None to
             decide by a trial whether the target can keep them apart.
+        reads: Numbers of the layers whose inputs an EAGLE head reads, () for the last hidden states. None without a
+            head.
     """
 
-    def __init__(self, target: nn.Module, apart: bool | None = None):
+    def __init__(self, target: nn.Module, apart: bool | None = None, reads: Sequence[int] | None = None):
         self.target = target
+        self.reads = reads
         self.apart = keeps_documents_apart(target) if apart is None else apart
         self._windows = attention_windows(target) if self.apart else []
-        self._body: Any = getattr(target, "model", None)
-        self._head: Any = getattr(target, "lm_head", None) or getattr(
-            getattr(self._body, "embed_tokens", None), "as_linear", None
-        )
-        self.splits = self._is_body_and_head()
-
-    def _is_body_and_head(self) -> bool:
-        if self._body is None or self._head is None:
-            return False
-        tokens = mx.array([[1, 2, 3, 4]])
-        try:
-            return bool(mx.allclose(self._head(self._body(tokens)), self.target(tokens), rtol=1e-3, atol=1e-3).item())
-        except (TypeError, ValueError, AttributeError):  # the body takes other arguments
-            return False
+        self.parts = parts_of(target)
 
     def load_rows(self, row_numbers: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
         """Return no arrays, since the target runs within the step."""
@@ -68,10 +59,15 @@ class OnlineTeacher:
             stored: The result of ``load_rows``. It is not used.
 
         Returns:
-            The target's hidden states [B, L, H], or its logits [B, L, V].
+            The target's last hidden states [B, L, H], or its logits [B, L, V]. Then, for an EAGLE head, the hidden
+            states [B, L, F] that it reads.
         """
-        run = self._body if self.splits else self.target
-        return (run(inputs, cache=document_masks(self._windows, documents)) if self.apart else run(inputs),)
+        model: Any = self.parts.body if self.parts else self.target
+        options = {"cache": document_masks(self._windows, documents)} if self.apart else {}
+        if not self.reads:
+            result = model(inputs, **options)
+            return (result,) if self.reads is None else (result, result)
+        return run_with_states(self.target, self.reads, lambda: model(inputs, **options))
 
     def probs(self, temperature: mx.array, columns: mx.array | None = None) -> TeacherProbs:
         """Return the function that computes p and log p from a chunk of ``states``.
@@ -83,7 +79,7 @@ class OnlineTeacher:
         """
 
         def teacher_probs(states: tuple[mx.array, ...], log_q: mx.array) -> tuple[mx.array, mx.array]:
-            logits = (self._head(states[0]) if self.splits else states[0]).astype(mx.float32) / temperature
+            logits = (self.parts.head(states[0]) if self.parts else states[0]).astype(mx.float32) / temperature
             if columns is not None:
                 log_p = logits[:, columns] - mx.logsumexp(logits, axis=-1, keepdims=True)
                 return mx.exp(log_p), log_p

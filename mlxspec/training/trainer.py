@@ -22,6 +22,7 @@ from mlx.utils import tree_map
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
 from mlxspec.files import remove_leftovers
 from mlxspec.models.drafter import Drafter
+from mlxspec.models.eagle import Eagle
 from mlxspec.models.quantizing import DRAFTER_BITS, rounded
 from mlxspec.settings import option
 from mlxspec.training.batches import Batches
@@ -151,7 +152,7 @@ class Trainer:
 
     def __init__(
         self,
-        drafter: Drafter,
+        drafter: Drafter | Eagle,
         objective: Objective,
         batches: Batches,
         settings: TrainingSettings,
@@ -241,16 +242,19 @@ class Trainer:
         self._state = state
 
     def _gradients(self, *batch: Any) -> tuple[mx.array, Any]:
-        """Return (loss, α) [2] and the gradients of some rows. The values of a step are sums over all its rows."""
+        """Return the loss and the acceptance rates, [1 + rates], and the gradients of some rows.
+
+        The values of a step are sums over all its rows.
+        """
         weights = self.drafter.trainable_parameters()
 
         def loss(weights: Any) -> tuple[mx.array, mx.array]:
             self.drafter.update(tree_map(self._computed, weights))
             return self.objective(self.drafter, Batch(*batch))
 
-        (value, alpha), gradients = mx.value_and_grad(loss)(weights)
+        (value, rates), gradients = mx.value_and_grad(loss)(weights)
         self.drafter.update(weights)
-        return mx.stack([value, alpha]), gradients
+        return mx.concatenate([value.reshape(1), rates.reshape(-1)]), gradients
 
     def _computed(self, weight: mx.array) -> mx.array:
         """Return a weight as the forward pass uses it. Its gradient is passed on to the weight unchanged.
@@ -262,7 +266,7 @@ class Trainer:
         return weight.astype(self.settings.dtype)
 
     def _apply(self, values: mx.array, gradients: Any) -> mx.array:
-        """Update the weights. Return (loss, α, gradient norm) [3] of the whole step."""
+        """Update the weights. Return the loss, the acceptance rates and the gradient norm of the whole step."""
         processes = self.group.size()
         if processes > 1:
             gradients = tree_map(lambda g: g * processes, nn.average_gradients(gradients, self.group))
@@ -286,7 +290,7 @@ class Trainer:
                 values, gradients = values + more_values, tree_map(mx.add, gradients, more_gradients)
             result = self._compiled_apply(values, gradients)
         mx.eval(result, self._state)
-        loss, alpha, norm = map(float, np.array(result))
+        loss, *rates, norm = map(float, np.array(result))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             last = self._drop_checkpoint(step)
             raise TrainingError(
@@ -297,8 +301,9 @@ class Trainer:
         seconds = time.perf_counter() - start
         speed = self.settings.batch * self.settings.length / seconds
         metrics = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
-        if alpha:
-            metrics["acceptance_rate"] = alpha
+        if any(rates):
+            names = ["acceptance_rate", *(f"acceptance_rate_{step}" for step in range(2, len(rates) + 1))]
+            metrics |= dict(zip(names, rates, strict=True))
         return metrics
 
     def _drop_checkpoint(self, step: int) -> str:

@@ -11,7 +11,12 @@ from mlxspec.decoding.policy import Fixed
 from mlxspec.decoding.verification import RULES
 from mlxspec.models.eagle import EAGLE1, EAGLE3
 from tests.conftest import decoded, plain_greedy, random_llama
-from tests.decoding.test_decoder import SAMPLINGS, assert_emits_the_targets_distribution, count_host_reads, markov_target
+from tests.decoding.test_decoder import (
+    SAMPLINGS,
+    assert_emits_the_targets_distribution,
+    count_host_reads,
+    markov_target,
+)
 from tests.models.test_eagle import oracle, random_head, states_of
 
 LAYOUTS = [EAGLE1, EAGLE3]

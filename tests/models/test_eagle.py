@@ -47,7 +47,7 @@ def oracle(head, model, tmp_path) -> EagleOracle:
 
 
 def states_of(model, head, text) -> np.ndarray:
-    return np.array(run_with_states(model, head.reads(6), mx.array([text]))[1][0])
+    return np.array(run_with_states(model, head.reads(6), lambda: model(mx.array([text])))[1][0])
 
 
 SMALLER = list(range(0, VOCAB, 3))
@@ -110,11 +110,11 @@ def test_running_with_states_leaves_the_model_as_it_was_even_after_an_error():
     body, layers = model.model, list(model.model.layers)
     names = [name for name, _ in tree_flatten(model.parameters())]
     for reads in ((), (2, 3, 3)):
-        logits, states = run_with_states(model, reads, mx.array([[1, 2, 3]]))
+        logits, states = run_with_states(model, reads, lambda: model(mx.array([[1, 2, 3]])))
         assert mx.array_equal(logits, model(mx.array([[1, 2, 3]])))
         assert states.shape == (1, 3, 16 * max(1, len(reads)))
         with pytest.raises(ValueError, match="indices"):
-            run_with_states(model, reads, mx.array([[1.5]]))
+            run_with_states(model, reads, lambda: model(mx.array([[1.5]])))
         assert model.model is body
         assert model.model.layers == layers
         assert [name for name, _ in tree_flatten(model.parameters())] == names
