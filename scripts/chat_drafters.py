@@ -30,10 +30,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxspec.evaluation.curves import new_figure
-from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio
 from mlxspec.models.drafter import EMBEDDING, Drafter
 from mlxspec.models.quantizing import rounded
+from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
 from mlxspec.training.documents import document_masks
@@ -331,15 +331,43 @@ def stepper(model: nn.Module, rows: int) -> Callable[[int], float]:
 @click.argument("target_folder", metavar="TARGET")
 @click.argument("drafters", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--prompts", "files", multiple=True, type=click.Path(path_type=Path))
-@click.option("--count", default=10, show_default=True, help="Prompts of each task.")
-@click.option("--max-tokens", default=48, show_default=True)
+@click.option("--count", default=16, show_default=True, help="Prompts of each task.")
+@click.option("--max-tokens", default=64, show_default=True)
 @click.option("--draft-length", default=3, show_default=True)
 def tasks(
     target_folder: str, drafters: tuple[Path, ...], files: tuple[Path, ...], count: int, max_tokens: int,
     draft_length: int,
 ) -> None:  # fmt: skip
-    """Measure block efficiency at T = 0 and 1 for each file of prompts, or each category of a Spec-Bench file."""
+    """Block efficiency at T = 0 and 1 for each file of prompts, or each category of a Spec-Bench file.
+
+    The target answers the prompts once. ``expected_blocks`` tells how many blocks each drafter needs for an answer.
+    """
     target = Target(target_folder)
+    found = prompts_by_task(files, target, count)
+    prompts = [ids for task in found.values() for ids in task]
+    ends = set(target.tokenizer.eos_token_ids)
+    models = {folder.name: load_drafter(folder, target) for folder in drafters}
+    for temperature in (0, 1):
+        mx.random.seed(0)
+        sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)
+        answers = iter(sample_answers(target.model, prompts, ends, sampler, max_tokens))
+        for task, its_prompts in found.items():
+            tokens, blocks = 0, dict.fromkeys(models, 0.0)
+            for prompt in its_prompts:
+                answer = next(answers)
+                text = mx.array([[*prompt, *answer[:-1]]])
+                p = target.model(text)[0, len(prompt) - 1 :]
+                tokens += len(answer)
+                for name, drafter in models.items():
+                    accepted = acceptance_of(p, drafter(text)[0, len(prompt) - 1 :], mx.array(answer), temperature)
+                    blocks[name] += expected_blocks(accepted, draft_length)
+            efficiency = {name: round(tokens / blocks[name], 3) for name in models}
+            line = {"temperature": temperature, "task": task, "prompts": len(its_prompts), "tokens": tokens}
+            click.echo(json.dumps({**line, "block_efficiency": efficiency}))
+
+
+def prompts_by_task(files: tuple[Path, ...], target: Target, count: int) -> dict[str, list[list[int]]]:
+    """Return the token ids of the first prompts of each file, or of each category of a Spec-Bench file."""
     found = {}
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -349,15 +377,40 @@ def tasks(
                 part = Path(scratch) / "prompts.jsonl"
                 part.write_text("\n".join(islice(chosen, count)), encoding="utf-8")
                 found[category] = read_prompts([str(part)], target.tokenizer, None)[0]
-    for folder in drafters:
-        drafter = load_drafter(folder, target)
-        for category, ids in found.items():
-            score = served_block_efficiency(
-                target.model, target.tokenizer, ids[:count], [0.0, 1.0], draft_length, max_tokens
-            )
-            click.echo(
-                json.dumps({"drafter": folder.name, "task": category, "prompts": len(ids[:count]), **score(drafter)})
-            )
+    return found
+
+
+def acceptance_of(p: mx.array, q: mx.array, answer: mx.array, temperature: float) -> list[float]:
+    """Return the probability that each token of an answer is accepted, given that it is emitted.
+
+    With the rule "token", it is min(p, q) / p at the token. At temperature 0, it is whether the drafter's best token is
+    the same.
+
+    Args:
+        p: The target's logits at the tokens, [N, V].
+        q: The drafter's.
+        answer: The tokens [N].
+        temperature: 0 or 1.
+    """
+    if temperature == 0:
+        return (q.argmax(-1) == answer).astype(mx.float32).tolist()
+    ratio = mx.take_along_axis(mx.softmax(q, -1), answer[:, None], -1) / mx.take_along_axis(
+        mx.softmax(p, -1), answer[:, None], -1
+    )
+    return mx.minimum(1, ratio)[:, 0].tolist()
+
+
+def expected_blocks(accepted: list[float], draft_length: int) -> float:
+    """Return the expected number of blocks for an answer whose tokens are accepted with these probabilities."""
+    blocks = [0.0] * (len(accepted) + 1)  # from each token on
+    for start in reversed(range(len(accepted))):
+        blocks[start], reached = 1.0, 1.0
+        for length in range(draft_length + 1):
+            place = start + length
+            ends = 1 - accepted[place] if length < draft_length and place < len(accepted) else 1.0
+            blocks[start] += reached * ends * blocks[min(place + 1, len(accepted))]
+            reached *= 1 - ends
+    return blocks[0]
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import click
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_model
 
 import mlxspec
+from mlxspec import ModelPair, SpeculativeDecoder
 from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe
-from tests.conftest import shared
+from tests.conftest import decoded, random_llama, shared
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MEASUREMENTS = SCRIPTS / "MEASUREMENTS.md"
@@ -97,6 +99,34 @@ def test_the_commands_of_the_measurements_are_those_that_the_scripts_take(line, 
 def test_every_path_that_the_measurements_name_exists():
     for name in re.findall(r"`((?:mlxspec|scripts|tests)/[\w/.-]*)", MEASUREMENTS.read_text()):
         assert (SCRIPTS.parent / name).exists(), name
+
+
+def test_the_blocks_expected_for_a_greedy_answer_are_those_that_decoding_needs(stories):
+    script = importlib.import_module("chat_drafters")
+    drafter = random_llama(vocab_size=512)
+    for model in (stories, drafter):
+        decoder = SpeculativeDecoder(ModelPair(stories, model), None, 3)
+        answer = decoded(decoder, [1], 61)
+        text = mx.array([[1, *answer[:-1]]])
+        accepted = script.acceptance_of(stories(text)[0], model(text)[0], mx.array(answer), 0)
+        assert script.expected_blocks(accepted, 3) == decoder.stats.blocks
+
+
+def test_the_blocks_expected_for_a_sampled_answer_are_the_mean_over_all_outcomes():
+    expected_blocks = importlib.import_module("chat_drafters").expected_blocks
+    chances = [0.3, 0.9, 0.5, 0.7, 0.1, 0.6]
+
+    def mean(start: int) -> float:
+        if start >= len(chances):
+            return 0.0
+        total, reached = 1.0, 1.0
+        for drafted in range(2):  # the first token that is rejected ends the block
+            chance = chances[start + drafted] if start + drafted < len(chances) else 0.0
+            total += reached * (1 - chance) * mean(start + drafted + 1)
+            reached *= chance
+        return total + reached * mean(start + 3)
+
+    assert abs(expected_blocks(chances, 2) - mean(0)) < 1e-12
 
 
 def run_script(name: str, *arguments) -> str:
@@ -224,7 +254,7 @@ def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, ml
     prompts.write_text('{"prompt": "A dog"}\n{"prompt": "A cat"}\n')
     monkeypatch.chdir(tmp_path)  # where a file of the task's name is
     options = ["--prompts", prompts, "--max-tokens", 8]
-    printed = run_script("chat_drafters.py", "tasks", target, start, *options)
-    assert json.loads(printed)["task"] == "few"
-    assert json.loads(printed)["prompts"] == 2
+    lines = [json.loads(line) for line in run_script("chat_drafters.py", "tasks", target, start, *options).splitlines()]
+    assert [(line["task"], line["temperature"], line["prompts"]) for line in lines] == [("few", 0, 2), ("few", 1, 2)]
+    assert all(1 <= line["block_efficiency"][start.name] <= 4 for line in lines)
     assert prompts.exists()

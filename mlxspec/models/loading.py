@@ -105,14 +105,17 @@ def load(
         return load_pair(target, proposer, lookup, *options)
     if target is None:
         return load_pair(None, DEMO / "drafter", PromptLookup() if drafter == "auto" else None, *options)
-    note, recommended = f"no drafter is known for {Path(target).name}", recommended_drafter(target)
-    if recommended:
+    recommended = recommended_drafters(target)
+    notes = [] if recommended else [f"no drafter is known for {Path(target).name}"]
+    for name in recommended:
         try:
-            return load_pair(target, recommended, PromptLookup(), *options)
+            pair = load_pair(target, name, PromptLookup(), *options)
+            break
         except (ModelLoadError, UnsupportedModelError, TokenizerMismatchError) as error:
-            note = f"{recommended} cannot be used: {error}"
-    pair = load_pair(target, PromptLookup(), None, *options)  # if the target was to blame, it is named here
-    pair.drafter_note = note
+            notes.append(f"{name} cannot be used: {error}")
+    else:
+        pair = load_pair(target, PromptLookup(), None, *options)  # if the target was to blame, it is named here
+    pair.drafter_note = "; ".join(notes)
     return pair
 
 
@@ -161,10 +164,18 @@ def load_pair(
     return pair
 
 
-def recommended_drafter(target: str | Path) -> str | None:
-    """Return the short name of the drafter that the catalog recommends for a target, or None."""
+def recommended_drafters(target: str | Path) -> list[str]:
+    """Return the short names of a target's drafters: its EAGLE head if it is on disk, then its draft model."""
     known = next((model for model in KNOWN_MODELS.values() if str(target) in (model.name, model.hub_id)), None)
-    return known.drafter if known else None
+    if known is None:
+        return []
+    head = known.head if known.head and is_on_disk(known.head) else None
+    return [name for name in (head, known.drafter) if name]
+
+
+def is_on_disk(name: str) -> bool:
+    """Return whether the model with a short name is in the hub's local cache."""
+    return isinstance(huggingface_hub.try_to_load_from_cache(KNOWN_MODELS[name].hub_id, "config.json"), str)
 
 
 def parse_drafter(drafter: Any) -> tuple[Any, PromptLookup | None]:

@@ -15,8 +15,11 @@ from transformers import LlamaTokenizer
 import mlxspec
 from mlxspec import InvalidRequestError, PromptLookup
 from mlxspec.models.catalog import KNOWN_MODELS, KnownModel
-from mlxspec.models.loading import DEMO, read_tokenizer, recommended_drafter
+from mlxspec.models.eagle import Eagle
+from mlxspec.models.loading import DEMO, read_tokenizer, recommended_drafters
 from mlxspec.models.tokens import LLAMA2_TEMPLATE
+from tests.conftest import random_llama
+from tests.models.test_eagle import random_head
 
 
 @pytest.fixture
@@ -24,16 +27,20 @@ def hub_cache(tmp_path, monkeypatch):
     """A hub cache that holds the demo drafter as somebody/a-model, and no network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--somebody--a-model"
+    put_into_cache(DEMO / "drafter", tmp_path / "models--somebody--a-model")
+    return tmp_path
+
+
+def put_into_cache(folder, repository):
+    """Copy a model's folder into a hub cache, in its layout."""
     commit = "0" * 40
     (repository / "blobs").mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     (repository / "snapshots" / commit).mkdir(parents=True)
-    for i, file in enumerate(sorted((DEMO / "drafter").iterdir())):
+    for i, file in enumerate(sorted(folder.iterdir())):
         shutil.copyfile(file, repository / "blobs" / str(i))
         (repository / "snapshots" / commit / file.name).symlink_to(repository / "blobs" / str(i))
-    return tmp_path
 
 
 def test_a_cached_model_loads_without_a_network(hub_cache):
@@ -125,8 +132,8 @@ def test_auto_is_the_targets_own_drafter_and_prompt_lookup():
     assert pair.drafter.args.hidden_size == mlxspec.load().drafter.args.hidden_size
     assert pair.lookup == PromptLookup()
     for name in ("llama2-7b-chat", "mlx-community/Llama-2-7b-chat-4-bit"):
-        assert recommended_drafter(name) == "amd-135m"
-    assert recommended_drafter("some/model") is None
+        assert recommended_drafters(name) == ["amd-135m"]
+    assert recommended_drafters("some/model") == []
 
 
 @pytest.mark.parametrize("drafter", [None, "auto"])
@@ -148,6 +155,26 @@ def test_a_recommended_drafter_that_cannot_be_used_is_replaced_by_prompt_lookup_
     monkeypatch.setitem(KNOWN_MODELS, "other", KnownModel("other", str(DEMO / "drafter"), "drafter", 0, ""))
     pair = mlxspec.load("mine")
     assert (pair.drafter_name, pair.drafter_note, pair.lookup) == ("other+lookup", "", PromptLookup())
+
+
+def test_auto_prefers_an_eagle_head_that_is_on_disk_and_never_downloads_one(hub_cache, tmp_path, monkeypatch):
+    target = KnownModel("mine", str(DEMO / "target"), "target", 0, "", "none", "other", "head")
+    monkeypatch.setitem(KNOWN_MODELS, "mine", target)
+    monkeypatch.setitem(KNOWN_MODELS, "other", KnownModel("other", "somebody/a-model", "drafter", 0, ""))
+    monkeypatch.setitem(KNOWN_MODELS, "head", KnownModel("head", "somebody/head", "head", 0, ""))
+    assert mlxspec.load("mine").drafter_name == "other+lookup"
+    random_head(mlxspec.load().target).save(tmp_path / "a head")
+    put_into_cache(tmp_path / "a head", hub_cache / "models--somebody--head")
+    pair = mlxspec.load("mine")
+    assert (pair.drafter_name, pair.drafter_note) == ("head+lookup", "")
+    assert isinstance(pair.drafter, Eagle)
+    assert mlxspec.generate(pair, "Once", max_tokens=10, draft_length=2).stats.drafted > 0
+    random_head(random_llama(vocab_size=2048, hidden_size=32, num_hidden_layers=4)).save(tmp_path / "another")
+    shutil.rmtree(hub_cache / "models--somebody--head")
+    put_into_cache(tmp_path / "another", hub_cache / "models--somebody--head")
+    pair = mlxspec.load("mine")
+    assert pair.drafter_name == "other+lookup"
+    assert pair.drafter_note.startswith("head cannot be used: the EAGLE-1 head is for another target")
 
 
 def test_a_prompt_can_be_refused_before_the_weights_are_read(tmp_path):

@@ -60,7 +60,7 @@ def test_the_table_of_short_names_is_whole(mlxspec_command):
         assert model.name in printed
         assert model.hub_id in printed
         assert model.license in printed
-    assert {model.role for model in KNOWN_MODELS.values()} == {"target", "drafter"}
+    assert {model.role for model in KNOWN_MODELS.values()} == {"target", "drafter", "head"}
 
 
 def test_the_memory_is_at_most_what_a_container_may_use(monkeypatch, tmp_path):
