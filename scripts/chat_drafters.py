@@ -344,17 +344,15 @@ def tasks(
     """
     target = Target(target_folder)
     found = prompts_by_task(files, target, count)
-    prompts = [ids for task in found.values() for ids in task]
     ends = set(target.tokenizer.eos_token_ids)
     models = {folder.name: load_drafter(folder, target) for folder in drafters}
     for temperature in (0, 1):
         mx.random.seed(0)
         sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)
-        answers = iter(sample_answers(target.model, prompts, ends, sampler, max_tokens))
-        for task, its_prompts in found.items():
+        for task, prompts in found.items():
             tokens, blocks = 0, dict.fromkeys(models, 0.0)
-            for prompt in its_prompts:
-                answer = next(answers)
+            answers = sample_answers(target.model, prompts, ends, sampler, max_tokens)
+            for prompt, answer in zip(prompts, answers, strict=True):
                 text = mx.array([[*prompt, *answer[:-1]]])
                 p = target.model(text)[0, len(prompt) - 1 :]
                 tokens += len(answer)
@@ -362,7 +360,7 @@ def tasks(
                     accepted = acceptance_of(p, drafter(text)[0, len(prompt) - 1 :], mx.array(answer), temperature)
                     blocks[name] += expected_blocks(accepted, draft_length)
             efficiency = {name: round(tokens / blocks[name], 3) for name in models}
-            line = {"temperature": temperature, "task": task, "prompts": len(its_prompts), "tokens": tokens}
+            line = {"temperature": temperature, "task": task, "prompts": len(prompts), "tokens": tokens}
             click.echo(json.dumps({**line, "block_efficiency": efficiency}))
 
 

@@ -40,6 +40,7 @@ from mlxspec.evaluation.metrics import memory_bound_speedup, parameter_count, st
 from mlxspec.evaluation.rounds import interleaved, ratio
 from mlxspec.evaluation.tasks import Task
 from mlxspec.files import write_json
+from mlxspec.models.eagle import Eagle
 from mlxspec.models.pair import ModelPair
 
 Record = dict[str, Any]  # what is written as JSON
@@ -157,7 +158,13 @@ def samplings(task: Task, settings: BenchmarkSettings) -> list[Sampling]:
 
 def engine_names(pair: ModelPair) -> list[str]:
     """Return the names of the engines that can decode with a pair, in the order in which they run."""
-    return [PLAIN, *([PEER] if isinstance(pair.drafter, nn.Module) else []), OURS]
+    return [PLAIN, *([PEER] if peer_drafter(pair) else []), OURS]
+
+
+def peer_drafter(pair: ModelPair) -> nn.Module | None:
+    """Return the drafter with which mlx-lm can draft, or None. It cannot draft with an EAGLE head."""
+    drafter = pair.drafter
+    return drafter if isinstance(drafter, nn.Module) and not isinstance(drafter, Eagle) else None
 
 
 def engines_for(pair: ModelPair, sampling: Sampling, settings: BenchmarkSettings) -> dict[str, Engine]:
@@ -174,8 +181,8 @@ def engines_for(pair: ModelPair, sampling: Sampling, settings: BenchmarkSettings
     decoder = SpeculativeDecoder(pair, sampling, settings.draft_length, settings.verification)
     decoder.calibrate()  # not inside an answer that is timed
     engines = {PLAIN: mlx_lm_engine(pair, sampling, settings.max_tokens)}
-    if isinstance(pair.drafter, nn.Module):
-        engines[PEER] = mlx_lm_engine(pair, sampling, settings.max_tokens, pair.drafter, settings.peer_draft_length)
+    if peer := peer_drafter(pair):
+        engines[PEER] = mlx_lm_engine(pair, sampling, settings.max_tokens, peer, settings.peer_draft_length)
     engines[OURS] = mlxspec_engine(decoder, settings.max_tokens)
     return {name: engines[name] for name in engine_names(pair)}
 

@@ -23,6 +23,7 @@ from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.files import locked, replacing, write_json
 from mlxspec.models.attention import model_type
 from mlxspec.models.drafter import EMBEDDING, OWN_KEYS, Drafter
+from mlxspec.models.eagle import Eagle
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
 
@@ -90,6 +91,8 @@ def export(
         whole, _ = read_lazily(model_folder(target))
         embedding = getattr(getattr(whole, "model", None), "embed_tokens", None)
     model, config = read_lazily(source, embedding)
+    if isinstance(model, Eagle):
+        raise InvalidRequestError(f"{drafter} is an EAGLE head, whose layout other engines read; copy the folder")
     if model_type(model) != "llama" and not isinstance(model, Drafter):
         raise InvalidRequestError(
             f"{drafter} is a {model_type(model)} model; only Llama drafters can be exported, use one of those"

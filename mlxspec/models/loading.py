@@ -39,7 +39,7 @@ from mlxspec.models.checks import (
 )
 from mlxspec.models.config import completed, declared_context
 from mlxspec.models.drafter import OWN_KEYS, Drafter, PromptLookup
-from mlxspec.models.eagle import is_eagle, read_eagle
+from mlxspec.models.eagle import Eagle, is_eagle, read_eagle
 from mlxspec.models.memory import check_memory
 from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
@@ -150,6 +150,8 @@ def load_pair(
     context_length = context_length or declared_context(read_config(target_folder))
     before_weights(tokenizer, context_length)
     target_model = read_model(target_folder, dtype, widen)
+    if isinstance(target_model, Eagle):
+        raise ModelLoadError(f"{target_folder} is an EAGLE head, which only drafts; name it as the drafter")
     draft_model: Any = drafter
     if drafter_folder:
         embedding = getattr(getattr(target_model, "model", None), "embed_tokens", None)

@@ -42,7 +42,7 @@ LARGEST_TEMPERATURE = 10.0
 PRECISIONS: dict[str, mx.Dtype | None] = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16}
 
 Report = Callable[[int, Metrics], None]  # step, metrics
-Scorer = Callable[[Drafter], Metrics]  # measures a drafter; "block_efficiency" decides which drafter is kept
+Scorer = Callable[[Any], Metrics]  # measures a drafter; "block_efficiency" decides which drafter is kept
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -10,8 +11,11 @@ from mlx_lm.models.llama import ModelArgs
 import mlxspec
 from mlxspec import ModelPair, SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
-from mlxspec.errors import ModelLoadError, UnsupportedModelError
+from mlxspec.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
+from mlxspec.evaluation.benchmark import engine_names
+from mlxspec.evaluation.engines import OURS, PLAIN
 from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle
+from mlxspec.models.export import export
 from mlxspec.models.loading import read_model
 from mlxspec.models.parts import parts_of, run_with_states
 from tests.conftest import random_llama
@@ -236,3 +240,20 @@ def test_a_head_drafts_through_load_quantized_or_not(tmp_path, stories_folder, l
         text = "".join(segment.text for segment in decoder.stream([1], max_tokens=40))
         assert text.startswith("Once upon a time")
         assert decoder.stats.drafted > 0
+
+
+def test_a_head_is_neither_a_target_nor_exported(tmp_path, stories_folder):
+    stories, _ = mlxspec.models.loading.read_lazily(stories_folder)
+    random_head(stories).save(tmp_path / "head")
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        if (stories_folder / name).exists():
+            shutil.copyfile(stories_folder / name, tmp_path / "head" / name)
+    with pytest.raises(ModelLoadError, match="an EAGLE head, which only drafts"):
+        mlxspec.load(tmp_path / "head", "none")
+    with pytest.raises(InvalidRequestError, match="an EAGLE head, whose layout"):
+        export(tmp_path / "head", tmp_path / "out")
+
+
+def test_bench_leaves_out_mlx_lms_own_speculative_decoding_for_a_head():
+    model = target()
+    assert engine_names(ModelPair(model, random_head(model))) == [PLAIN, OURS]
