@@ -10,9 +10,6 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from mlxspec.errors import InvalidRequestError
 
 LIBRARY = "libopenblas.so.0"
 PACKAGE = "libopenblas0-pthread"  # of Debian and Ubuntu
@@ -35,6 +32,8 @@ def load_openblas() -> None:
 
 def check_switch() -> None:
     """Raise InvalidRequestError if the environment variable ``SWITCH`` has an unknown value."""
+    from mlxspec.errors import InvalidRequestError  # here, so that importing mlxspec stays fast
+
     if (value := os.environ.get(SWITCH)) not in (None, "", "off"):
         raise InvalidRequestError(f'{SWITCH} is {value!r}; use "off" for the BLAS of MLX\'s wheel, or unset it')
 
@@ -71,7 +70,7 @@ def loaded_libraries() -> list[str]:
     names: list[str] = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Library), ctypes.c_size_t, ctypes.c_void_p)
-    def note(library: Any, size: int, data: Any) -> int:
+    def note(library: "ctypes._Pointer[Library]", size: int, data: int) -> int:
         names.append(os.path.basename(os.fsdecode(library.contents.name or b"")))
         return 0
 
