@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import mlxspec
 from mlxspec import blas
 
 PRODUCT = """
@@ -66,6 +67,42 @@ def test_a_processor_with_amx_gets_kernels_that_are_at_least_as_fast_as_those_op
 @needs_openblas
 def test_the_name_is_that_of_the_library_in_use_if_mlx_was_imported_first():
     assert in_new_process(PRODUCT.format(first="import mlx.core"), "")[0] == "reference BLAS"
+
+
+@needs_openblas
+def test_openblas_that_is_loaded_after_mlx_is_not_named_since_mlx_does_not_use_it():
+    late = f"import ctypes, mlx.core; ctypes.CDLL('{blas.LIBRARY}', mode=ctypes.RTLD_GLOBAL)"
+    name, slow = in_new_process(PRODUCT.format(first=late), "")
+    _, fast = in_new_process(PRODUCT.format(first=""), "")
+    assert name == "reference BLAS"
+    assert fast < slow / 3
+
+
+@pytest.mark.parametrize("own", [None, "Haswell"])
+def test_the_kernels_chosen_for_openblas_are_not_passed_on_to_child_processes(monkeypatch, own):
+    seen = []
+    monkeypatch.setattr(blas.sys, "platform", "linux")
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.delenv(blas.SWITCH, raising=False)
+    monkeypatch.delenv(blas.CORE, raising=False)
+    if own:
+        monkeypatch.setenv(blas.CORE, own)
+    monkeypatch.setattr(blas, "has_amx", lambda: True)
+    monkeypatch.setattr(blas.ctypes, "CDLL", lambda *_, **options: seen.append(os.environ.get(blas.CORE)))
+    blas.load_openblas()
+    assert seen == [own or "SkylakeX"]
+    assert os.environ.get(blas.CORE) == own
+
+
+def test_an_unknown_value_of_the_switch_is_one_line(mlxspec_command, monkeypatch):
+    monkeypatch.setenv(blas.SWITCH, "no")
+    outcome = mlxspec_command("models")
+    assert outcome.status == 2
+    assert outcome.err == "error: MLXSPEC_OPENBLAS is 'no'; use \"off\" for the BLAS of MLX's wheel, or unset it\n"
+    with pytest.raises(mlxspec.InvalidRequestError, match="MLXSPEC_OPENBLAS is 'no'"):
+        mlxspec.load()
+    monkeypatch.setenv(blas.SWITCH, "off")
+    assert mlxspec_command("models").status == 0
 
 
 LOADED = """

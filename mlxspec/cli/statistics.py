@@ -1,5 +1,6 @@
 """The statistics of an answer in words."""
 
+import math
 import os
 import sys
 
@@ -7,11 +8,14 @@ import mlx.core as mx
 
 from mlxspec import DecodingStats, SpeculativeDecoder
 from mlxspec.blas import PACKAGE, SWITCH, blas_name, has_fast_blas
-from mlxspec.decoding.drafting import PLAIN
-from mlxspec.decoding.policy import Automatic
+from mlxspec.decoding.acceptance import LONGEST, MENU
+from mlxspec.decoding.drafting import MODEL, PLAIN, Choice
+from mlxspec.decoding.policy import MARGIN, Automatic
 
 DRAFTED_BY = {"model": "drafted by the model", "lookup": "drafted by prompt lookup", "none": "without a draft"}
 SHORT_ANSWER = 8  # tokens, in which a draft saves little
+SHORT = "because the answer is short"
+OUTGROWN = "the text is longer than the drafter's context"
 
 
 def summary(decoder: SpeculativeDecoder) -> str:
@@ -29,21 +33,48 @@ def summary(decoder: SpeculativeDecoder) -> str:
 
 def why_nothing_is_drafted(decoder: SpeculativeDecoder) -> str:
     """Return the reason for an answer without drafted tokens."""
-    proposers, policy, stats = decoder.compiled.drafters, decoder.policy, decoder.stats
+    proposers, policy, prompt = decoder.compiled.drafters, decoder.policy, decoder.stats.prompt_tokens
     if not proposers or decoder.draft_length == 0:
         return "because drafting is off"
-    if stats.tokens < SHORT_ANSWER:
-        return "because the answer is short"
-    if not isinstance(policy, Automatic):
-        return "because the text is longer than the drafter's context"
-    drafting = {choice: rate for choice, rate in policy.rates().items() if choice != PLAIN}
-    if not drafting:
-        return "because the text is longer than the drafter's context"
-    best = max(drafting, key=lambda choice: drafting[choice])
+    if isinstance(policy, Automatic):
+        return why_not_chosen(policy, prompt, decoder.stats.tokens)
+    if not decoder.stats.tokens:
+        return SHORT
+    # A fixed draft length is left out only where it does not fit.
+    length, context = policy.choose(math.inf).length, decoder.pair.drafter_context_length
+    if proposers[0] == MODEL and context is not None and prompt + length > context:
+        return f"because {OUTGROWN}"
+    return f"because the target's context has no room for a draft of {length} tokens"
+
+
+def why_not_chosen(policy: Automatic, prompt: int, tokens: int) -> str:
+    """Return the reason why ``Automatic`` has not drafted in an answer.
+
+    Args:
+        policy: The policy after the answer.
+        prompt: Length of the prompt, in tokens. Later on, the text may outgrow a drafter that was not used anyway.
+        tokens: Length of the answer, in tokens.
+    """
+    able = [name for name in policy.yields if name != MODEL or prompt + LONGEST <= policy.reach]
+    if not able:
+        return f"because {OUTGROWN}"
+    gains = {
+        choice: policy.expected_tokens(choice) * policy.costs.block(PLAIN) / policy.costs.block(choice)
+        for choice in (Choice(name, length) for name in able for length in MENU[1:])
+    }
+    best = max(gains, key=lambda choice: gains[choice])
+    outgrown = "" if MODEL in able or MODEL not in policy.yields else f"{OUTGROWN}, and "
+    if MARGIN * gains[best] > 1:
+        return (
+            SHORT
+            if tokens < SHORT_ANSWER
+            else f"because {outgrown}starting to draft would have cost more than it saved"
+        )
     ratio = policy.costs.block(best) / policy.costs.block(PLAIN)
+    by = " by prompt lookup" if outgrown else ""
     return (
-        f"because a draft of length {best.length} and its verification would take {ratio:.1f} times a plain pass here, "
-        f"for {policy.expected_tokens(best):.1f} tokens"
+        f"because {outgrown}a draft of length {best.length}{by} and its verification would take {ratio:.2f} times a "
+        f"plain pass here, for {policy.expected_tokens(best):.2f} tokens{', too small a gain' * (gains[best] > 1)}"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from mlxspec import __version__
+from mlxspec.blas import check_switch
 from mlxspec.cli import leave_at_once
 from mlxspec.errors import MlxspecError, advice_for
 
@@ -77,6 +78,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
     try:
+        check_switch()
         color: dict[str, Any] = {"color": False} if no_color() else {}
         sys.exit(cli(standalone_mode=False, **color))
     except click.exceptions.NoArgsIsHelpError as error:

@@ -5,6 +5,7 @@ pickle names tensors only (``torch_files``). It does not follow links that lead 
 runs code from a model folder.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 from mlxspec.errors import ModelLoadError, in_one_line
-from mlxspec.files import read_json
+from mlxspec.files import fingerprint_files, read_json
 
 # Names of weight files: of Hugging Face, of MLX's layout of 2023, and of PyTorch if there are no others.
 SAFETENSORS, OLD_FILES, TORCH_FILES = "model*.safetensors", "weights*.npz", "pytorch_model*.bin"
@@ -48,6 +49,11 @@ def check_folder(folder: Path) -> None:
 def stored_weights(folder: Path) -> list[Path]:
     """Return the weight files of a model's folder, sorted. PyTorch's files count only if there are no others."""
     return sorted([*folder.glob(SAFETENSORS), *folder.glob(OLD_FILES)]) or sorted(folder.glob(TORCH_FILES))
+
+
+def model_fingerprint(folder: Path, config: dict[str, Any]) -> str:
+    """Return a fingerprint of a model's stored weights and of the content of its config.json."""
+    return fingerprint_files(stored_weights(folder), json.dumps(config, sort_keys=True))
 
 
 def leads_out(name: str, folder: Path) -> bool:

@@ -4,6 +4,8 @@ The modules use the attribute names of Hugging Face's ``LlamaForCausalLM``. So t
 of its checkpoint layout.
 """
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
@@ -328,6 +330,16 @@ class Drafter(nn.Module):
         """Number of weights."""
         return self.config.num_parameters
 
+    def set_dtype(
+        self,
+        dtype: mx.Dtype,
+        predicate: Callable[[mx.Dtype], bool] | None = lambda present: mx.issubdtype(present, mx.floating),
+    ) -> None:
+        """Set the precision of the drafter's own weights. A shared embedding keeps that of the target."""
+        shared = self.shared_table.parameters() if self.shared_table else {}
+        super().set_dtype(dtype, predicate)
+        self.model.embed_tokens.update(shared)
+
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the Hugging Face Llama layout.
 
@@ -401,11 +413,9 @@ class Drafter(nn.Module):
         shape = embedding(mx.array([config.vocab_size - 1])).shape
         if shape != (1, config.hidden_size):
             raise ValueError(f"the target's embedding has width {shape[-1]}, and the drafter {config.hidden_size}")
-        if isinstance(embedding, nn.Embedding):  # a module of its own, whose precision may differ from the target's
-            self.model.embed_tokens.weight = mx.array(embedding.weight)  # the same memory
-        else:
-            self.model.embed_tokens = embedding  # type: ignore[assignment]  # quantized
-        self.model.embed_tokens.freeze()
+        own: Any = deepcopy(embedding)  # nothing that is done to the drafter may change the target's module
+        own.update(tree_map(mx.stop_gradient, embedding.parameters()))  # arrays of its own over the same memory
+        self.model.embed_tokens = own.freeze()
 
     def check_output_tokens(self) -> None:
         """Raise ValueError if ``d2t`` names a token twice or a token that does not exist."""

@@ -22,10 +22,12 @@ from mlx_lm.utils import dequantize_model
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.files import locked, replacing, write_json
 from mlxspec.models.attention import model_type
+from mlxspec.models.checks import model_fingerprint, read_object
 from mlxspec.models.drafter import EMBEDDING, OWN_KEYS, Drafter
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
+from mlxspec.models.tokens import check_same_tokens
 
 UNUSED_LOGITS_BELOW = 60.0  # how far the logit of a token that the drafter cannot output is below log Σ exp of others
 RANDOM_TOKENS = (64, 64)  # rows and positions of random tokens whose hidden states are used
@@ -77,7 +79,8 @@ def export(
     Raises:
         ModelLoadError: The drafter cannot be read.
         InvalidRequestError: The model is not a Llama, ``out`` exists, ``quantize`` is unknown, or the target is not
-            named.
+            named or not the one that the drafter was trained for.
+        TokenizerMismatchError: The target has another tokenizer than the drafter.
     """
     if out.exists():
         raise InvalidRequestError(f"{out} exists; choose a folder that does not exist yet")
@@ -88,6 +91,7 @@ def export(
     if read_config(source).get("shared_embedding"):
         if target is None:
             raise InvalidRequestError(f"{drafter} uses its target's embedding; name the target with --target")
+        check_target(source, model_folder(target))
         whole, _ = read_lazily(model_folder(target))
         embedding = getattr(getattr(whole, "model", None), "embed_tokens", None)
     model, config = read_lazily(source, embedding)
@@ -115,6 +119,28 @@ def export(
         card = model_card(out.name, config, sum(weight.size for weight in weights.values()), quantize, facts)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return sorted(out.iterdir())
+
+
+def check_target(drafter: Path, target: Path) -> None:
+    """Check that a drafter that uses its target's embedding was made for this target.
+
+    Args:
+        drafter: The drafter's folder. Its ``training.json`` may have a fingerprint of the target.
+        target: The target's folder.
+
+    Raises:
+        InvalidRequestError: The drafter was trained for another model.
+        TokenizerMismatchError: The two have different tokenizers.
+    """
+    if any((drafter / name).exists() for name in TOKENIZER_FILES):
+        check_same_tokens(read_tokenizer(target), read_tokenizer(drafter))
+    record = drafter / "training.json"
+    inputs = read_object(record).get("inputs") if record.exists() else None
+    trained_for = inputs.get("target") if isinstance(inputs, dict) else None
+    if trained_for not in (None, model_fingerprint(target, read_config(target))):
+        raise InvalidRequestError(
+            f"{drafter} was trained for another model than {target}; name the target that it was trained for"
+        )
 
 
 def to_hugging_face(model: nn.Module, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -70,7 +70,7 @@ def drafter_from_target(
                     weight = narrow(name, weight, width, number, key_value_heads(config))
                 copied[f"model.layers.{number}.{name}"] = weight
     # Objects of their own over the same memory. mx.compile fails if two models hold the same object.
-    drafter.load_weights([(name, mx.array(weight)) for name, weight in copied.items()])
+    drafter.load_weights([(name, mx.stop_gradient(weight)) for name, weight in copied.items()])
     mx.eval(drafter.parameters())
     return drafter
 

@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import AddedToken
 
+from mlxspec.blas import check_switch
 from mlxspec.errors import (
     InvalidRequestError,
     MlxspecError,
@@ -96,9 +97,10 @@ def load(
     Raises:
         ModelLoadError: A model or tokenizer cannot be read or does not fit into memory.
         UnsupportedModelError: A model cannot be decoded speculatively.
-        InvalidRequestError: An argument is invalid.
+        InvalidRequestError: An argument or the environment variable MLXSPEC_OPENBLAS is invalid.
         TokenizerMismatchError: Target and drafter have different tokenizers.
     """
+    check_switch()
     options = (dtype, quantize, context, context_length, before_weights, quantize_drafter)
     if drafter not in (None, "auto"):
         proposer, lookup = parse_drafter(drafter)

@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from mlxspec.blas import has_fast_blas
 from mlxspec.errors import ModelLoadError
-from mlxspec.models.checks import stored_weights
+from mlxspec.files import load_arrays
+from mlxspec.models.checks import SAFETENSORS, check_folder, check_safetensors, stored_weights
 from mlxspec.models.config import declared_context
 
 FLOAT_SHARE = 0.25  # of the memory, for a quantized model that is held in float32
@@ -32,8 +33,10 @@ def check_memory(
         widen: Whether quantized weights become float32 where that is faster.
 
     Raises:
-        ModelLoadError: The models do not fit.
+        ModelLoadError: The models do not fit, or a folder is refused (``check_folder``).
     """
+    for folder, _ in models:
+        check_folder(folder)  # before a file is opened
     weights = sum(weight_bytes(folder, config, dtype, widen) for folder, config in models)
     declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
     tokens = min(context or DEFAULT_CONTEXT, *declared)
@@ -49,7 +52,7 @@ def check_memory(
 
 
 def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, widen: bool = False) -> int:
-    """Estimate the memory of a model's weights from the size of its files.
+    """Return the memory of a model's weights, from the types and shapes in the headers of its files.
 
     Args:
         folder: The model's folder.
@@ -58,18 +61,43 @@ def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, w
         widen: Whether quantized weights become float32 where that is faster.
 
     Returns:
-        The size in bytes. It is twice that of the files if 16-bit weights become float32.
+        The size in bytes. Without headers, as in PyTorch's files, it is estimated from the size of the files.
     """
-    stored = sum(file.stat().st_size for file in stored_weights(folder))
-    quantization = config.get("quantization")
-    if widen and bytes_per_number(dtype) == 4 and isinstance(quantization, dict):
-        bits, group = quantization.get("bits"), quantization.get("group_size")
-        if isinstance(bits, int) and isinstance(group, int) and bits > 0 and group > 0:
-            size = int(stored * 32 / (bits + 32 / group))  # a group has a scale and a bias, of 16 bits each
-            return size if fits_widened(size) else stored
-    stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
-    widened = stored_in_16_bits and "quantization" not in config and bytes_per_number(dtype) == 4
-    return stored * (2 if widened else 1)
+    number, files = bytes_per_number(dtype), stored_weights(folder)
+    arrays: dict[str, mx.array] = {}
+    try:
+        for file in files:
+            if file.match(SAFETENSORS):
+                check_safetensors(file)
+            arrays |= load_arrays(file)  # lazily, so that only headers are read
+    except Exception:  # PyTorch's files, and a damaged file, which makes any error here and is refused when it is read
+        stored_in_16_bits = "16" in str(config.get("torch_dtype") or config.get("dtype") or "float16")
+        return sum(file.stat().st_size for file in files) * (2 if stored_in_16_bits and number == 4 else 1)
+    sizes = {
+        name: array.size * number if mx.issubdtype(array.dtype, mx.floating) else array.nbytes
+        for name, array in arrays.items()
+    }
+    layers = [name.removesuffix(".scales") for name in arrays if name.endswith(".scales")]
+    if widen and number == 4 and fits_widened(widened := widened_bytes(arrays, layers, config.get("quantization"))):
+        packed = {f"{layer}.{part}" for layer in layers for part in ("weight", "scales", "biases")}
+        return widened + sum(size for name, size in sizes.items() if name not in packed)
+    return sum(sizes.values())
+
+
+def widened_bytes(arrays: dict[str, mx.array], layers: list[str], quantization: Any) -> int:
+    """Return the bytes of quantized layers in float32, or 0 if the config does not describe their quantization.
+
+    Args:
+        arrays: The stored arrays by name.
+        layers: Names of the quantized layers.
+        quantization: ``quantization`` of config.json. A layer may have an entry of its own.
+    """
+    try:
+        own = {layer: quantization.get(layer) for layer in layers}
+        bits = {layer: (one if isinstance(one, dict) else quantization)["bits"] for layer, one in own.items()}
+        return sum(4 * arrays[f"{layer}.weight"].size * 32 // bits[layer] for layer in layers)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError):
+        return 0
 
 
 def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int:

@@ -153,12 +153,14 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """Return the model with float weights. On the CPU back end it is then many times faster over a batch of rows.
+    """Return the model with float32 weights. On the CPU back end it is then many times faster over a batch of rows.
 
-    A table that it shares with another model stays as it is.
+    A table that it shares with another model stays as it is. Set the model to float32 before, since scales in 16 bits
+    round the weights.
     """
     shared = getattr(model, "shared_table", None)
     floats: Any = dequantize_model(model)
+    floats.set_dtype(mx.float32)  # mxfp4 and nvfp4 become bfloat16
     if shared is not None:
         floats.model.embed_tokens = shared
     return floats

@@ -18,6 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -370,8 +371,7 @@ def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, targe
     Returns:
         The time in seconds.
     """
-    copy = Drafter(drafter.config)
-    copy.update(drafter.parameters())
+    copy = deepcopy(drafter)
     with tempfile.TemporaryDirectory() as scratch:
         random = np.random.default_rng(0)
         with ShardWriter(scratch, target.vocab_size, target.tokenizer_fingerprint) as writer:

@@ -316,14 +316,19 @@ def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStar
         home: The recipe's folder.
 
     Raises:
-        TrainingError: A key is unknown, or a value has the wrong type.
+        TrainingError: A key is unknown, two keys exclude each other, or a value has the wrong type.
         InvalidRequestError: A value is outside its range.
     """
-    shape_keys = {key_of(field) for field in fields(DrafterShape)}
-    warm = {key_of(field) for field in fields(WarmStart)} - shape_keys
-    if isinstance(table, dict) and warm & table.keys():
-        (start,) = parse_settings(table, where, WarmStart)
-        return replace(start, source=path_or_name(home, start.source)) if start.source else start
+    if isinstance(table, dict):
+        shape_keys, warm_keys = ([key_of(field) for field in fields(cls)] for cls in (DrafterShape, WarmStart))
+        check_keys(table, [*shape_keys, *warm_keys], where)
+        if warm := [key for key in table if key not in shape_keys]:
+            if other := next((key for key in table if key not in warm_keys), None):
+                raise TrainingError(
+                    f'{where}: "{other}" is for random weights and "{warm[0]}" for copied layers; remove one of them'
+                )
+            (start,) = parse_settings(table, where, WarmStart)
+            return replace(start, source=path_or_name(home, start.source)) if start.source else start
     (shape,) = parse_settings(table, where, DrafterShape)
     return shape
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxspec.files import fingerprint, fingerprint_files
-from mlxspec.models.checks import stored_weights
+from mlxspec.files import fingerprint
+from mlxspec.models.checks import model_fingerprint
 from mlxspec.models.config import declared_context
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
@@ -117,8 +117,7 @@ class Target:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the weights and the config."""
-        config = json.dumps(self.config, sort_keys=True)
-        return fingerprint_files(stored_weights(self.folder), config)
+        return model_fingerprint(self.folder, self.config)
 
     def new_drafter(self, shape: DrafterShape, seed: int) -> Drafter:
         """Return a drafter for this target with random weights."""

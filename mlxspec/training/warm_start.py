@@ -88,14 +88,14 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
     # The layers that are not copied stay on disk.
     embedding = None
-    if read_config(folder).get("shared_embedding"):  # of its own, since its precision is changed below
+    if read_config(folder).get("shared_embedding"):
         whole: Any = read_lazily(target.folder)[0]
         embedding = whole.model.embed_tokens
+        embedding.set_dtype(mx.float32)
     source, config = read_lazily(folder, embedding)
     check_layers(source, start.layers)
     source.set_dtype(mx.float32)  # before dequantizing, or else the weights are rounded to the type of the scales
     source, config = to_hugging_face(source, config)
-    source.set_dtype(mx.float32)  # some quantizations become 16 bits
     if config.get("vocab_size") != target.vocab_size:
         raise InvalidRequestError(
             f"{folder} has a vocabulary of {config.get('vocab_size')} and {target.name} one of {target.vocab_size}; "
@@ -113,6 +113,7 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
             calibrated = read_model(folder, embedding=target.embedding) if start.source else target.model
         width = choose_width(calibrated, start.layers, start.hidden_size, start.intermediate_size, some)
     drafter = drafter_from_target(source, config, start.layers, tokens, start.share_embedding, width)
+    drafter.set_dtype(mx.float32)  # some quantizations become 16 bits
     if start.share_embedding:
         drafter.share(target.embedding)
     return drafter, coverage

@@ -1,13 +1,16 @@
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import mlxspec
 from mlxspec.cli import statistics
+from mlxspec.decoding.acceptance import LONGEST
 from mlxspec.decoding.costs import BlockCosts
-from mlxspec.decoding.drafting import MODEL
+from mlxspec.decoding.drafting import LOOKUP, MODEL
 from mlxspec.decoding.policy import Automatic
 from mlxspec.models.loading import DEMO
 
@@ -15,9 +18,17 @@ CHEAP_ROWS = BlockCosts({1: 1.0, 17: 1.3}, draft_step=0.05)
 COSTLY_ROWS = BlockCosts({1: 1.0, 17: 17.0}, draft_step=0.5)
 
 
-def decoded(costs: BlockCosts, max_tokens: int = 30, drafter: str | None = None, **settings) -> str:
-    policy = Automatic(costs, [MODEL]) if not settings and drafter is None else None
-    decoder = mlxspec.SpeculativeDecoder(mlxspec.load(drafter=drafter), policy=policy, **settings)
+PROMPT = 5  # tokens of "Once upon a time"
+
+
+def decoded(
+    costs: BlockCosts, max_tokens: int = 30, drafter: str | None = None, reach: float = math.inf,
+    proposers: tuple[str, ...] = (MODEL,), **settings,
+) -> str:  # fmt: skip
+    policy = Automatic(costs, proposers, reach=reach) if not settings and drafter is None else None
+    pair = mlxspec.load(drafter=drafter)
+    pair.lookup = mlxspec.PromptLookup() if LOOKUP in proposers else None
+    decoder = mlxspec.SpeculativeDecoder(pair, policy=policy, **settings)
     for _ in decoder.stream("Once upon a time", max_tokens=max_tokens):
         pass
     return statistics.summary(decoder)
@@ -30,31 +41,50 @@ def test_the_line_counts_tokens_per_pass_and_the_share_accepted_where_tokens_wer
     )
 
 
+SLOWER = r"a draft of length \d+ and its verification would take [\d.]+ times a plain pass here, for [\d.]+ tokens"
+OUTGROWN = "the text is longer than the drafter's context"
+BY_LOOKUP = SLOWER.replace("and its", "by prompt lookup and its")
+
+
 @pytest.mark.parametrize(
-    ("reason", "settings"),
+    ("reason", "costs", "settings"),
     [
+        (SLOWER, COSTLY_ROWS, {}),
+        (SLOWER, COSTLY_ROWS, {"max_tokens": 3}),
+        ("the answer is short", CHEAP_ROWS, {"max_tokens": 1}),
+        ("drafting is off", COSTLY_ROWS, {"drafter": "none"}),
+        ("drafting is off", COSTLY_ROWS, {"draft_length": 0}),
+        (OUTGROWN, CHEAP_ROWS, {"reach": 4}),
+        (OUTGROWN, CHEAP_ROWS, {"reach": 4, "max_tokens": 3}),
+        (SLOWER, COSTLY_ROWS, {"reach": PROMPT + LONGEST}),  # outgrown only after the first token
+        (f"{OUTGROWN}, and {BY_LOOKUP}", COSTLY_ROWS, {"reach": 4, "proposers": (MODEL, LOOKUP)}),
         (
-            r"a draft of length \d+ and its verification would take [\d.]+ times a plain pass here, for [\d.]+ tokens",
+            "starting to draft would have cost more than it saved",
+            replace(CHEAP_ROWS, draft_read=1e6),  # the prompt takes the draft model longer than all drafts save
             {},
         ),
-        ("the answer is short", {"max_tokens": 3}),
-        ("drafting is off", {"drafter": "none"}),
-        ("drafting is off", {"draft_length": 0}),
     ],
 )
-def test_the_line_says_why_nothing_was_drafted(reason, settings):
-    assert re.fullmatch(
-        rf"\d+ tokens, [\d.]+ tokens/s: nothing drafted, because {reason}", decoded(COSTLY_ROWS, **settings)
-    )
+def test_the_line_says_why_nothing_was_drafted(reason, costs, settings):
+    assert re.fullmatch(rf"\d+ tokens, [\d.]+ tokens/s: nothing drafted, because {reason}", decoded(costs, **settings))
 
 
-def test_the_line_says_that_the_text_is_too_long_for_a_drafter_with_a_fixed_draft_length():
+def test_the_line_says_so_if_a_draft_would_gain_too_little():
+    costs = BlockCosts({1: 1.0, 17: 17.0}, draft_once=-0.22)  # 1.8 tokens in 1.78 passes
+    assert "would take 1.78 times a plain pass here, for 1.80 tokens, too small a gain" in decoded(costs)
+
+
+@pytest.mark.parametrize(
+    ("context", "whose"),
+    [("drafter_context_length", OUTGROWN), ("context_length", "the target's context has no room for a draft of 16")],
+)
+def test_the_line_says_whose_context_is_too_short_for_a_fixed_draft_length(context, whose):
     pair = mlxspec.load()
-    pair.drafter_context_length = 4
-    decoder = mlxspec.SpeculativeDecoder(pair, draft_length=2)
-    for _ in decoder.stream("Once upon a time", max_tokens=30):
+    setattr(pair, context, PROMPT + 12)
+    decoder = mlxspec.SpeculativeDecoder(pair, draft_length=16)
+    for _ in decoder.stream("Once upon a time", max_tokens=12):
         pass
-    assert "nothing drafted, because the text is longer than the drafter's context" in statistics.summary(decoder)
+    assert f"nothing drafted, because {whose}" in statistics.summary(decoder)
 
 
 def test_the_line_names_the_package_that_is_missing_on_linux_only_if_a_drafter_could_use_it(monkeypatch):

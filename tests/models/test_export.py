@@ -11,9 +11,10 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import dequantize_model, load_model
 
 import mlxspec
+from mlxspec.models.checks import model_fingerprint
 from mlxspec.models.export import CardFacts, export, files_to_push, fitted_row
 from mlxspec.models.from_target import drafter_from_target
-from mlxspec.models.loading import DEMO
+from mlxspec.models.loading import DEMO, read_config
 from tests.models.test_old_layout import write_old_layout
 
 TOKENS = mx.array([[0, 5, 9, 300, 7]])
@@ -109,6 +110,38 @@ def test_a_shared_embedding_is_exported_only_with_the_target_that_has_it(tmp_pat
         export(folder, tmp_path / "wide")
     with pytest.raises(mlxspec.MlxspecError, match="width"):
         export(folder, tmp_path / "wide", target=DEMO / "drafter")
+
+
+def test_a_shared_embedding_is_not_taken_from_another_model_of_the_same_shape(tmp_path, small_drafter):
+    _, folder = small_drafter
+    right = model_fingerprint(DEMO / "target", read_config(DEMO / "target"))
+    (folder / "training.json").write_text(json.dumps({"inputs": {"target": right}}))
+    export(folder, tmp_path / "wide", target=DEMO / "target")
+
+    other = tmp_path / "other"
+    shutil.copytree(DEMO / "target", other)
+    weights = mx.load(str(other / "model.safetensors"))
+    mx.save_safetensors(
+        str(other / "model.safetensors"), {**weights, "model.norm.weight": weights["model.norm.weight"] * 2}
+    )
+    with pytest.raises(mlxspec.InvalidRequestError, match=r"trained for another model than .*other; name the target"):
+        export(folder, tmp_path / "again", target=other)
+
+    shutil.copytree(DEMO / "target", tmp_path / "tokens")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary["a"] = vocabulary["a"], vocabulary["!"]
+    (tmp_path / "tokens" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "training.json").unlink()
+    with pytest.raises(mlxspec.TokenizerMismatchError):
+        export(folder, tmp_path / "again", target=tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("record", ["{}", '{"inputs": 3}', '{"inputs": {"target": null}}'])
+def test_a_record_without_a_target_does_not_keep_a_drafter_from_being_exported(tmp_path, small_drafter, record):
+    _, folder = small_drafter
+    (folder / "training.json").write_text(record)
+    export(folder, tmp_path / "wide", target=DEMO / "target")
 
 
 @pytest.mark.parametrize("quantize", ["4", "mxfp4"])

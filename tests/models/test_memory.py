@@ -1,13 +1,18 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
 
 import mlxspec
 from mlxspec.models import memory
 from mlxspec.models.catalog import KNOWN_MODELS
-from mlxspec.models.loading import DEMO
+from mlxspec.models.loading import DEMO, read_model
+from mlxspec.models.quantizing import QUANTIZATIONS
+from tests.conftest import random_llama
+from tests.models.test_old_layout import write_old_layout
 
 LLAMA_2_7B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -38,20 +43,62 @@ def test_llama_2_7b_keeps_half_a_megabyte_a_token_in_16_bits(dtype, expected):
     assert memory.cache_bytes_per_token(old, dtype) == expected
 
 
-def test_16_bit_weights_count_double_where_they_become_float32(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    assert memory.weight_bytes(tmp_path, LLAMA_2_7B, mx.float16) == 1000
-    assert memory.weight_bytes(tmp_path, LLAMA_2_7B, mx.float32) == 2000
-    assert memory.weight_bytes(tmp_path, {**LLAMA_2_7B, "torch_dtype": "float32"}, mx.float32) == 1000
-    assert memory.weight_bytes(tmp_path, {**LLAMA_2_7B, "quantization": {}}, mx.float32) == 1000
+def held(model: nn.Module) -> int:
+    return sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+
+
+def mixed(path: str, module: nn.Module) -> bool | dict:
+    """8 bits for one layer, 4 for another, and none for the tables and the other layers."""
+    bits = {"model.layers.0.mlp.up_proj": 8, "model.layers.1.mlp.gate_proj": 4}.get(path)
+    return {"group_size": 32, "bits": bits} if bits else False
+
+
+@pytest.fixture(params=["unquantized", "half quantized", "quantized", "mxfp4"])
+def folder(request, tmp_path):
+    """A model in 16 bits, with a float32 weight."""
+    model = random_llama(vocab_size=64, hidden_size=64, intermediate_size=64)
+    model.set_dtype(mx.float16)
+    model.model.norm.weight = model.model.norm.weight.astype(mx.float32)
+    config = {**vars(model.args), "model_type": "llama"}
+    if request.param == "half quantized":
+        model, config = quantize_model(model, config, 64, 4, quant_predicate=lambda path, module: mixed(path, module))
+    elif request.param != "unquantized":
+        kind = QUANTIZATIONS["4" if request.param == "quantized" else request.param]
+        model, config = quantize_model(model, config, **kind)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("widen", [True, False])
+@pytest.mark.parametrize("dtype", [None, mx.float32, mx.float16])
+def test_the_weights_count_as_many_bytes_as_the_model_then_has(folder, dtype, widen, monkeypatch):
+    monkeypatch.setattr(memory, "has_fast_blas", lambda: True)
+    config = json.loads((folder / "config.json").read_text())
+    assert memory.weight_bytes(folder, config, dtype, widen) == held(read_model(folder, dtype, widen))
 
 
 @pytest.mark.parametrize("quantize", [None, "none"])
-def test_the_estimate_is_near_what_the_demo_takes(quantize):
+def test_the_estimate_is_what_the_demo_takes(quantize):
     config = json.loads((DEMO / "target" / "config.json").read_text())
     estimate = memory.weight_bytes(DEMO / "target", config, None, widen=quantize is None)
-    target = mlxspec.load(quantize=quantize).target
-    assert estimate == pytest.approx(sum(w.nbytes for _, w in tree_flatten(target.parameters())), rel=0.15)
+    assert estimate == held(mlxspec.load(quantize=quantize).target)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_estimate_is_what_a_model_in_the_old_layout_takes(tmp_path, stories_folder, quantized):
+    write_old_layout(stories_folder, tmp_path / "old", mx.float16, quantized=quantized)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    for widen in (True, False):
+        estimate = memory.weight_bytes(tmp_path / "old", config, None, widen)
+        assert estimate == held(read_model(tmp_path / "old", None, widen))
+
+
+def test_weights_that_only_torch_reads_count_as_their_files(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
+    assert memory.weight_bytes(tmp_path, LLAMA_2_7B, mx.float16) == 1000
+    assert memory.weight_bytes(tmp_path, LLAMA_2_7B, mx.float32) == 2000
+    assert memory.weight_bytes(tmp_path, {**LLAMA_2_7B, "torch_dtype": "float32"}, mx.float32) == 1000
 
 
 def test_the_table_of_short_names_is_whole(mlxspec_command):

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 from mlxspec import InvalidRequestError, ModelLoadError, SpeculativeDecoder, load
 from mlxspec.decoding.verification import RULES
@@ -14,7 +16,7 @@ from mlxspec.models.from_target import drafter_from_target
 from mlxspec.models.loading import DEMO, read_config
 from mlxspec.models.quantizing import dequantized
 from mlxspec.models.vocabulary import most_frequent
-from tests.conftest import decoded, plain_greedy
+from tests.conftest import decoded, plain_greedy, random_llama
 
 TOKENS = np.arange(0, 2048, 3)
 
@@ -138,3 +140,28 @@ def test_a_target_with_a_feature_that_a_drafter_lacks_is_refused_with_advice_tha
     config = {**read_config(DEMO / "target"), "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     with pytest.raises(InvalidRequestError, match=r"cannot be copied: .*rope_scaling.*; use a drafter with random"):
         drafter_from_target(target, config, [0])
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_nothing_done_to_a_drafter_changes_the_targets_embedding_that_it_shares(quantized):
+    target = random_llama(vocab_size=64, hidden_size=64)
+    drafter = drafter_from_target(target, vars(target.args), [0], share_embedding=True)
+    if quantized:
+        nn.quantize(target, group_size=64, bits=4, class_predicate=lambda _, module: isinstance(module, nn.Embedding))
+    target.set_dtype(mx.bfloat16)
+    embedding = target.model.embed_tokens
+    embedding.unfreeze()
+    before = dict(embedding)
+    mx.eval(target.parameters(), drafter.layers, drafter.lm_head)
+    memory = mx.get_active_memory()
+    drafter.share(embedding)
+    drafter.set_dtype(mx.float32)
+    drafter.update(tree_map(mx.zeros_like, drafter.trainable_parameters()))
+    mx.eval(drafter.model.embed_tokens.parameters())
+    assert mx.get_active_memory() < memory  # its own table is gone, and the target's is not copied
+    assert all(embedding[name] is array for name, array in before.items())
+    assert embedding.trainable_parameters()
+    assert not drafter.model.embed_tokens.trainable_parameters()
+    assert target(mx.array([[1]])).dtype == mx.bfloat16
+    assert (drafter.lm_head.weight.dtype, drafter(mx.array([[1]])).dtype) == (mx.float32, mx.float32)
+    assert mx.array_equal(drafter.model.embed_tokens(mx.array([5])), embedding(mx.array([5])))

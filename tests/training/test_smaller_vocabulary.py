@@ -6,14 +6,19 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlxspec.models.from_target import drafter_from_target
+from mlxspec.models.loading import DEMO, read_model
 from mlxspec.models.quantizing import rounded
 from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
+from mlxspec.training.estimate import step_seconds
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.stages import load_drafter, train
+from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
+from mlxspec.training.warm_start import WarmStart, warm_start
 from tests.conftest import random_llama
 
 V, TOKENS = 32, np.array([0, 2, 3, 7, 11, 12, 30, 31])
@@ -151,3 +156,24 @@ def test_fake_quantization_computes_with_rounded_weights_and_trains_the_exact_on
         changes = [np.abs(np.array(w) - before[name]).max() for name, w in tree_flatten(drafter.parameters())]
         assert max(changes) < 1e-3  # one small step from the exact weights, not from the rounded ones
     assert losses[bits] == pytest.approx(losses[None], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_and_its_trial_steps_keep_the_precision_of_a_quantized_embedding_that_is_shared(tmp_path, precision):
+    target = Target(str(DEMO / "target"))
+    target.model = read_model(DEMO / "target", mx.bfloat16)  # quantized, as on a GPU
+    start = WarmStart((0,), share_embedding=True)
+    settings = TrainingSettings(steps=1, batch=2, length=16, precision=precision)
+    drafter, _ = warm_start(target, start, None)
+    drafter.save(tmp_path / "start")
+    assert step_seconds(drafter, Loss("kld"), settings, target) > 0
+    with ShardWriter(tmp_path / "shards", target.vocab_size, target.tokenizer_fingerprint) as writer:
+        for row in np.random.default_rng(0).integers(0, target.vocab_size, (4, 17)):
+            writer.add(row, np.ones_like(row))
+        writer.finish()
+    drafter = load_drafter(tmp_path / "start", target)
+    train(target, drafter, [(TokenShards(tmp_path / "shards"), 1.0)], Loss("kld"), settings, tmp_path / "out")
+    assert hasattr(drafter.shared_table, "bits")
+    types = {weight.dtype for _, weight in tree_flatten(target.model.parameters())}
+    assert types == {mx.uint32, mx.bfloat16}
+    assert target.model(mx.array([[1]])).dtype == mx.bfloat16

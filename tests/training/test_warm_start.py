@@ -125,6 +125,29 @@ def test_a_wrong_start_is_one_line_before_anything_runs(recipe, mlxspec_command,
     assert not (recipe.with_suffix("") / "answers" / "tokens").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("layres = [0, -1]", 'drafter: there is no key "layres"; the nearest is "layers"'),
+        ("vocab_size = 200", 'drafter: there is no key "vocab_size"; the nearest is "vocabulary_size"'),
+        ("layers = [0]\nvocab_size = 200", 'drafter: there is no key "vocab_size"; the nearest is "vocabulary_size"'),
+        ("num_hiden_layers = 2", 'drafter: there is no key "num_hiden_layers"; the nearest is "num_hidden_layers"'),
+        (
+            "layers = [0]\nnum_attention_heads = 4",
+            'drafter: "num_attention_heads" is for random weights and "layers" for copied layers; remove one of them',
+        ),
+    ],
+)
+def test_a_misspelt_key_of_the_drafter_is_shown_with_the_nearest_key_of_both_forms(
+    recipe, mlxspec_command, keys, message
+):
+    recipe.write_text(f"{RECIPE.split('layers')[0]}{keys}\n[distill]{RECIPE.split('[distill]')[1]}")
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
 def test_a_start_that_needs_answers_needs_a_stage_that_makes_them(recipe, mlxspec_command):
     recipe.write_text(RECIPE.split("[distill]")[0] + '[pretrain]\ndata = ["small.toml"]\n')
     outcome = mlxspec_command("train", "run", str(recipe))
