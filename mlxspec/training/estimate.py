@@ -29,6 +29,7 @@ import numpy as np
 
 from mlxspec.errors import TrainingError
 from mlxspec.models.drafter import Drafter, DrafterConfig
+from mlxspec.models.eagle import Eagle
 from mlxspec.models.memory import device_limit, gigabytes
 from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import CHUNK_ARRAYS, chunk_rows
@@ -41,7 +42,7 @@ from mlxspec.training.corpus import (
     split_prompts,
 )
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import objective
+from mlxspec.training.objectives import AnyDrafter, objective_for, reads_of
 from mlxspec.training.responses import (
     AnswerSettings,
     DistillData,
@@ -123,7 +124,9 @@ def attention_scores(heads: int, length: int) -> int:
     return 2 * heads * length if mx.default_device().type == mx.cpu else 0
 
 
-def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingSettings) -> int:
+def step_bytes(
+    drafter: AnyDrafter, target: Target, loss: Loss, settings: TrainingSettings, draft_steps: int = 1
+) -> int:
     """Return the peak memory of a step in this process, in bytes.
 
     Args:
@@ -131,14 +134,31 @@ def step_bytes(drafter: Drafter, target: Target, loss: Loss, settings: TrainingS
         target: The target.
         loss: The loss. It decides whether the target runs.
         settings: The settings of the stage.
+        draft_steps: Draft steps that an EAGLE head is trained on.
 
     Returns:
         The number of bytes.
     """
     processes = mx.distributed.init().size()
+    config = drafter.config if isinstance(drafter, Drafter) else unrolled(drafter, draft_steps)
     if not loss.needs_target:
-        return training_bytes(drafter.config, settings, processes)
-    return training_bytes(drafter.config, settings, processes, target.weight_bytes, target.config)
+        return training_bytes(config, settings, processes)
+    return training_bytes(config, settings, processes, target.weight_bytes, target.config)
+
+
+def unrolled(head: Eagle, draft_steps: int) -> DrafterConfig:
+    """Return the shape of a drafter whose training takes about the memory of a head's: one layer for each draft step."""
+    args = head.args
+    return DrafterConfig(
+        args.vocab_size,
+        args.hidden_size,
+        args.intermediate_size,
+        draft_steps,
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        draft_vocab_size=head.draft_vocab_size,
+        shared_embedding=True,
+    )
 
 
 def check_fits(needed: int) -> None:
@@ -206,7 +226,8 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
         assert drafter
         mix = stage.data.mix if text_tokens else 0.0
         available = answer_tokens / (1 - mix)  # with the pretraining text that is mixed in
-        cost = estimate_training(name, drafter, stage.loss, stage.training, folder / name, target, available)
+        steps = stage.data.draft_steps
+        cost = estimate_training(name, drafter, stage.loss, stage.training, folder / name, target, available, steps)
         # For each token the ids and log-probabilities of the top k.
         stored = stage.data.teacher_top_k * (4 if target.vocab_size <= 2**16 else 6)
         cost = with_evaluations(cost, stage.training, evaluation)
@@ -229,7 +250,7 @@ def with_evaluations(cost: StageEstimate, settings: TrainingSettings, seconds: f
     return replace(cost, seconds=cost.seconds + seconds * math.ceil(settings.steps / settings.evaluate_every))
 
 
-def evaluation_seconds(recipe: "Recipe", drafter: Drafter, target: Target, scorer_factory: ScorerFactory) -> float:
+def evaluation_seconds(recipe: "Recipe", drafter: AnyDrafter, target: Target, scorer_factory: ScorerFactory) -> float:
     """Estimate the time of one evaluation from short trials on one prompt.
 
     The trials use the drafter before training. A trained drafter is usually faster, since more of its tokens are
@@ -322,12 +343,13 @@ def estimate_answers(
 
 def estimate_training(
     name: str,
-    drafter: Drafter,
+    drafter: AnyDrafter,
     loss: Loss,
     settings: TrainingSettings,
     folder: Path,
     target: Target,
     available: float,
+    draft_steps: int = 1,
 ) -> StageEstimate:
     """Estimate the cost of a training stage from a few of its steps.
 
@@ -339,6 +361,7 @@ def estimate_training(
         folder: The stage's folder.
         target: The target.
         available: Number of tokens in the training data.
+        draft_steps: Draft steps that an EAGLE head is trained on.
 
     Returns:
         The cost of the stage.
@@ -349,15 +372,17 @@ def estimate_training(
     positions = settings.batch * settings.length
     epochs = settings.steps * positions / max(available, 1)
     what = f"{loss.name}, {settings.steps} steps of {positions} positions, {epochs:.1f} epochs"
-    needed = step_bytes(drafter, target, loss, settings)
+    needed = step_bytes(drafter, target, loss, settings, draft_steps)
     if is_complete(folder):
         return StageEstimate(name, what, settings.steps * positions, needed, done=True)
     check_fits(needed)
-    seconds = step_seconds(drafter, loss, settings, target) * settings.steps
+    seconds = step_seconds(drafter, loss, settings, target, draft_steps) * settings.steps
     return StageEstimate(name, what, settings.steps * positions, needed, seconds=seconds)
 
 
-def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, target: Target) -> float:
+def step_seconds(
+    drafter: AnyDrafter, loss: Loss, settings: TrainingSettings, target: Target, draft_steps: int = 1
+) -> float:
     """Measure the time of a training step on random tokens.
 
     The measurement trains a copy of the drafter. The teacher is an online teacher.
@@ -367,6 +392,7 @@ def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, targe
         loss: The loss.
         settings: The settings of the stage.
         target: The target.
+        draft_steps: Draft steps that an EAGLE head is trained on.
 
     Returns:
         The time in seconds.
@@ -375,12 +401,13 @@ def step_seconds(drafter: Drafter, loss: Loss, settings: TrainingSettings, targe
     with tempfile.TemporaryDirectory() as scratch:
         random = np.random.default_rng(0)
         with ShardWriter(scratch, target.vocab_size, target.tokenizer_fingerprint) as writer:
-            for row in random.integers(0, drafter.config.vocab_size, (settings.batch, settings.length + 1)):
+            for row in random.integers(0, drafter.args.vocab_size, (settings.batch, settings.length + 1)):
                 writer.add(row, np.ones_like(row))
             writer.finish()
         batches = Batches([TokenShards(scratch)], [1.0], settings.length, settings.batch, 0)
-        teacher = OnlineTeacher(target.model) if loss.needs_target else None
-        trainer = Trainer(copy, objective(loss, teacher, settings.recompute), batches, settings, Path(scratch))
+        teacher = OnlineTeacher(target.model, None, reads_of(copy, target.model)) if loss.needs_target else None
+        goal = objective_for(copy, loss, teacher, settings.recompute, draft_steps)
+        trainer = Trainer(copy, goal, batches, settings, Path(scratch))
         seconds = trainer.time_step()
     mx.clear_cache()
     return seconds

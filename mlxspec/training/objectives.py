@@ -14,6 +14,8 @@ from mlxspec.training.documents import document_masks
 from mlxspec.training.losses import Loss
 from mlxspec.training.teachers import OnlineTeacher, Teacher
 
+AnyDrafter = Drafter | Eagle
+DRAFT_STEPS = 3  # on which an EAGLE head is trained
 STEP_DECAY = 0.8  # weight of a draft step relative to the one before
 
 
@@ -76,7 +78,22 @@ def head_weights(drafter: Drafter) -> mx.array:
     return drafter.model.embed_tokens.weight if drafter.config.tie_word_embeddings else drafter.lm_head.weight
 
 
-def eagle_objective(loss: Loss, teacher: OnlineTeacher, parts: Parts, draft_steps: int = 3) -> Objective:
+def objective_for(
+    drafter: AnyDrafter, loss: Loss, teacher: Teacher | None, recompute: bool = False, draft_steps: int = DRAFT_STEPS
+) -> Objective:
+    """Return the function that a step of this drafter minimizes. The arguments are those of the two kinds below."""
+    if not isinstance(drafter, Eagle):
+        return objective(loss, teacher, recompute)
+    assert isinstance(teacher, OnlineTeacher)
+    return eagle_objective(loss, teacher, draft_steps)
+
+
+def reads_of(drafter: AnyDrafter, target: Any) -> tuple[int, ...] | None:
+    """Return the numbers of the target's layers whose inputs a head reads, as ``OnlineTeacher`` takes them."""
+    return drafter.reads(len(target.layers)) if isinstance(drafter, Eagle) else None
+
+
+def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT_STEPS) -> Objective:
     """Return the function that a step of an EAGLE head minimizes.
 
     The head drafts from every position at once, as it does in decoding: in the first step it reads the target's hidden
@@ -85,7 +102,6 @@ def eagle_objective(loss: Loss, teacher: OnlineTeacher, parts: Parts, draft_step
     Args:
         loss: The loss at each position. It must need the target.
         teacher: Source of the target's probabilities and hidden states.
-        parts: The parts of the target.
         draft_steps: Number of draft steps γ.
 
     Returns:
@@ -94,6 +110,9 @@ def eagle_objective(loss: Loss, teacher: OnlineTeacher, parts: Parts, draft_step
 
     Source: Li et al., arXiv 2503.01840, section 3.2 ("training-time test").
     """
+
+    parts = teacher.parts
+    assert parts
 
     def weighted(head: Eagle, batch: Batch) -> tuple[mx.array, mx.array]:
         # Row t reads token t + 1 and predicts token t + 2. So the last row predicts nothing.

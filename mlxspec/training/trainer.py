@@ -21,8 +21,6 @@ from mlx.utils import tree_map
 
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
 from mlxspec.files import remove_leftovers
-from mlxspec.models.drafter import Drafter
-from mlxspec.models.eagle import Eagle
 from mlxspec.models.quantizing import DRAFTER_BITS, rounded
 from mlxspec.settings import option
 from mlxspec.training.batches import Batches
@@ -34,7 +32,7 @@ from mlxspec.training.checkpoint import (
     restore_weights,
     save_checkpoint,
 )
-from mlxspec.training.objectives import Batch, Objective
+from mlxspec.training.objectives import AnyDrafter, Batch, Objective
 from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
 from mlxspec.training.teachers import Teacher
 
@@ -152,7 +150,7 @@ class Trainer:
 
     def __init__(
         self,
-        drafter: Drafter | Eagle,
+        drafter: AnyDrafter,
         objective: Objective,
         batches: Batches,
         settings: TrainingSettings,

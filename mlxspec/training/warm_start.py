@@ -1,4 +1,4 @@
-"""Warm starts: drafters made from the layers of the target, or of another model with its tokenizer."""
+"""Warm starts: drafters made from the layers of the target, or of another model with its tokenizer; EAGLE heads."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -9,8 +9,9 @@ import numpy as np
 
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.drafter import Drafter
+from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle, fitting_parts
 from mlxspec.models.export import to_hugging_face
-from mlxspec.models.from_target import check_layers, drafter_from_target
+from mlxspec.models.from_target import check_layers, drafter_from_target, eagle_from_target
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_model, read_tokenizer
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.models.vocabulary import most_frequent
@@ -20,6 +21,7 @@ from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
 
 CALIBRATION_DOCUMENTS = 64
+HEAD_LAYOUTS = {"eagle": EAGLE3, "eagle-1": EAGLE1}
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,7 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
         )
     tokens = coverage = width = None
     if start.vocabulary_size:
-        counts = token_counts(answers, target.vocab_size)
-        tokens = most_frequent(counts, start.vocabulary_size, target.tokenizer.eos_token_ids)
-        coverage = float(counts[tokens].sum() / counts.sum()) if counts.sum() else None
+        tokens, coverage = frequent_tokens(target, start.vocabulary_size, answers)
     if start.hidden_size or start.intermediate_size:
         some = [ids for ids, _ in islice(answers.documents(), CALIBRATION_DOCUMENTS)] if answers else []
         calibrated: Any = source
@@ -117,6 +117,73 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
     if start.share_embedding:
         drafter.share(target.embedding)
     return drafter, coverage
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """An EAGLE head that starts from a layer of the target. Raises InvalidRequestError for a value outside its range."""
+
+    kind: str = option(
+        "eagle",
+        "eagle for a head in the layout of EAGLE-3, which reads three hidden states of the target. eagle-1 for the "
+        "layout of EAGLE-1, which reads the last one and has the vocabulary of the target.",
+        choices=tuple(HEAD_LAYOUTS),
+    )
+    layer: int = option(
+        -1, "Number of the target's layer to copy, counted from 0. A negative number counts from the last layer."
+    )
+    reads: tuple[int, ...] = option(
+        (), "Numbers of the three layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
+    )
+    vocabulary_size: int | None = option(
+        None,
+        "Number of tokens that the head can output: those that the target generates most often in the answers, and "
+        "those that end an answer. By default, all.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEAD_LAYOUTS:
+            raise InvalidRequestError(f"kind is {self.kind!r}; use one of {', '.join(HEAD_LAYOUTS)}")
+        if self.reads and len(self.reads) != 3:
+            raise InvalidRequestError(f"reads are {list(self.reads)}; use the numbers of three layers")
+        if self.kind == "eagle-1" and (self.reads or self.vocabulary_size):
+            raise InvalidRequestError(
+                "an eagle-1 head reads the last hidden state and has the target's vocabulary; leave out reads and "
+                "vocabulary_size, or use kind eagle"
+            )
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the target's answers decide a part of the head."""
+        return bool(self.vocabulary_size)
+
+
+def head_start(target: Target, start: HeadStart, answers: TokenShards | None) -> tuple[Eagle, float | None]:
+    """Return an EAGLE head with copied weights, in float32. The arguments and the result are those of ``warm_start``."""
+    tokens = coverage = None
+    if start.vocabulary_size:
+        tokens, coverage = frequent_tokens(target, start.vocabulary_size, answers)
+    source, config = read_lazily(target.folder)  # the layers that are not copied stay on disk
+    check_layers(source, [start.layer])
+    source.set_dtype(mx.float32)  # before dequantizing, or else the weights are rounded to the type of the scales
+    source, _ = to_hugging_face(source, config)
+    head = eagle_from_target(source, start.layer, start.reads or None, tokens, HEAD_LAYOUTS[start.kind])
+    head.set_dtype(mx.float32)
+    fitting_parts(head, target.model)
+    return head, coverage
+
+
+def frequent_tokens(target: Target, size: int, answers: TokenShards | None) -> tuple[np.ndarray, float | None]:
+    """Return the tokens of a smaller vocabulary [K], and their share of the answers' tokens.
+
+    Args:
+        target: The target.
+        size: Number of tokens K.
+        answers: The target's answers. Without them, the tokens are arbitrary and the share is None.
+    """
+    counts = token_counts(answers, target.vocab_size)
+    tokens = most_frequent(counts, size, target.tokenizer.eos_token_ids)
+    return tokens, float(counts[tokens].sum() / counts.sum()) if counts.sum() else None
 
 
 def token_counts(answers: TokenShards | None, vocab_size: int) -> np.ndarray:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from mlxspec.models.eagle import EAGLE1, EAGLE3
-from mlxspec.models.parts import parts_of
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import STEP_DECAY, Batch, eagle_objective
 from mlxspec.training.teachers import OnlineTeacher
@@ -45,7 +44,7 @@ def test_the_unrolled_loss_is_that_of_drafts_from_every_position(tmp_path, layou
     counted = mx.array([[1] * 8 + [0] + [1] * 4 + [0]])  # positions whose next token is of the same document
     batch = Batch(ids, documents, counted / 14, (), mx.array(1.0), mx.random.key(0))
     teacher = OnlineTeacher(model, True, head.reads(6))
-    value, rates = eagle_objective(Loss("tvd"), teacher, parts_of(model), STEPS)(head, batch)
+    value, rates = eagle_objective(Loss("tvd"), teacher, STEPS)(head, batch)
     both = [[sum(step) for step in expected_rates(head, model, text, tmp_path)] for text in (first, second)]
     expected = np.sum(both, axis=0)
     np.testing.assert_allclose(np.array(rates) * 14, expected, atol=1e-4)
