@@ -13,3 +13,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
         metadata: More for the command line, such as ``choices`` or ``key``, the name of the option.
     """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def key_of(field: Any) -> str:
+    """Return the name of a dataclass field in recipes and on the command line."""
+    return field.metadata.get("key", field.name)

@@ -16,12 +16,13 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.curves import can_draw, draw_curves, metrics_files
 from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
+from mlxspec.settings import key_of
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
 from mlxspec.training.corpus import BadLines
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
-from mlxspec.training.recipe import FinetuneData, Recipe, key_of
+from mlxspec.training.recipe import FinetuneData, Recipe
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
 from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
@@ -202,7 +203,10 @@ def pretrain(
     with Bars() as bars, locked_for_all(out):
         model = Target(target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
-        start = stages.load_drafter(drafter, model) if drafter else model.new_drafter(shape, settings.seed)
+        if drafter:
+            start = stages.load_drafter(drafter, model)
+        else:
+            start, _ = stages.start_drafter(model, shape, None, out / "start", settings.seed)
         evaluation = evaluation_on(model, prompts, settings)
         _, result = stages.train(model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain", evaluation)
     print_result(out / "pretrain" / "drafter", result, out / "pretrain")
@@ -242,7 +246,7 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
     shards = TokenShards(answers / "tokens", verify=True) if answers else None
     drafter, coverage = stages.start_drafter(Target(target), start, shards, out)
     if is_first_process():
-        click.echo(f"{out}: {stages.describe(drafter, coverage)}")
+        click.echo(f"{out / 'drafter'}: {stages.describe(drafter, coverage)}")
 
 
 @train.command(short_help="Train a drafter to match the target on the target's answers.")

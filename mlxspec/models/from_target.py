@@ -39,7 +39,7 @@ def drafter_from_target(
         width: The channels, heads and neurons to keep. None for all.
 
     Returns:
-        The drafter, in the precision of the model.
+        The drafter, in the precision of the model. Its weights are lazy.
 
     Raises:
         InvalidRequestError: The model is not a Llama or has no such layer, or two of the arguments exclude each other.
@@ -71,7 +71,6 @@ def drafter_from_target(
                 copied[f"model.layers.{number}.{name}"] = weight
     # Objects of their own over the same memory. mx.compile fails if two models hold the same object.
     drafter.load_weights([(name, mx.stop_gradient(weight)) for name, weight in copied.items()])
-    mx.eval(drafter.parameters())
     return drafter
 
 

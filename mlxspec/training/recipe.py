@@ -25,7 +25,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.models.drafter import Drafter
-from mlxspec.settings import option
+from mlxspec.settings import key_of, option
 from mlxspec.training import stages
 from mlxspec.training.corpus import corpus_files
 from mlxspec.training.estimate import check_fits, step_bytes
@@ -33,7 +33,6 @@ from mlxspec.training.losses import Loss
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
-from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
 from mlxspec.training.warm_start import WarmStart, warm_start
@@ -131,23 +130,21 @@ class Recipe:
         numbers = range(1, len(self.finetune) + 1)
         return ["finetune"] if len(self.finetune) == 1 else [f"finetune-{number}" for number in numbers]
 
-    def first_drafter(self, target: Target, answers: TokenShards | None = None, report: bool = False) -> Drafter:
-        """Return the drafter that the first training stage starts from.
+    @property
+    def seed(self) -> int:
+        """The random seed of a drafter with random weights: that of the first training stage."""
+        return self.trainings[0].seed if self.trainings else 0
 
-        Args:
-            target: The target.
-            answers: The target's answers. Without them, the values of a drafter that depends on them are arbitrary, and
-                only its shape is right.
-            report: Whether to report the size and the vocabulary of a warm start.
+    def first_drafter(self, target: Target) -> Drafter:
+        """Return a drafter of the shape that the first training stage starts from.
+
+        Its weights are lazy. Where they depend on the target's answers, their values are arbitrary.
         """
         if isinstance(self.drafter, str):
             return stages.load_drafter(self.drafter, target)
         if isinstance(self.drafter, DrafterShape):
-            return target.new_drafter(self.drafter, self.trainings[0].seed if self.trainings else 0)
-        drafter, coverage = warm_start(target, self.drafter, answers)
-        if report:
-            target.listener.stage("drafter", stages.describe(drafter, coverage))
-        return drafter
+            return target.new_drafter(self.drafter, self.seed)
+        return warm_start(target, self.drafter, None)[0]
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -242,15 +239,16 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
     evaluation = None
     if recipe.evaluates:
         evaluation = new_evaluation(recipe.evaluation, target, scorer_factory, recipe.distill)
-    check(recipe, folder, target, recipe.first_drafter(target) if recipe.trainings else None)
+    drafter = recipe.first_drafter(target) if recipe.trainings else None
+    check(recipe, folder, target, drafter)
     answers = text = None
     if recipe.distill:
         prompts, settings = recipe.distill
         answers = stages.distill(
             target, prompts.prompts, prompts.system, settings, folder / "answers", recipe.held_out_prompts
         )
-    first = "pretrain" if recipe.pretrain else next(iter(recipe.finetune_names), "")
-    drafter = recipe.first_drafter(target, answers, not is_complete(folder / first)) if recipe.trainings else None
+    if drafter and not isinstance(recipe.drafter, str):
+        drafter, _ = stages.start_drafter(target, recipe.drafter, answers, folder / "start", recipe.seed)
     if recipe.pretrain and drafter:
         data, training = recipe.pretrain
         text = stages.pretraining_shards(target, data.data, folder / "text")
@@ -360,11 +358,6 @@ def parse_settings(table: Any, where: str, *classes: type) -> list[Any]:
         return [cls(**given[cls]) for cls in classes]
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{where}: {error}") from None
-
-
-def key_of(field: Any) -> str:
-    """Return the name of a dataclass field in recipes and on the command line."""
-    return field.metadata.get("key", field.name)
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The three stages of training. Each is a function that writes its result to a folder.
+"""The stages of training. Each is a function that writes its result to a folder.
 
 A stage's folder records the inputs of the stage. Repeating a stage with the same inputs skips it if it is complete and
 resumes it if it is not. A stage with other inputs is refused.
@@ -6,9 +6,10 @@ resumes it if it is not. A stage with other inputs is refused.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -19,6 +20,7 @@ from mlxspec.models.drafter import Drafter
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
 from mlxspec.models.quantizing import COPIED, check_divisible
 from mlxspec.models.tokens import check_same_tokens
+from mlxspec.settings import key_of
 from mlxspec.training.batches import Batches
 from mlxspec.training.checkpoint import last_step
 from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
@@ -44,7 +46,7 @@ from mlxspec.training.run_folder import (
 )
 from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
-from mlxspec.training.target import Target
+from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
 from mlxspec.training.warm_start import WarmStart, warm_start
@@ -220,8 +222,7 @@ def train(
     out = folder / "drafter"
     with locked_for_all(folder):
         if not start_stage(folder, inputs, CHANGEABLE):
-            embedding = target.embedding if drafter.config.shared_embedding else None
-            return Drafter.load(out, embedding=embedding), read_json(folder / "stage.json")["result"]
+            return read_drafter(out, target), read_json(folder / "stage.json")["result"]
         what = f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
         if done := last_step(folder):
             what += f", continued after step {done} with the learning rate of a run of {settings.steps} steps"
@@ -253,10 +254,7 @@ def train(
         )
         result = trainer.run()
         if is_first_process():
-            with replacing(out) as aside:
-                drafter.save(aside)
-                copy_tokenizer(target.folder, aside)
-                write_json(aside / "training.json", {"inputs": inputs, "result": result})
+            write_drafter(drafter, out, target, inputs, result)
         complete_stage(folder, result)
         return drafter, result
 
@@ -355,38 +353,72 @@ def weights_fingerprint(drafter: Drafter) -> str:
     return fingerprint(repr(drafter.config), *parts)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a model's tokenizer files into a folder."""
-    for name in (*COPIED, *TOKENIZER_FILES):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
 def start_drafter(
-    target: Target, start: WarmStart, answers: TokenShards | None, out: Path
+    target: Target, start: WarmStart | DrafterShape, answers: TokenShards | None, folder: Path, seed: int = 0
 ) -> tuple[Drafter, float | None]:
-    """Write a drafter with copied weights to a folder.
+    """Make the drafter that training starts from, and write it to ``folder/drafter``.
 
     Args:
         target: The target.
-        start: Which weights to copy.
+        start: Which weights to copy, or the shape of a drafter with random weights.
         answers: The target's answers. None if ``start`` does not need them.
-        out: The folder to write.
+        folder: The stage's folder.
+        seed: Seed of random weights.
 
     Returns:
         The drafter, and the share of the answers' tokens that it can output. None if that was not counted.
 
     Raises:
-        MlxspecError: The weights cannot be copied, or the folder cannot be written.
+        MlxspecError: The weights cannot be copied, or the folder was created with other inputs.
     """
     if answers:
         check_tokenizer(answers.index, target, answers.folder)
-    with locked_for_all(out), replacing(out) as aside:
-        aside.mkdir()
-        drafter, coverage = warm_start(target, start, answers)
+    inputs: dict[str, Any] = {key_of(field): getattr(start, field.name) for field in fields(start)}
+    inputs["tokenizer"] = target.tokenizer_fingerprint
+    if isinstance(start, WarmStart):
+        inputs["from"] = Target(start.source).fingerprint if start.source else None
+        inputs["target"] = target.fingerprint
+        inputs["answers"] = answers.fingerprint if answers and start.needs_answers else None
+    else:
+        inputs |= {"vocab_size": target.vocab_size, "context": target.context, "seed": seed}
+    out = folder / "drafter"
+    with locked_for_all(folder):
+        if start_stage(folder, inputs):
+            result = {}
+            if is_first_process():
+                if isinstance(start, WarmStart):
+                    drafter, coverage = warm_start(target, start, answers)
+                else:
+                    drafter, coverage = target.new_drafter(start, seed), None
+                result = {} if coverage is None else {"coverage": coverage}
+                write_drafter(drafter, out, target, inputs, result)
+                target.listener.stage(folder.name, describe(drafter, coverage))
+            complete_stage(folder, result)
+        return read_drafter(out, target), read_json(folder / "stage.json")["result"].get("coverage")
+
+
+def write_drafter(drafter: Drafter, out: Path, target: Target, inputs: dict[str, Any], result: Metrics) -> None:
+    """Write a stage's drafter with its tokenizer and the record ``training.json``.
+
+    Args:
+        drafter: The drafter.
+        out: The folder to write.
+        target: The target, for its tokenizer.
+        inputs: The inputs of the stage.
+        result: The result of the stage.
+    """
+    with replacing(out) as aside:
         drafter.save(aside)
-        copy_tokenizer(target.folder, aside)
-    return drafter, coverage
+        for name in (*COPIED, *TOKENIZER_FILES):
+            if (target.folder / name).exists():
+                shutil.copyfile(target.folder / name, aside / name)
+        write_json(aside / "training.json", {"inputs": inputs, "result": result})
+
+
+def read_drafter(folder: Path, target: Target) -> Drafter:
+    """Return a drafter that was made for this target, in float32. Raises MlxspecError if it cannot be read."""
+    shared = read_config(folder).get("shared_embedding")  # else the target need not be loaded
+    return Drafter.load(folder, mx.float32, target.embedding if shared else None)
 
 
 def describe(drafter: Drafter, coverage: float | None) -> str:
@@ -406,10 +438,8 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         MlxspecError: The drafter cannot be read, is quantized, or has another tokenizer than the target.
     """
     folder = model_folder(name)
-    config = read_config(folder)
-    if "quantization" in config:
+    if "quantization" in read_config(folder):
         raise InvalidRequestError(f"{folder} is quantized and cannot be trained; start from the unquantized drafter")
     if any((folder / file).exists() for file in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
-    embedding = target.embedding if config.get("shared_embedding") else None  # else the target need not be loaded
-    return Drafter.load(folder, mx.float32, embedding)
+    return read_drafter(folder, target)

@@ -19,6 +19,11 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts(tmp_path, mlxsp
     assert made.status == 0, made.err
     assert "% of the answers' tokens are in its vocabulary" in made.out
     small = ("--steps", "2", "--batch", "2", "--length", "32", "--loss", "kld")
+    repeated = mlxspec_command("train", "init", "--target", TARGET, *layers, "--share-embedding", "--out", start)
+    assert (repeated.status, repeated.out, repeated.err) == (0, made.out, "")
+    other = mlxspec_command("train", "init", "--target", TARGET, "--layers", "0", "--out", start)
+    assert "start was created with answers = " in other.err
+    start = f"{start}/drafter"
     command = ("train", "finetune", "--target", TARGET, "--drafter", start, "--answers", answers, "--out", trained)
     assert mlxspec_command(*command, *small).status == 0
     again = mlxspec_command(*command, *small)  # complete: the drafter is read with the target's embedding
@@ -43,9 +48,9 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts(tmp_path, mlxsp
         (("--layers", "0", "--vocabulary-size", "64", "--answers", "nowhere"), "nowhere"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_leave_nothing(tmp_path, mlxspec_command, options, message):
+def test_wrong_arguments_are_one_line_and_leave_no_drafter(tmp_path, mlxspec_command, options, message):
     outcome = mlxspec_command("train", "init", "--target", TARGET, *options, "--out", str(tmp_path / "out"))
     assert outcome.status == 2
     assert len(outcome.err.strip().splitlines()[-1]) < 300
     assert re.search(message, outcome.err)
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("model.safetensors"))

@@ -18,8 +18,9 @@ from mlx_lm.utils import load_model
 
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
+from mlxspec.settings import key_of
 from mlxspec.training.corpus import split_prompts
-from mlxspec.training.recipe import TABLES, Recipe, key_of
+from mlxspec.training.recipe import TABLES, Recipe
 from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
@@ -93,7 +94,7 @@ def test_three_stages_make_a_drafter_that_serves_and_a_second_run_skips_them(rec
     first = mlxspec_command("train", "run", str(recipe))
     assert first.status == 0
     stages = [line.split(":")[0] for line in first.err.splitlines()]
-    assert stages == ["answers", "text", "pretrain", "finetune-1", "finetune-2"]
+    assert stages == ["answers", "start", "text", "pretrain", "finetune-1", "finetune-2"]
     drafter = recipe.with_suffix("") / "finetune-2" / "drafter"
     assert first.out.startswith(f"{drafter}, block efficiency ")
     load_model(drafter)  # mlx-lm reads it as it is

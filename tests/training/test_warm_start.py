@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlxspec import Drafter
+from mlxspec.files import read_json
 from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe, included_recipes
 from mlxspec.training.target import Target
@@ -80,6 +82,65 @@ def test_a_recipe_copies_layers_and_chooses_the_vocabulary_from_the_answers(reci
         "--draft-length", "2", "--max-tokens", "20", "A dog",
     )  # fmt: skip
     assert served.status == 0, served.err
+
+
+WARM = ("layers = [0, -1]", "vocabulary_size = 200", "share_embedding = true")
+RANDOM = ("hidden_size = 16", "intermediate_size = 32", "num_hidden_layers = 1", "num_attention_heads = 2")
+STARTS = {
+    "shared": WARM,
+    "narrow": ("layers = [0, -1]", "hidden_size = 192", "intermediate_size = 320"),
+    "random": RANDOM,
+}
+
+
+def with_drafter(*keys):
+    """The recipe with other keys in [drafter], and one finetuning stage."""
+    parts = re.split(r"(?=^\[)", RECIPE, flags=re.M)
+    return "".join([parts[0], "[drafter]\n", "\n".join(keys), "\n\n", parts[2], parts[3]])
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_start_is_made_once_and_a_run_from_before_it_was_a_stage_goes_on(
+    recipe, mlxspec_command, monkeypatch, start
+):
+    recipe.write_text(with_drafter(*STARTS[start]))
+    first = mlxspec_command("train", "run", str(recipe))
+    assert first.status == 0, first.err
+    assert [line.split(":")[0] for line in first.err.splitlines()] == ["answers", "start", "finetune"]
+    folder = recipe.with_suffix("") / "start"
+    assert read_json(folder / "stage.json")["result"].keys() == ({"coverage"} if start == "shared" else set())
+    assert read_json(folder / "drafter" / "training.json")["inputs"] == read_json(folder / "stage.json")["inputs"]
+
+    shutil.rmtree(folder)
+    again = mlxspec_command("train", "run", str(recipe))
+    assert (again.status, again.out) == (0, first.out)
+    assert [line.split(":")[0] for line in again.err.splitlines()] == ["start"]
+
+    monkeypatch.setattr("mlxspec.training.stages.warm_start", lambda *_: pytest.fail("made again"))
+    complete = mlxspec_command("train", "run", str(recipe))
+    assert (complete.status, complete.out, complete.err) == (0, first.out, "")
+
+
+@pytest.mark.parametrize(
+    ("keys", "old", "new", "change"),
+    [
+        (WARM, "[0, -1]", "[0]", "layers = [0, -1], but this run has layers = [0]"),
+        (WARM, "200", "100", "vocabulary_size = 200, but this run has vocabulary_size = 100"),
+        (WARM, "true", f'true\nfrom = "{DEMO / "target"}"', "from = None, but this run has from = "),
+        (RANDOM, "hidden_size = 16", "hidden_size = 32", "hidden_size = 16, but this run has hidden_size = 32"),
+    ],
+)
+def test_a_changed_key_of_the_drafter_is_named_with_its_old_and_new_value(
+    recipe, mlxspec_command, keys, old, new, change
+):
+    text = with_drafter(*keys)
+    recipe.write_text(text)
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    recipe.write_text(text.replace(old, new, 1))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert f"start was created with {change}" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
 
 
 def test_layers_of_another_drafter_can_be_copied_and_its_vocabulary_stays(recipe, mlxspec_command, tmp_path):
