@@ -37,10 +37,10 @@ from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
 from mlxspec.training.documents import document_masks
+from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, Objective, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.stages import load_drafter
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings

@@ -20,6 +20,7 @@ from mlxspec.settings import key_of
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
 from mlxspec.training.corpus import BadLines
+from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe
@@ -204,7 +205,7 @@ def pretrain(
         model = Target(target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
         if drafter:
-            start = stages.load_drafter(drafter, model)
+            start = load_drafter(drafter, model)
         else:
             start, _ = stages.start_drafter(model, shape, None, out / "start", settings.seed)
         evaluation = evaluation_on(model, prompts, settings)
@@ -246,7 +247,7 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
     shards = TokenShards(answers / "tokens", verify=True) if answers else None
     drafter, coverage = stages.start_drafter(Target(target), start, shards, out)
     if is_first_process():
-        click.echo(f"{out / 'drafter'}: {stages.describe(drafter, coverage)}")
+        click.echo(f"{out / 'drafter'}: {describe(drafter, coverage)}")
 
 
 @train.command(short_help="Train a drafter to match the target on the target's answers.")
@@ -273,8 +274,10 @@ def finetune(
         if text:
             sources = [(sources[0][0], 1 - data.mix), (TokenShards(text / "tokens", verify=True), data.mix)]
         evaluation = evaluation_on(model, prompts, settings)
-        start = stages.load_drafter(drafter, model)
-        _, result = stages.train(model, start, sources, loss, settings, out, evaluation, data.teacher_top_k)
+        start = load_drafter(drafter, model)
+        _, result = stages.train(
+            model, start, sources, loss, settings, out, evaluation, data.teacher_top_k, data.draft_steps
+        )
     print_result(out / "drafter", result, out)
 
 

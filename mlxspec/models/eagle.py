@@ -116,7 +116,7 @@ class Eagle(nn.Module):
     @property
     def output_tokens(self) -> mx.array | None:
         """The token of each row of the output head, [K] int32. None if it has a row for every token."""
-        return mx.arange(self.draft_vocab_size) + self.d2t if self.draft_vocab_size else None
+        return mx.arange(self.draft_vocab_size) + self.d2t.astype(mx.int32) if self.draft_vocab_size else None
 
     def reads(self, layer_count: int) -> tuple[int, ...]:
         """Return the numbers of the target's layers whose inputs the head reads. None of them for EAGLE-1.
@@ -169,6 +169,11 @@ class Eagle(nn.Module):
             return logits
         every = mx.full((*logits.shape[:-1], self.args.vocab_size), -mx.inf, logits.dtype)
         return mx.put_along_axis(every, mx.broadcast_to(self.output_tokens, logits.shape), logits, axis=-1)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights."""
+        return sum(weight.size for weight in dict(tree_flatten(self.trainable_parameters())).values())
 
     @property
     def config(self) -> dict[str, Any]:

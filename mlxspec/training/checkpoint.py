@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
 from mlxspec.files import load_arrays, read_json, remove_leftovers, replacing, write_json
+from mlxspec.models.eagle import NOT_READ
 
 KEPT = 2  # number of checkpoints that are not deleted
 
@@ -88,7 +89,8 @@ def restore_weights(model: nn.Module, file: Path) -> None:
     weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
     for name in dict(tree_flatten(model.trainable_parameters())):
         del weights[name]
-    model.load_weights(list({**weights, **load_arrays(file)}.items()))
+    stored = {name: weight for name, weight in load_arrays(file).items() if name not in NOT_READ}
+    model.load_weights(list({**weights, **stored}.items()))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def step_bytes(
 
 
 def unrolled(head: Eagle, draft_steps: int) -> DrafterConfig:
-    """Return the shape of a drafter whose training takes about the memory of a head's: one layer for each draft step."""
+    """Return the shape of a drafter whose training takes about as much memory: a layer for each draft step."""
     args = head.args
     return DrafterConfig(
         args.vocab_size,

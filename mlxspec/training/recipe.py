@@ -24,19 +24,21 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.models.drafter import Drafter
 from mlxspec.settings import key_of, option
 from mlxspec.training import stages
 from mlxspec.training.corpus import corpus_files
+from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
+from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
-from mlxspec.training.warm_start import WarmStart, warm_start
+from mlxspec.training.warm_start import HeadStart, WarmStart, warm_start
 
+LONGEST_UNROLL = 8  # draft steps; the graph of a training step grows with their number
 TEXT_SHARE = 0.1  # share of pretraining text in finetuning, the 9:1 of Goel et al.
 
 
@@ -59,7 +61,13 @@ class FinetuneData:
         "probability is divided in proportion to the drafter's. 0 stores none.",
     )
 
+    draft_steps: int = option(
+        DRAFT_STEPS, "For an EAGLE head: number of tokens that it drafts from each position in training."
+    )
+
     def __post_init__(self) -> None:
+        if not 1 <= self.draft_steps <= LONGEST_UNROLL:
+            raise InvalidRequestError(f"draft_steps is {self.draft_steps}; use 1 to {LONGEST_UNROLL}")
         if not 0 <= self.mix < 1:
             raise InvalidRequestError(f"mix is {self.mix}; use a number in [0, 1)")
         if self.teacher_top_k < 0:
@@ -79,6 +87,7 @@ class Finetune:
 TABLES: dict[str, tuple[type, ...]] = {
     "drafter": (DrafterShape,),
     "drafter with layers": (WarmStart,),
+    "drafter with kind": (HeadStart,),
     "pretrain": (PretrainData, TrainingSettings),
     "distill": (DistillData, AnswerSettings),
     "finetune": (FinetuneData, Loss, TrainingSettings),
@@ -101,7 +110,7 @@ class Recipe:
     """
 
     target: str
-    drafter: DrafterShape | WarmStart | str
+    drafter: DrafterShape | WarmStart | HeadStart | str
     pretrain: tuple[PretrainData, TrainingSettings] | None
     distill: tuple[DistillData, AnswerSettings] | None
     finetune: list[Finetune]
@@ -135,13 +144,13 @@ class Recipe:
         """The random seed of a drafter with random weights: that of the first training stage."""
         return self.trainings[0].seed if self.trainings else 0
 
-    def first_drafter(self, target: Target) -> Drafter:
+    def first_drafter(self, target: Target) -> AnyDrafter:
         """Return a drafter of the shape that the first training stage starts from.
 
         Its weights are lazy. Where they depend on the target's answers, their values are arbitrary.
         """
         if isinstance(self.drafter, str):
-            return stages.load_drafter(self.drafter, target)
+            return load_drafter(self.drafter, target)
         if isinstance(self.drafter, DrafterShape):
             return target.new_drafter(self.drafter, self.seed)
         return warm_start(target, self.drafter, None)[0]
@@ -195,7 +204,7 @@ class Recipe:
             raise TrainingError(f"{path} has no stage; add a [pretrain], [distill] or [[finetune]] table")
         if finetunes and not distill:
             raise TrainingError(f"{path}: finetune needs the target's answers; add a [distill] table")
-        if isinstance(drafter, WarmStart) and drafter.needs_answers and not distill:
+        if isinstance(drafter, WarmStart | HeadStart) and drafter.needs_answers and not distill:
             raise TrainingError(
                 f"{path}: the smaller vocabulary or width of the drafter needs the target's answers; add a [distill] "
                 "table"
@@ -265,13 +274,21 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
         stage_folder = folder / name
         scored = evaluation if stage.training.evaluate_every else None
         drafter, result = stages.train(
-            target, drafter, sources, stage.loss, stage.training, stage_folder, scored, stage.data.teacher_top_k
+            target,
+            drafter,
+            sources,
+            stage.loss,
+            stage.training,
+            stage_folder,
+            scored,
+            stage.data.teacher_top_k,
+            stage.data.draft_steps,
         )
         made = stage_folder / "drafter"
     return made, result
 
 
-def check(recipe: Recipe, folder: Path, target: Target, drafter: Drafter | None) -> None:
+def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | None) -> None:
     """Check all stages of a recipe before the first one runs.
 
     Args:
@@ -290,14 +307,12 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: Drafter | None)
         corpus_files(data.prompts)
         if not is_complete(folder / "answers"):
             stages.distillation_groups(target, data.prompts, data.system, answers, recipe.held_out_prompts)
-    trainings = [("pretrain", Loss("ce"), recipe.pretrain[1], 0)] if recipe.pretrain else []
-    for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
-        trainings.append((name, stage.loss, stage.training, stage.data.teacher_top_k))
-    for name, loss, training, top_k in trainings:
+    trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), recipe.pretrain[1]))] if recipe.pretrain else []
+    for name, stage in [*trainings, *zip(recipe.finetune_names, recipe.finetune, strict=True)]:
         assert drafter
-        stages.check_training(target, drafter, loss, training, top_k)
+        stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)
         if not is_complete(folder / name):
-            check_fits(step_bytes(drafter, target, loss, training))
+            check_fits(step_bytes(drafter, target, stage.loss, stage.training, stage.data.draft_steps))
 
 
 def included_recipes() -> dict[str, Path]:
@@ -305,8 +320,10 @@ def included_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 
 
-def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStart:
-    """Read the table of the drafter. A key that only a warm start has, such as ``layers``, makes it one.
+def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStart | HeadStart:
+    """Read the table of the drafter.
+
+    The key ``kind`` makes it an EAGLE head. A key that only a warm start has, such as ``layers``, makes it one.
 
     Args:
         table: The table.
@@ -318,8 +335,15 @@ def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStar
         InvalidRequestError: A value is outside its range.
     """
     if isinstance(table, dict):
-        shape_keys, warm_keys = ([key_of(field) for field in fields(cls)] for cls in (DrafterShape, WarmStart))
-        check_keys(table, [*shape_keys, *warm_keys], where)
+        shape_keys, warm_keys, head_keys = (
+            [key_of(field) for field in fields(cls)] for cls in (DrafterShape, WarmStart, HeadStart)
+        )
+        check_keys(table, [*shape_keys, *warm_keys, *head_keys], where)
+        if "kind" in table:
+            if other := next((key for key in table if key not in head_keys), None):
+                raise TrainingError(f'{where}: "{other}" is not a key of an EAGLE head; remove it, or "kind"')
+            (head,) = parse_settings(table, where, HeadStart)
+            return head
         if warm := [key for key in table if key not in shape_keys]:
             if other := next((key for key in table if key not in warm_keys), None):
                 raise TrainingError(

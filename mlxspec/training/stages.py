@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import fingerprint, fingerprint_files, read_json, replacing, write_json
-from mlxspec.models.drafter import Drafter
-from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_tokenizer
-from mlxspec.models.quantizing import COPIED, check_divisible
-from mlxspec.models.tokens import check_same_tokens
+from mlxspec.files import fingerprint_files, read_json
+from mlxspec.models.eagle import Eagle, fitting_parts
+from mlxspec.models.quantizing import check_divisible
 from mlxspec.settings import key_of
 from mlxspec.training.batches import Batches
 from mlxspec.training.checkpoint import last_step
 from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
 from mlxspec.training.documents import keeps_documents_apart
+from mlxspec.training.drafter_folders import describe, read_drafter, weights_fingerprint, write_drafter
 from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import objective
+from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter, objective_for, reads_of
 from mlxspec.training.responses import (
     AnswerSettings,
     Group,
@@ -49,7 +47,7 @@ from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
-from mlxspec.training.warm_start import WarmStart, warm_start
+from mlxspec.training.warm_start import HeadStart, WarmStart, warm_start
 
 NOT_INPUTS = ("checkpoint_every", "log_every", "recompute")  # settings that do not change the result
 # Inputs that may change while a stage is unfinished, for a run that diverged or ran out of memory.
@@ -176,14 +174,15 @@ def distillation_groups(
 
 def train(
     target: Target,
-    drafter: Drafter,
+    drafter: AnyDrafter,
     sources: Sequence[tuple[TokenShards, float]],
     loss: Loss,
     settings: TrainingSettings,
     folder: Path,
     evaluation: Evaluation | None = None,
     teacher_top_k: int = 0,
-) -> tuple[Drafter, Metrics]:
+    draft_steps: int = DRAFT_STEPS,
+) -> tuple[AnyDrafter, Metrics]:
     """Train a drafter and write it to ``folder/drafter``.
 
     Args:
@@ -196,6 +195,7 @@ def train(
         evaluation: How to score the drafter, to keep the best one. None to keep the last one.
         teacher_top_k: Number of the target's most likely tokens to store next to the shards and train on. 0 to run the
             target in every step.
+        draft_steps: Number of tokens that an EAGLE head drafts from each position.
 
     Returns:
         The trained drafter and its scores.
@@ -215,6 +215,7 @@ def train(
         "target": target.fingerprint if loss.needs_target or evaluation else None,
         "evaluation": evaluation.inputs if evaluation else None,
         "teacher_top_k": teacher_top_k,
+        **({"draft_steps": draft_steps} if isinstance(drafter, Eagle) else {}),
         "rows": "documents apart",
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
@@ -239,11 +240,11 @@ def train(
             settings.seed,
             single,
         )
-        teacher = new_teacher(target, batches, settings, teacher_top_k) if loss.needs_target else None
-        check_fits(step_bytes(drafter, target, loss, settings))
+        teacher = new_teacher(target, drafter, batches, settings, teacher_top_k) if loss.needs_target else None
+        check_fits(step_bytes(drafter, target, loss, settings, draft_steps))
         trainer = Trainer(
             drafter,
-            objective(loss, teacher, settings.recompute),
+            objective_for(drafter, loss, teacher, settings.recompute, draft_steps),
             batches,
             settings,
             folder,
@@ -259,7 +260,7 @@ def train(
         return drafter, result
 
 
-def check_training(target: Target, drafter: Drafter, loss: Loss, settings: TrainingSettings, top_k: int) -> None:
+def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: TrainingSettings, top_k: int) -> None:
     """Check that a stage can train a drafter, whatever its data are.
 
     Args:
@@ -272,11 +273,19 @@ def check_training(target: Target, drafter: Drafter, loss: Loss, settings: Train
     Raises:
         MlxspecError: The drafter has another vocabulary than the target, or the settings contradict each other.
     """
-    if drafter.config.vocab_size != target.vocab_size:
+    if drafter.args.vocab_size != target.vocab_size:
         raise TrainingError(
-            f"the drafter has a vocabulary of {drafter.config.vocab_size} but {target.name} has {target.vocab_size}; "
+            f"the drafter has a vocabulary of {drafter.args.vocab_size} but {target.name} has {target.vocab_size}; "
             "start from a drafter made for this target"
         )
+    if isinstance(drafter, Eagle):
+        fitting_parts(drafter, target.model)
+        if not loss.needs_target or top_k:
+            given = f"teacher_top_k {top_k}" if top_k else f"loss {loss.name}"
+            raise InvalidRequestError(
+                f"an EAGLE head reads the target's hidden states in every step, so it cannot be trained with {given}; "
+                "use teacher_top_k 0 and a loss such as kld or tvd++, and no pretraining"
+            )
     if top_k and loss.needs_target:
         check_top_k(top_k, target.vocab_size)
     if settings.fake_quantize:
@@ -309,11 +318,14 @@ def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
         )
 
 
-def new_teacher(target: Target, batches: Batches, settings: TrainingSettings, top_k: int) -> Teacher:
+def new_teacher(
+    target: Target, drafter: AnyDrafter, batches: Batches, settings: TrainingSettings, top_k: int
+) -> Teacher:
     """Create the teacher of a training stage.
 
     Args:
         target: The target.
+        drafter: The drafter. An EAGLE head reads the target's hidden states.
         batches: The batches to be trained on.
         settings: The settings. A cached teacher uses the first temperature.
         top_k: Number of tokens that a cached teacher stores. 0 for an online teacher.
@@ -323,7 +335,7 @@ def new_teacher(target: Target, batches: Batches, settings: TrainingSettings, to
     """
     apart = not batches.single  # all processes agree on it
     if not top_k:
-        return OnlineTeacher(target.model, apart)
+        return OnlineTeacher(target.model, apart, reads_of(drafter, target.model))
     temperature = settings.temperatures[0]
     return CachedTeacher(target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart)
 
@@ -346,16 +358,13 @@ def check_tokenizer(index: Index, target: Target, folder: Path) -> None:
         )
 
 
-def weights_fingerprint(drafter: Drafter) -> str:
-    """Return a fingerprint of a drafter's shape and weights."""
-    weights = sorted(dict(tree_flatten(drafter.parameters())).items())
-    parts = (memoryview(weight.astype(mx.float32).flatten()) for _, weight in weights)
-    return fingerprint(repr(drafter.config), *parts)
-
-
 def start_drafter(
-    target: Target, start: WarmStart | DrafterShape, answers: TokenShards | None, folder: Path, seed: int = 0
-) -> tuple[Drafter, float | None]:
+    target: Target,
+    start: WarmStart | HeadStart | DrafterShape,
+    answers: TokenShards | None,
+    folder: Path,
+    seed: int = 0,
+) -> tuple[AnyDrafter, float | None]:
     """Make the drafter that training starts from, and write it to ``folder/drafter``.
 
     Args:
@@ -375,8 +384,9 @@ def start_drafter(
         check_tokenizer(answers.index, target, answers.folder)
     inputs: dict[str, Any] = {key_of(field): getattr(start, field.name) for field in fields(start)}
     inputs["tokenizer"] = target.tokenizer_fingerprint
-    if isinstance(start, WarmStart):
-        inputs["from"] = Target(start.source).fingerprint if start.source else None
+    if isinstance(start, WarmStart) and start.source:
+        inputs["from"] = Target(start.source).fingerprint
+    if not isinstance(start, DrafterShape):
         inputs["target"] = target.fingerprint
         inputs["answers"] = answers.fingerprint if answers and start.needs_answers else None
     else:
@@ -386,60 +396,13 @@ def start_drafter(
         if start_stage(folder, inputs):
             result = {}
             if is_first_process():
-                if isinstance(start, WarmStart):
-                    drafter, coverage = warm_start(target, start, answers)
-                else:
+                drafter: AnyDrafter
+                if isinstance(start, DrafterShape):
                     drafter, coverage = target.new_drafter(start, seed), None
+                else:
+                    drafter, coverage = warm_start(target, start, answers)
                 result = {} if coverage is None else {"coverage": coverage}
                 write_drafter(drafter, out, target, inputs, result)
                 target.listener.stage(folder.name, describe(drafter, coverage))
             complete_stage(folder, result)
         return read_drafter(out, target), read_json(folder / "stage.json")["result"].get("coverage")
-
-
-def write_drafter(drafter: Drafter, out: Path, target: Target, inputs: dict[str, Any], result: Metrics) -> None:
-    """Write a stage's drafter with its tokenizer and the record ``training.json``.
-
-    Args:
-        drafter: The drafter.
-        out: The folder to write.
-        target: The target, for its tokenizer.
-        inputs: The inputs of the stage.
-        result: The result of the stage.
-    """
-    with replacing(out) as aside:
-        drafter.save(aside)
-        for name in (*COPIED, *TOKENIZER_FILES):
-            if (target.folder / name).exists():
-                shutil.copyfile(target.folder / name, aside / name)
-        write_json(aside / "training.json", {"inputs": inputs, "result": result})
-
-
-def read_drafter(folder: Path, target: Target) -> Drafter:
-    """Return a drafter that was made for this target, in float32. Raises MlxspecError if it cannot be read."""
-    shared = read_config(folder).get("shared_embedding")  # else the target need not be loaded
-    return Drafter.load(folder, mx.float32, target.embedding if shared else None)
-
-
-def describe(drafter: Drafter, coverage: float | None) -> str:
-    """Return the size of a new drafter, and the share of the answers' tokens that it can output, in words."""
-    share = "" if coverage is None else f", {100 * coverage:.2f}% of the answers' tokens are in its vocabulary"
-    return f"{drafter.num_parameters:,} parameters{share}"
-
-
-def load_drafter(name: str | Path, target: Target) -> Drafter:
-    """Load a drafter to continue training from.
-
-    Args:
-        name: Folder, hub id or short name.
-        target: The target that the drafter will be trained for.
-
-    Raises:
-        MlxspecError: The drafter cannot be read, is quantized, or has another tokenizer than the target.
-    """
-    folder = model_folder(name)
-    if "quantization" in read_config(folder):
-        raise InvalidRequestError(f"{folder} is quantized and cannot be trained; start from the unquantized drafter")
-    if any((folder / file).exists() for file in TOKENIZER_FILES):
-        check_same_tokens(target.tokenizer, read_tokenizer(folder))
-    return read_drafter(folder, target)

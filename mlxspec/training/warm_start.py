@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.models.drafter import Drafter
 from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle, fitting_parts
 from mlxspec.models.export import to_hugging_face
 from mlxspec.models.from_target import check_layers, drafter_from_target, eagle_from_target
@@ -17,6 +16,7 @@ from mlxspec.models.tokens import check_same_tokens
 from mlxspec.models.vocabulary import most_frequent
 from mlxspec.models.width import choose_width
 from mlxspec.settings import option
+from mlxspec.training.objectives import AnyDrafter
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
 
@@ -70,7 +70,48 @@ class WarmStart:
         return bool(self.vocabulary_size or self.hidden_size or self.intermediate_size)
 
 
-def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) -> tuple[Drafter, float | None]:
+@dataclass(frozen=True)
+class HeadStart:
+    """An EAGLE head that starts from a layer of the target. Raises InvalidRequestError for a wrong value."""
+
+    kind: str = option(
+        "eagle",
+        "eagle for a head in the layout of EAGLE-3, which reads three hidden states of the target. eagle-1 for the "
+        "layout of EAGLE-1, which reads the last one and has the vocabulary of the target.",
+        choices=lambda: HEAD_LAYOUTS,
+    )
+    layer: int = option(
+        -1, "Number of the target's layer to copy, counted from 0. A negative number counts from the last layer."
+    )
+    reads: tuple[int, ...] = option(
+        (), "Numbers of the three layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
+    )
+    vocabulary_size: int | None = option(
+        None,
+        "Number of tokens that the head can output: those that the target generates most often in the answers, and "
+        "those that end an answer. By default, all.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEAD_LAYOUTS:
+            raise InvalidRequestError(f"kind is {self.kind!r}; use one of {', '.join(HEAD_LAYOUTS)}")
+        if self.reads and len(self.reads) != 3:
+            raise InvalidRequestError(f"reads are {list(self.reads)}; use the numbers of three layers")
+        if self.kind == "eagle-1" and (self.reads or self.vocabulary_size):
+            raise InvalidRequestError(
+                "an eagle-1 head reads the last hidden state and has the target's vocabulary; leave out reads and "
+                "vocabulary_size, or use kind eagle"
+            )
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the target's answers decide a part of the head."""
+        return bool(self.vocabulary_size)
+
+
+def warm_start(
+    target: Target, start: WarmStart | HeadStart, answers: TokenShards | None
+) -> tuple[AnyDrafter, float | None]:
     """Return a drafter with copied weights, in float32.
 
     Args:
@@ -85,6 +126,8 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
     Raises:
         MlxspecError: The weights cannot be copied.
     """
+    if isinstance(start, HeadStart):
+        return head_start(target, start, answers)
     folder = model_folder(start.source) if start.source else target.folder
     if start.source and any((folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
@@ -119,47 +162,8 @@ def warm_start(target: Target, start: WarmStart, answers: TokenShards | None) ->
     return drafter, coverage
 
 
-@dataclass(frozen=True)
-class HeadStart:
-    """An EAGLE head that starts from a layer of the target. Raises InvalidRequestError for a value outside its range."""
-
-    kind: str = option(
-        "eagle",
-        "eagle for a head in the layout of EAGLE-3, which reads three hidden states of the target. eagle-1 for the "
-        "layout of EAGLE-1, which reads the last one and has the vocabulary of the target.",
-        choices=tuple(HEAD_LAYOUTS),
-    )
-    layer: int = option(
-        -1, "Number of the target's layer to copy, counted from 0. A negative number counts from the last layer."
-    )
-    reads: tuple[int, ...] = option(
-        (), "Numbers of the three layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
-    )
-    vocabulary_size: int | None = option(
-        None,
-        "Number of tokens that the head can output: those that the target generates most often in the answers, and "
-        "those that end an answer. By default, all.",
-    )
-
-    def __post_init__(self) -> None:
-        if self.kind not in HEAD_LAYOUTS:
-            raise InvalidRequestError(f"kind is {self.kind!r}; use one of {', '.join(HEAD_LAYOUTS)}")
-        if self.reads and len(self.reads) != 3:
-            raise InvalidRequestError(f"reads are {list(self.reads)}; use the numbers of three layers")
-        if self.kind == "eagle-1" and (self.reads or self.vocabulary_size):
-            raise InvalidRequestError(
-                "an eagle-1 head reads the last hidden state and has the target's vocabulary; leave out reads and "
-                "vocabulary_size, or use kind eagle"
-            )
-
-    @property
-    def needs_answers(self) -> bool:
-        """Whether the target's answers decide a part of the head."""
-        return bool(self.vocabulary_size)
-
-
 def head_start(target: Target, start: HeadStart, answers: TokenShards | None) -> tuple[Eagle, float | None]:
-    """Return an EAGLE head with copied weights, in float32. The arguments and the result are those of ``warm_start``."""
+    """Return an EAGLE head with copied weights, in float32. Arguments and result are those of ``warm_start``."""
     tokens = coverage = None
     if start.vocabulary_size:
         tokens, coverage = frequent_tokens(target, start.vocabulary_size, answers)

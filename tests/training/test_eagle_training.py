@@ -1,15 +1,22 @@
 """Training EAGLE heads. The oracle drafts from every position on its own, in float64."""
 
 import json
+import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
 from mlxspec.models.eagle import EAGLE1, EAGLE3
+from mlxspec.models.from_target import eagle_from_target
+from mlxspec.models.loading import DEMO
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import STEP_DECAY, Batch, eagle_objective
 from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.trainer import Trainer
+from tests.conftest import random_llama
 from tests.models.eagle_oracle import EagleOracle, softmax
 from tests.models.test_eagle import SMALLER, VOCAB, random_head, states_of, stored, target
 
@@ -54,3 +61,135 @@ def test_the_unrolled_loss_is_that_of_drafts_from_every_position(tmp_path, layou
     if tokens is None:
         assert abs(value.item() - (shares / shares.sum() * losses).sum()) < 1e-4
     assert 0 < value.item() < 1
+
+
+RECIPE = f"""
+target = "{DEMO / "target"}"
+
+[drafter]
+kind = "eagle"
+vocabulary_size = 200
+
+[distill]
+samples = 24
+temperatures = [1.0]
+max_tokens = 40
+group = 24
+
+[[finetune]]
+loss = "kld"
+steps = 6
+batch = 4
+length = 32
+checkpoint_every = 2
+learning_rate = 2e-3
+
+[[finetune]]
+loss = "tvd++"
+steps = 4
+batch = 4
+length = 32
+fake_quantize = "4"
+draft_steps = 2
+evaluate_every = 2
+
+[evaluation]
+count = 1
+max_tokens = 8
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "a recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_trains_a_head_that_drafts_and_a_second_run_skips_its_stages(recipe, mlxspec_command):
+    first = mlxspec_command("train", "run", str(recipe))
+    assert first.status == 0, first.err
+    assert [line.split(":")[0] for line in first.err.splitlines()] == ["answers", "start", "finetune-1", "finetune-2"]
+    assert "% of the answers' tokens are in its vocabulary" in first.err
+    head = recipe.with_suffix("") / "finetune-2" / "drafter"
+    assert first.out.startswith(f"{head}, block efficiency ")
+    lines = (head.parent.parent / "finetune-1" / "metrics.jsonl").read_text().splitlines()
+    assert {"acceptance_rate", "acceptance_rate_2", "acceptance_rate_3"} <= json.loads(lines[-1]).keys()
+    again = mlxspec_command("train", "run", str(recipe))
+    assert (again.status, again.out, again.err) == (0, first.out, "")
+    options = ("--drafter", str(head), "--draft-length", "2", "--max-tokens", "12", "--quantize-drafter", "4")
+    served = mlxspec_command("generate", "Once", "--target", str(DEMO / "target"), *options)
+    assert served.status == 0, served.err
+    assert served.out == mlxspec_command("generate", "Once", "--drafter", "none", "--max-tokens", "12").out
+
+
+def test_the_dry_run_of_a_head_tells_memory_and_time(recipe, mlxspec_command):
+    outcome = mlxspec_command("train", "run", str(recipe), "--dry-run")
+    assert outcome.status == 0, outcome.err
+    assert len([line for line in outcome.out.splitlines() if line.lstrip().startswith("finetune-")]) == 2
+
+
+def test_a_head_that_was_interrupted_in_training_ends_with_the_same_weights(recipe, mlxspec_command, monkeypatch):
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    folder = recipe.with_suffix("")
+    whole = stored(folder / "finetune-2" / "drafter")
+    for stage in ("finetune-1", "finetune-2"):
+        shutil.rmtree(folder / stage)
+    original = Trainer._save
+
+    def interrupted(self, done):
+        original(self, done)
+        if done in (2, 4) and not (folder / f"stopped-{done}").exists():
+            (folder / f"stopped-{done}").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", interrupted)
+    statuses = [mlxspec_command("train", "run", str(recipe)).status for _ in range(3)]
+    assert statuses[:2] == [130, 130]
+    assert statuses[2] == 0
+    resumed = stored(folder / "finetune-2" / "drafter")
+    assert resumed.keys() == whole.keys()
+    assert all(mx.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('kind = "eagle"', 'kind = "eagle3"', "kind is 'eagle3'; use one of eagle, eagle-1"),
+        ('kind = "eagle"', 'kind = "eagle"\nhidden_size = 64', '"hidden_size" is not a key of an EAGLE head'),
+        ('kind = "eagle"', 'kind = "eagle"\nlayer = 9', "use numbers from -4 to 3"),
+        ('kind = "eagle"', 'kind = "eagle"\nreads = [1, 2]', "use the numbers of three layers"),
+        ('kind = "eagle"', 'kind = "eagle"\nreads = [1, 2, 4]', "reads layer 4, and the target has 4 layers"),
+        ('kind = "eagle"', 'kind = "eagle-1"', "leave out reads and vocabulary_size"),
+        ('loss = "kld"', 'loss = "ce"', "cannot be trained with loss ce"),
+        ('loss = "kld"', 'loss = "kld"\nteacher_top_k = 8', "cannot be trained with teacher_top_k 8"),
+        ('loss = "kld"', 'loss = "kld"\ndraft_steps = 0', "draft_steps is 0; use 1 to 8"),
+    ],
+)
+def test_a_wrong_recipe_of_a_head_is_one_line_before_any_stage(recipe, mlxspec_command, old, new, words):
+    recipe.write_text(RECIPE.replace(old, new, 1))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert words in outcome.err.splitlines()[-1]
+    assert not (recipe.with_suffix("") / "answers" / "tokens").exists()
+
+
+@pytest.mark.parametrize("layout", [EAGLE1, EAGLE3])
+def test_training_makes_a_head_draft_better(layout):
+    model = random_llama(5, vocab_size=VOCAB, num_hidden_layers=6, scale=2)
+    head = eagle_from_target(model, layout=layout)
+    teacher = OnlineTeacher(model, True, head.reads(6))
+    goal = eagle_objective(Loss("kld"), teacher)
+    ids = mx.array(np.random.default_rng(0).integers(0, VOCAB, (8, 33)))
+    shape = (8, 32)
+    batch = Batch(ids, mx.zeros(shape, mx.int32), mx.full(shape, 1 / 256), (), mx.array(1.0), mx.random.key(0))
+    optimizer = optim.Adam(3e-3)
+    step = nn.value_and_grad(head, lambda head: goal(head, batch))
+    before = goal(head, batch)
+    for _ in range(30):
+        _, gradients = step(head)
+        optimizer.update(head, gradients)
+        mx.eval(head.parameters(), optimizer.state)
+    after = goal(head, batch)
+    assert after[0] < before[0]
+    assert (after[1] > before[1]).all()

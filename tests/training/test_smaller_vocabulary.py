@@ -10,11 +10,12 @@ from mlxspec.models.loading import DEMO, read_model
 from mlxspec.models.quantizing import rounded
 from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
+from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.estimate import step_seconds
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.stages import load_drafter, train
+from mlxspec.training.stages import train
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
