@@ -37,6 +37,7 @@ T = TypeVar("T")
 TABLE_TITLES = {
     "drafter": "[drafter], a new drafter with random weights",
     "drafter with layers": "[drafter] with layers, a drafter that copies them",
+    "drafter with kind": "[drafter] with kind, an EAGLE head",
     "finetune": "[[finetune]], once or several times",
 }
 SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency")

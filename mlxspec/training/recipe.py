@@ -2,7 +2,8 @@
 
     target = "llama2-7b-chat"      # folder, hub id or short name
 
-    [drafter]                      # a shape, as here, or layers to copy. Or drafter = "the folder of a drafter"
+    [drafter]                      # a shape, as here, or layers to copy, or the kind of an EAGLE head.
+                                   # Or drafter = "the folder of a drafter"
     hidden_size = 1024
 
     [distill]

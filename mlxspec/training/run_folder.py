@@ -38,7 +38,8 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
 
     Args:
         folder: The stage's folder.
-        inputs: Everything that the stage's result depends on, as JSON.
+        inputs: Everything that the stage's result depends on, as JSON. Fingerprints come last, since a setting says
+            more to the user.
         changeable: Inputs that may change while the stage is unfinished. ``steps`` may always grow, which makes a
             finished stage unfinished.
 
@@ -61,7 +62,7 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
     try:
         stored = read_json(record)
         before, finished = stored["inputs"], stored["complete"]
-        names = sorted({*before, *inputs})
+        names = list({**inputs, **before})
         if finished not in (True, False) or (finished and not isinstance(stored["result"], dict)):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):

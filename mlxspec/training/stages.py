@@ -112,12 +112,12 @@ def distill(
         TrainingError: The prompts cannot be read, or the folder was created with other inputs.
     """
     inputs = {
-        "content": fingerprint_files(corpus_files(prompts)),
+        **asdict(settings),
         "system": system,
         "held_out": held_out,
+        "content": fingerprint_files(corpus_files(prompts)),
         "target": target.fingerprint,
         "tokenizer": target.tokenizer_fingerprint,
-        **asdict(settings),
     }
     with locked_for_all(folder):
         if start_stage(folder, inputs):
@@ -209,16 +209,16 @@ def train(
         check_tokenizer(shards.index, target, shards.folder)
     check_training(target, drafter, loss, settings, teacher_top_k)
     inputs = {
+        **asdict(loss),
+        **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
+        "teacher_top_k": teacher_top_k,
+        **({"draft_steps": draft_steps} if isinstance(drafter, Eagle) else {}),
+        "rows": "documents apart",
+        "evaluation": evaluation.inputs if evaluation else None,
         "drafter": weights_fingerprint(drafter),
         "shards": [[shards.fingerprint, share] for shards, share in sources],
         "tokenizer": target.tokenizer_fingerprint,
         "target": target.fingerprint if loss.needs_target or evaluation else None,
-        "evaluation": evaluation.inputs if evaluation else None,
-        "teacher_top_k": teacher_top_k,
-        **({"draft_steps": draft_steps} if isinstance(drafter, Eagle) else {}),
-        "rows": "documents apart",
-        **asdict(loss),
-        **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
     }
     out = folder / "drafter"
     with locked_for_all(folder):
@@ -383,14 +383,14 @@ def start_drafter(
     if answers:
         check_tokenizer(answers.index, target, answers.folder)
     inputs: dict[str, Any] = {key_of(field): getattr(start, field.name) for field in fields(start)}
-    inputs["tokenizer"] = target.tokenizer_fingerprint
     if isinstance(start, WarmStart) and start.source:
-        inputs["from"] = Target(start.source).fingerprint
+        inputs["from"] = Target(start.source).fingerprint  # wherever it lies
     if not isinstance(start, DrafterShape):
-        inputs["target"] = target.fingerprint
         inputs["answers"] = answers.fingerprint if answers and start.needs_answers else None
+        inputs["target"] = target.fingerprint
     else:
-        inputs |= {"vocab_size": target.vocab_size, "context": target.context, "seed": seed}
+        inputs |= {"seed": seed, "vocab_size": target.vocab_size, "context": target.context}
+    inputs["tokenizer"] = target.tokenizer_fingerprint
     out = folder / "drafter"
     with locked_for_all(folder):
         if start_stage(folder, inputs):

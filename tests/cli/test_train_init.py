@@ -22,7 +22,7 @@ def test_a_drafter_from_the_targets_layers_is_trained_and_drafts(tmp_path, mlxsp
     repeated = mlxspec_command("train", "init", "--target", TARGET, *layers, "--share-embedding", "--out", start)
     assert (repeated.status, repeated.out, repeated.err) == (0, made.out, "")
     other = mlxspec_command("train", "init", "--target", TARGET, "--layers", "0", "--out", start)
-    assert "start was created with answers = " in other.err
+    assert "start was created with layers = [0, -1], but this run has layers = [0]; use another folder" in other.err
     start = f"{start}/drafter"
     command = ("train", "finetune", "--target", TARGET, "--drafter", start, "--answers", answers, "--out", trained)
     assert mlxspec_command(*command, *small).status == 0

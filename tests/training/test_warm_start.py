@@ -126,6 +126,7 @@ def test_the_start_is_made_once_and_a_run_from_before_it_was_a_stage_goes_on(
     [
         (WARM, "[0, -1]", "[0]", "layers = [0, -1], but this run has layers = [0]"),
         (WARM, "200", "100", "vocabulary_size = 200, but this run has vocabulary_size = 100"),
+        (WARM, "vocabulary_size = 200", "", "vocabulary_size = 200, but this run has vocabulary_size = None"),
         (WARM, "true", f'true\nfrom = "{DEMO / "target"}"', "from = None, but this run has from = "),
         (RANDOM, "hidden_size = 16", "hidden_size = 32", "hidden_size = 16, but this run has hidden_size = 32"),
     ],
