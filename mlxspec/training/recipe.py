@@ -339,7 +339,7 @@ def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStar
         shape_keys, warm_keys, head_keys = (
             [key_of(field) for field in fields(cls)] for cls in (DrafterShape, WarmStart, HeadStart)
         )
-        check_keys(table, [*shape_keys, *warm_keys, *head_keys], where)
+        check_keys(table, [*shape_keys, *warm_keys, "kind", *(head_keys if "kind" in table else ())], where)
         if "kind" in table:
             if other := next((key for key in table if key not in head_keys), None):
                 raise TrainingError(f'{where}: "{other}" is not a key of an EAGLE head; remove it, or "kind"')

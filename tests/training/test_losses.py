@@ -205,7 +205,7 @@ def test_the_tail_is_a_distribution_also_if_the_drafter_is_almost_sure_of_a_stor
 
 def test_the_targets_logits_are_made_from_its_hidden_states_where_that_is_the_same():
     teacher = OnlineTeacher(random_llama(vocab_size=V))
-    assert teacher.splits
+    assert teacher.parts
     tokens = mx.array([[1, 2, 3]])
     states = teacher.states(tokens, mx.zeros((1, 3), mx.int32), ())
     assert states[0].shape == (1, 3, 16)

@@ -206,7 +206,7 @@ def test_a_finished_run_is_lengthened_and_says_from_where(recipe, mlxspec_comman
 
 def test_the_help_of_run_shows_every_key_of_a_recipe_with_its_default(mlxspec_command):
     shown = mlxspec_command("train", "run", "--help").out
-    parts = re.findall(r"^ *\[+(\w+)\]+( with layers)?.*?:\n(.*?)(?=^ *\[|\Z)", shown, flags=re.M | re.S)
+    parts = re.findall(r"^ *\[+(\w+)\]+( with \w+)?.*?:\n(.*?)(?=^ *\[|\Z)", shown, flags=re.M | re.S)
     tables = {name + layers: text for name, layers, text in parts}
     assert tables.keys() == TABLES.keys()
     for name, classes in TABLES.items():

@@ -234,7 +234,7 @@ def test_every_included_recipe_is_listed_printed_and_valid(mlxspec_command, tmp_
         assert Recipe.read(copy).finetune == recipe.finetune
     unknown = mlxspec_command("train", "recipes", "nothing")
     assert unknown.status == 2
-    assert "use one of llama2-7b-chat-one-night, " in unknown.err
+    assert "use one of llama2-7b-chat-eagle, llama2-7b-chat-one-night, " in unknown.err
     missing = mlxspec_command("train", "run", "nothing")
     assert "llama2-7b-chat-one-night" in missing.err
 
