@@ -32,6 +32,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxspec.evaluation.curves import new_figure
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio
 from mlxspec.models.drafter import EMBEDDING, Drafter
+from mlxspec.models.eagle import Eagle
 from mlxspec.models.quantizing import rounded
 from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches
@@ -346,6 +347,8 @@ def tasks(
     found = prompts_by_task(files, target, count)
     ends = set(target.tokenizer.eos_token_ids)
     models = {folder.name: load_drafter(folder, target) for folder in drafters}
+    if heads := [name for name, model in models.items() if isinstance(model, Eagle)]:
+        raise click.UsageError(f"{heads[0]} is an EAGLE head; measure it with measure_block_efficiency.py")
     for temperature in (0, 1):
         mx.random.seed(0)
         sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)

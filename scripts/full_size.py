@@ -93,9 +93,7 @@ def write_models(work: Path, tokenizer: Path) -> dict[str, Path]:
 
 
 def random_head() -> Eagle:
-    head = Eagle(
-        ModelArgs("llama", HIDDEN, 1, INTERMEDIATE, 32, 1e-5, VOCAB, max_position_embeddings=4096), EAGLE1, bias=True
-    )
+    head = Eagle(ModelArgs("llama", HIDDEN, 1, INTERMEDIATE, 32, 1e-5, VOCAB, max_position_embeddings=4096), EAGLE1)
     head.set_dtype(mx.float16)
     return head
 

@@ -142,16 +142,16 @@ class CachedModel:
 
     Args:
         model: A model with the interface of mlx-lm's models.
-        reads: Numbers of the layers whose inputs are kept as hidden states, () for the last hidden states. None to keep
-            no hidden states.
+        read_layers: Numbers of the layers whose inputs are kept as hidden states, () for the last hidden states. None
+            to keep no hidden states.
 
     Raises:
         UnsupportedModelError: The model cannot run on caches whose length is an array.
     """
 
-    def __init__(self, model: nn.Module, reads: Sequence[int] | None = None):
+    def __init__(self, model: nn.Module, read_layers: Sequence[int] | None = None):
         self.model = model
-        self.reads = reads
+        self.read_layers = read_layers
         self.windows = attention_windows(model)
         try:
             # Traced and never evaluated. It costs no forward pass and fails where the compiled block would.
@@ -190,10 +190,10 @@ class CachedModel:
         """
         layers: Sequence[tuple[mx.array, ...] | None] = buffers or [None] * len(self.windows)
         caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=False)]
-        if self.reads is None:
+        if self.read_layers is None:
             logits = self.model(tokens[None], cache=caches)[0]
             return logits, [cache.buffers for cache in caches]
-        logits, states = run_with_states(self.model, self.reads, lambda: self.model(tokens[None], cache=caches))
+        logits, states = run_with_states(self.model, self.read_layers, lambda: self.model(tokens[None], cache=caches))
         kept = buffers[-1][0] if buffers else mx.zeros((1, 1, CAPACITY_STEP, states.shape[-1]), states.dtype)
         kept = mx.slice_update(kept, states[None], length.reshape(1), axes=(2,))
         return logits[0], [*(cache.buffers for cache in caches), (kept,)]

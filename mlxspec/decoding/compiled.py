@@ -22,7 +22,7 @@ from mlxspec.decoding.drafting import (
 )
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import verifier
-from mlxspec.models.eagle import Eagle
+from mlxspec.models.eagle import Eagle, fitting_parts
 from mlxspec.models.pair import ModelPair
 
 DecodeBlock = Callable[[State], tuple[mx.array, State]]  # as ``decode_block`` without its first argument
@@ -142,14 +142,13 @@ class CompiledBlocks:
         self.pair = pair
         self.sampling = sampling
         self.verification = verification
-        reads = None
-        if drafting and isinstance(pair.drafter, Eagle) and pair.parts:
-            reads = pair.drafter.reads(len(pair.parts.body.layers))
-        self.target = CachedModel(pair.target, reads)
+        head = pair.drafter if drafting and isinstance(pair.drafter, Eagle) else None
+        parts = fitting_parts(head, pair.target) if head else None
+        self.target = CachedModel(pair.target, head.layers_read(len(parts.body.layers)) if head and parts else None)
         self.proposers: dict[str, Proposer] = {NONE: NoProposer(self.target.vocab_size)}
         for drafter in (pair.drafter, pair.lookup) if drafting else ():
             if drafter is not None:
-                proposer = proposer_for(drafter, sampling, self.target.vocab_size, pair.parts)
+                proposer = proposer_for(drafter, sampling, self.target.vocab_size, parts)
                 self.proposers[MODEL if proposer.reads else LOOKUP] = proposer
         drafters = [p.model for p in self.proposers.values() if isinstance(p, ModelProposer | EagleProposer)]
         self.weights = Weights([pair.target, *drafters])

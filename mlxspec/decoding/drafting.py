@@ -51,7 +51,7 @@ class Proposer(Protocol):
         reads: Whether ``start`` runs a model over the text.
     """
 
-    reads: bool  # whether ``start`` runs a model over the text
+    reads: bool
 
     def start(self, kept: list[Any], tokens: list[int], covered: int, advanced: Advanced, target: Buffers) -> Any:
         """Return the state for a text.
@@ -391,7 +391,8 @@ def proposer_for(
     """
     if isinstance(drafter, PromptLookup):
         return LookupProposer(drafter, vocab_size)
-    if isinstance(drafter, Eagle) and parts:
+    if isinstance(drafter, Eagle):
+        assert parts
         return EagleProposer(drafter, sampling, parts, vocab_size)
     if isinstance(drafter, nn.Module):
         return ModelProposer(drafter, sampling, vocab_size)

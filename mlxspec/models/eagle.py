@@ -29,12 +29,12 @@ from mlx_lm.models.llama import MLP, Attention, ModelArgs
 from mlxspec.errors import ModelLoadError, UnsupportedModelError, in_one_line
 from mlxspec.files import write_atomically, write_json
 from mlxspec.models.attention import model_type
+from mlxspec.models.config import completed
 from mlxspec.models.parts import Parts, parts_of
 
 EAGLE1, EAGLE3 = "EAGLE-1", "EAGLE-3"
-NOT_READ = ("t2d", "embed_tokens.weight")  # tensors that follow from the others, or are the target's
-LAYER_KEYS = ("eagle_aux_hidden_state_layer_ids",)
-OWN_KEYS = ("draft_vocab_size", "norm_before_residual", "bias", *LAYER_KEYS)
+LAYER_KEY = "eagle_aux_hidden_state_layer_ids"
+STATES = 3  # hidden states that an EAGLE-3 head reads by default
 
 
 class Layer(nn.Module):
@@ -67,39 +67,35 @@ class Eagle(nn.Module):
     Args:
         args: Shape of the layer, as mlx-lm reads it from ``config.json``. The vocabulary is the target's.
         layout: ``EAGLE1`` or ``EAGLE3``.
-        bias: Whether ``fc`` has a bias.
-        reads: Numbers of the target's layers whose inputs an EAGLE-3 head reads. None for layers 2, L/2 and L − 3 of L.
-        draft_vocab_size: Number of tokens that the head can output, K. None for all tokens of the target.
-        own_head: Whether an EAGLE-1 head has an output head of its own.
+        read_layers: Numbers of the target's layers whose inputs an EAGLE-3 head reads. None for layers 2, L/2 and L − 3
+            of L.
+        draft_vocab_size: Number of tokens that an EAGLE-3 head can output, K. None for all tokens of the target.
         norm_before_residual: Whether the residual of an EAGLE-3 head is the normalized feature.
     """
 
     def __init__(
         self,
         args: ModelArgs,
-        layout: str = EAGLE1,
-        bias: bool = True,
-        reads: Sequence[int] | None = None,
+        layout: str = EAGLE3,
+        read_layers: Sequence[int] | None = None,
         draft_vocab_size: int | None = None,
-        own_head: bool = False,
         norm_before_residual: bool = False,
     ):
         super().__init__()
         self.args, self.layout, self.norm_before_residual = args, layout, norm_before_residual
         self.draft_vocab_size = draft_vocab_size
-        self.read_layers = None if reads is None else tuple(reads)
+        self.read_layers = None if read_layers is None else tuple(read_layers)
         size = args.hidden_size
         if layout == EAGLE1:
-            self.fc = nn.Linear(2 * size, size, bias=bias)
+            self.fc = nn.Linear(2 * size, size)
             self.layers = [Layer(args, size)]
-        else:
-            self.fc = nn.Linear(3 * size, size, bias=bias)
-            self.midlayer = Layer(args, 2 * size)
-            self.midlayer.input_layernorm = nn.RMSNorm(size, eps=args.rms_norm_eps)
-            self.midlayer.hidden_norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
-            self.norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
-        if layout == EAGLE3 or own_head or draft_vocab_size:
-            self.lm_head = nn.Linear(size, draft_vocab_size or args.vocab_size, bias=False)
+            return
+        self.fc = nn.Linear((STATES if read_layers is None else len(read_layers)) * size, size, bias=False)
+        self.midlayer = Layer(args, 2 * size)
+        self.midlayer.input_layernorm = nn.RMSNorm(size, eps=args.rms_norm_eps)
+        self.midlayer.hidden_norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
+        self.norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
+        self.lm_head = nn.Linear(size, draft_vocab_size or args.vocab_size, bias=False)
         if draft_vocab_size:
             self.d2t = mx.zeros(draft_vocab_size, mx.int32)
             self.freeze(recurse=False, keys=["d2t"])
@@ -118,7 +114,7 @@ class Eagle(nn.Module):
         """The token of each row of the output head, [K] int32. None if it has a row for every token."""
         return mx.arange(self.draft_vocab_size) + self.d2t.astype(mx.int32) if self.draft_vocab_size else None
 
-    def reads(self, layer_count: int) -> tuple[int, ...]:
+    def layers_read(self, layer_count: int) -> tuple[int, ...]:
         """Return the numbers of the target's layers whose inputs the head reads. None of them for EAGLE-1.
 
         Args:
@@ -162,7 +158,7 @@ class Eagle(nn.Module):
             features: The features.
             target_head: The target's output head.
         """
-        if "lm_head" not in self:
+        if self.layout == EAGLE1:
             return target_head(self.outputs(features))
         logits = self.lm_head(self.outputs(features))
         if self.output_tokens is None:
@@ -179,15 +175,16 @@ class Eagle(nn.Module):
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
         args = {name: value for name, value in vars(self.args).items() if value is not None and name != "layer_types"}
-        own = {
-            "architectures": ["LlamaForCausalLMEagle3" if self.layout == EAGLE3 else "LlamaForCausalLM"],
-            "bias": "bias" in self.fc,
-            "draft_vocab_size": self.draft_vocab_size,
-            "norm_before_residual": self.norm_before_residual or None,
-            LAYER_KEYS[0]: self.read_layers and list(self.read_layers),
-            "tie_word_embeddings": False,
-        }
-        return {**args, **{name: value for name, value in own.items() if value is not None}}
+        own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+        if self.layout == EAGLE3:
+            own["architectures"] = ["LlamaForCausalLMEagle3"]
+            own["draft_vocab_size"] = self.draft_vocab_size or self.args.vocab_size
+        if self.norm_before_residual:
+            own["norm_before_residual"] = True
+        if self.read_layers:  # twice, since engines look in different places (``layers_in``)
+            own[LAYER_KEY] = list(self.read_layers)
+            own["eagle_config"] = {LAYER_KEY: [layer - 1 for layer in self.read_layers]}
+        return {**args, **own}
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the layout of the head."""
@@ -223,25 +220,24 @@ def read_eagle(folder: Path, config: dict[str, Any], files: Sequence[Path]) -> E
     weights: dict[str, mx.array] = {}
     for file in files:
         weights |= mx.load(str(file))  # type: ignore[arg-type]
-    weights = {name: weight for name, weight in weights.items() if name not in NOT_READ}
-    if "hidden_norm.weight" in {name.removeprefix("layers.0.") for name in weights}:  # the name of vLLM's speculators
+    if "layers.0.hidden_norm.weight" in weights:  # the name of vLLM's speculators
         weights = {name.replace("layers.0.", "midlayer.", 1): weight for name, weight in weights.items()}
-    config = {**config, **config.get("transformer_layer_config", {})}
-    layout = EAGLE3 if any(name.startswith("midlayer.") for name in weights) else EAGLE1
+    layout = EAGLE3 if "midlayer.hidden_norm.weight" in weights else EAGLE1
     try:
+        args = ModelArgs.from_dict({**completed(config, weights), "num_hidden_layers": 1, "layer_types": None})
+        weights = own_weights(weights, layout, args)
         head = Eagle(
-            ModelArgs.from_dict({**config, "num_hidden_layers": 1, "layer_types": None}),
+            args,
             layout,
-            bias=bool(config.get("bias", layout == EAGLE1)),
-            reads=layers_in(config),
-            draft_vocab_size=weights["d2t"].shape[0] if "d2t" in weights else None,
-            own_head="lm_head.weight" in weights,
-            norm_before_residual=bool(config.get("norm_before_residual")),
+            layers_in(config),
+            weights["d2t"].size if "d2t" in weights else None,
+            bool(config.get("norm_before_residual")),
         )
-        if "quantization" in config:
-            nn.quantize(head, **config["quantization"], class_predicate=lambda path, _: f"{path}.scales" in weights)
-        if "d2t" in weights:
-            weights["d2t"] = checked_map(weights["d2t"], head.args.vocab_size)
+        for name, module in head.named_modules():  # configs do not say reliably which of them have a bias
+            if isinstance(module, nn.Linear):
+                module.pop("bias", None)
+                if f"{name}.bias" in weights:
+                    module.bias = mx.zeros(module.weight.shape[0])
         head.load_weights(list(weights.items()))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelLoadError(
@@ -251,17 +247,41 @@ def read_eagle(folder: Path, config: dict[str, Any], files: Sequence[Path]) -> E
     return head
 
 
+def own_weights(weights: dict[str, mx.array], layout: str, args: ModelArgs) -> dict[str, mx.array]:
+    """Return the weights that a head has for itself. The others follow from these, or are the target's.
+
+    Raises:
+        ValueError: The target's embedding in the head has another shape, or the map to its tokens is damaged.
+    """
+    shape = (args.vocab_size, args.hidden_size)
+    targets = ("embed_tokens.weight", "lm_head.weight") if layout == EAGLE1 else ("embed_tokens.weight",)
+    for name in targets:
+        if name in weights and weights[name].shape != shape:
+            raise ValueError(f"{name} has the shape {weights[name].shape}, and the target's would have {shape}")
+    own = {name: weight for name, weight in weights.items() if name not in ("t2d", *targets) and "inv_freq" not in name}
+    if "d2t" in own:
+        own["d2t"] = checked_map(own["d2t"], args.vocab_size)
+    return own
+
+
 def layers_in(config: dict[str, Any]) -> list[int] | None:
-    """Return the numbers of the target's layers that a config names, or None if it names none."""
-    named = config.get("eagle_config")
-    for part in (config, named if isinstance(named, dict) else {}):
-        if part.get(LAYER_KEYS[0]):
-            return [int(layer) for layer in part[LAYER_KEYS[0]]]
+    """Return the numbers of the target's layers whose inputs a head reads, or None if its config names none.
+
+    At the top of a config, the numbers are those of layers whose inputs are read, as in vLLM. In ``eagle_config``, they
+    are those of layers whose outputs are read, as in SGLang.
+    """
+    if config.get(LAYER_KEY):
+        return [int(layer) for layer in config[LAYER_KEY]]
+    nested = config.get("eagle_config")
+    if isinstance(nested, dict) and nested.get(LAYER_KEY):
+        return [int(layer) + 1 for layer in nested[LAYER_KEY]]
     return None
 
 
 def checked_map(d2t: mx.array, vocab_size: int) -> mx.array:
     """Return the map from rows of the output head to tokens, int32. Raises ValueError if it is damaged."""
+    if d2t.ndim != 1 or d2t.size == 0:
+        raise ValueError(f"d2t has the shape {d2t.shape}, and should have one number for each row of the output head")
     offsets = np.array(d2t).astype(np.int64)
     tokens = np.sort(offsets + np.arange(len(offsets)))
     if tokens[0] < 0 or tokens[-1] >= vocab_size:
@@ -285,8 +305,8 @@ def fitting_parts(head: Eagle, target: nn.Module) -> Parts:
             "and an output head; use a draft model or prompt lookup"
         )
     layers, (vocab_size, size) = len(parts.body.layers), sizes_of(parts)
-    args, reads = head.args, head.reads(layers)
-    wrong = next((layer for layer in reads if not 0 <= layer < layers), None)
+    args = head.args
+    wrong = next((layer for layer in head.layers_read(layers) if not 0 <= layer < layers), None)
     if args.hidden_size != size:
         reason = f"it has a width of {args.hidden_size}, and the target of {size}"
     elif args.vocab_size != vocab_size:

@@ -16,7 +16,7 @@ from mlx_lm.models.llama import ModelArgs
 from mlxspec.errors import InvalidRequestError, ModelLoadError
 from mlxspec.models.attention import model_type
 from mlxspec.models.drafter import EMBEDDING, Drafter, DrafterConfig
-from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle
+from mlxspec.models.eagle import EAGLE3, Eagle
 from mlxspec.models.width import Width, narrow
 
 
@@ -75,25 +75,20 @@ def drafter_from_target(
 
 
 def eagle_from_target(
-    model: Any,
-    layer: int = -1,
-    reads: Sequence[int] | None = None,
-    tokens: np.ndarray | None = None,
-    layout: str = EAGLE3,
+    model: Any, layer: int = -1, read_layers: Sequence[int] | None = None, tokens: np.ndarray | None = None
 ) -> Eagle:
-    """Return an EAGLE head with the weights of one of the target's layers.
+    """Return an EAGLE-3 head with the weights of one of the target's layers.
 
-    At first, the attention reads the sum of the token's embedding and the target's hidden state.
+    At first, the attention reads the sum of the token's embedding and the last of the hidden states.
 
     Args:
         model: The target, a Llama model with float weights.
         layer: Number of the layer to copy, counted from 0, or from the last layer if negative.
-        reads: Numbers of the three layers whose inputs an EAGLE-3 head reads. None for layers 2, L/2 and L − 3 of L.
+        read_layers: Numbers of the layers whose inputs the head reads. None for layers 2, L/2 and L − 3 of L.
         tokens: Token ids [K] of a smaller output vocabulary, in increasing order. None for that of the target.
-        layout: ``EAGLE3``, or ``EAGLE1`` for a head that reads the last hidden state and uses the target's output head.
 
     Returns:
-        The head, in the precision of the target.
+        The head, in the precision of the target. Its weights are lazy.
 
     Raises:
         InvalidRequestError: The target is not a Llama or has no such layer.
@@ -101,30 +96,27 @@ def eagle_from_target(
     check_layers(model, [layer])
     shape = {"num_hidden_layers": 1, "layer_types": None, "tie_word_embeddings": False}
     args = ModelArgs.from_dict({**vars(model.args), **shape})
-    head = Eagle(args, layout, layout == EAGLE1, reads, None if tokens is None else len(tokens))
+    head = Eagle(args, EAGLE3, read_layers, None if tokens is None else len(tokens))
     copied = dict(tree_flatten(model.layers[layer].parameters()))
     norm = copied.pop("input_layernorm.weight")
-    same = mx.eye(args.hidden_size)
-    if layout == EAGLE1:
-        weights = {f"layers.0.{name}": weight for name, weight in copied.items()}
-        weights |= {"fc.weight": mx.concatenate([same, same], axis=1), "fc.bias": mx.zeros(args.hidden_size)}
-    else:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            weight = copied[f"self_attn.{name}.weight"] / 2**0.5  # the sum of two normalized vectors is so much longer
-            copied[f"self_attn.{name}.weight"] = mx.concatenate([weight, weight], axis=1)
-        weights = {f"midlayer.{name}": weight for name, weight in copied.items()}
-        weights |= {"midlayer.input_layernorm.weight": norm, "midlayer.hidden_norm.weight": mx.array(norm)}
-        weights["norm.weight"] = mx.array(model.model.norm.weight)
-        nothing = mx.zeros_like(same)
-        weights["fc.weight"] = mx.concatenate([nothing, nothing, same], axis=1)
-    if "lm_head" in head:
-        output = model.model.embed_tokens.weight if model.args.tie_word_embeddings else model.lm_head.weight
-        weights["lm_head.weight"] = mx.array(output) if tokens is None else output[mx.array(tokens)]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = copied[f"self_attn.{name}.weight"] / 2**0.5  # the sum of two normalized vectors is so much longer
+        copied[f"self_attn.{name}.weight"] = mx.concatenate([weight, weight], axis=1)
+    states = head.fc.weight.shape[1] // args.hidden_size
+    nothing, same = mx.zeros((args.hidden_size, (states - 1) * args.hidden_size)), mx.eye(args.hidden_size)
+    output = model.model.embed_tokens.weight if model.args.tie_word_embeddings else model.lm_head.weight
+    weights = {
+        **{f"midlayer.{name}": weight for name, weight in copied.items()},
+        "midlayer.input_layernorm.weight": norm,
+        "midlayer.hidden_norm.weight": norm,
+        "norm.weight": model.model.norm.weight,
+        "fc.weight": mx.concatenate([nothing, same], axis=1),
+        "lm_head.weight": output if tokens is None else output[mx.array(tokens)],
+    }
     if tokens is not None:
         weights["d2t"] = mx.array((tokens - np.arange(len(tokens))).astype(np.int32))
     # Objects of their own over the same memory. mx.compile fails if two models hold the same object.
-    head.load_weights([(name, mx.array(weight)) for name, weight in weights.items()])
-    mx.eval(head.parameters())
+    head.load_weights([(name, mx.stop_gradient(weight)) for name, weight in weights.items()])
     return head
 
 

@@ -1,5 +1,6 @@
 """Load a ``ModelPair`` from hub ids or folders. Code found in a model folder is never executed."""
 
+import contextlib
 import difflib
 import re
 import tempfile
@@ -109,9 +110,10 @@ def load(
         return load_pair(None, DEMO / "drafter", PromptLookup() if drafter == "auto" else None, *options)
     recommended = recommended_drafters(target)
     notes = [] if recommended else [f"no drafter is known for {Path(target).name}"]
-    for name in recommended:
+    for name, source in recommended:
         try:
-            pair = load_pair(target, name, PromptLookup(), *options)
+            pair = load_pair(target, source, PromptLookup(), *options)
+            pair.drafter_name = f"{name}+lookup"
             break
         except (ModelLoadError, UnsupportedModelError, TokenizerMismatchError) as error:
             notes.append(f"{name} cannot be used: {error}")
@@ -168,18 +170,21 @@ def load_pair(
     return pair
 
 
-def recommended_drafters(target: str | Path) -> list[str]:
-    """Return the short names of a target's drafters: its EAGLE head if it is on disk, then its draft model."""
+def recommended_drafters(target: str | Path) -> list[tuple[str, str | Path]]:
+    """Return a target's drafters and what to load for each: its EAGLE head if it is on disk, then its draft model."""
     known = next((model for model in KNOWN_MODELS.values() if str(target) in (model.name, model.hub_id)), None)
     if known is None:
         return []
-    head = known.head if known.head and is_on_disk(known.head) else None
-    return [name for name in (head, known.drafter) if name]
+    head = on_disk(known.head) if known.head else None
+    return [(name, source) for name, source in ((known.head, head), (known.drafter, known.drafter)) if name and source]
 
 
-def is_on_disk(name: str) -> bool:
-    """Return whether the model with a short name is in the hub's local cache."""
-    return isinstance(huggingface_hub.try_to_load_from_cache(KNOWN_MODELS[name].hub_id, "config.json"), str)
+def on_disk(name: str) -> Path | None:
+    """Return the folder of a short name in the hub's local cache, or None if it is not there with its weights."""
+    with contextlib.suppress(LocalEntryNotFoundError):
+        folder = Path(huggingface_hub.snapshot_download(KNOWN_MODELS[name].hub_id, local_files_only=True))
+        return folder if stored_weights(folder) else None
+    return None
 
 
 def parse_drafter(drafter: Any) -> tuple[Any, PromptLookup | None]:
@@ -336,6 +341,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise ModelLoadError(f"{folder} has no config.json; use the folder of a model in the Hugging Face layout")
     config = read_object(folder / "config.json")
+    if isinstance(layer := config.get("transformer_layer_config"), dict):  # of an EAGLE-3 head by vLLM's speculators
+        config = {**layer, **{key: value for key, value in config.items() if value is not None}}
     if not (isinstance(config.get("model_type"), str) or is_old_config(config)):
         raise ModelLoadError(
             f"{folder / 'config.json'} names no model_type; use the folder of a model in the Hugging Face layout"

@@ -41,6 +41,7 @@ def check_memory(
     declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
     tokens = min(context or DEFAULT_CONTEXT, *declared)
     caches = sum(cache_bytes_per_token(config, dtype) * tokens for _, config in models)
+    caches += sum(state_bytes_per_token(config, dtype) * tokens for _, config in models[1:])
     limit = device_limit()
     if weights + caches > limit:
         names = " and ".join(folder.name for folder, _ in models)
@@ -110,6 +111,15 @@ def cache_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int
         return int(2 * layers * kv_heads * head_dim * bytes_per_number(dtype))
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return 0
+
+
+def state_bytes_per_token(config: dict[str, Any], dtype: mx.Dtype | None) -> int:
+    """Return the bytes of the target's hidden states that one position needs, if this is the config of an EAGLE head.
+
+    A head has one layer and reads up to three states of its own width. Any other drafter with one layer is counted too.
+    """
+    size = config.get("hidden_size")
+    return 3 * size * bytes_per_number(dtype) if config.get("num_hidden_layers") == 1 and isinstance(size, int) else 0
 
 
 def bytes_per_number(dtype: mx.Dtype | None) -> int:

@@ -1,6 +1,6 @@
 """A target and its drafters."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
@@ -9,7 +9,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxspec.models.attention import context_length, position_table
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.eagle import Eagle, fitting_parts
-from mlxspec.models.parts import Parts
 
 
 @dataclass
@@ -25,7 +24,6 @@ class ModelPair:
         drafter_context_length: The same for the draft model. It does not draft beyond.
         drafter_name: What drafts, for users, such as "amd-135m+lookup". ``load`` sets it.
         drafter_note: Why ``load`` chose another drafter than the recommended one, "" if it did not.
-        parts: The parts of the target, if an EAGLE head uses them.
 
     Raises:
         UnsupportedModelError: The drafter is an EAGLE head that does not fit the target.
@@ -39,14 +37,13 @@ class ModelPair:
     drafter_context_length: int | None = None
     drafter_name: str = ""
     drafter_note: str = ""
-    parts: Parts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):
             self.lookup = None
         self.context_length = limit_of(self.target, self.context_length)
         if isinstance(self.drafter, Eagle):
-            self.parts = fitting_parts(self.drafter, self.target)
+            fitting_parts(self.drafter, self.target)  # or an error
         if isinstance(self.drafter, nn.Module):
             self.drafter_context_length = limit_of(self.drafter, self.drafter_context_length)
         if self.tokenizer is not None and not isinstance(self.tokenizer, TokenizerWrapper):

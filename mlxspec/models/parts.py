@@ -10,7 +10,7 @@ import mlx.nn as nn
 class Parts(NamedTuple):
     """The parts of a model of mlx-lm: logits = head(body(tokens))."""
 
-    embedding: nn.Module  # token ids [B, L] -> [B, L, D]
+    embedding: nn.Module  # token ids [B, L] -> [B, L, D], before any scaling that the body does
     body: Any  # token ids [B, L] -> the last hidden states [B, L, D], normalized
     head: Any  # hidden states [B, L, D] -> logits [B, L, V]
 
@@ -27,7 +27,7 @@ def parts_of(model: nn.Module) -> Parts | None:
         return None
     tokens = mx.array([[0, 1, 1, 0]])
     try:
-        same = mx.allclose(head(body(tokens)), model(tokens), rtol=1e-3, atol=1e-3).item()
+        same = mx.allclose(head(body(tokens)), model(tokens), rtol=1e-3, atol=1e-3, equal_nan=True).item()
     except (TypeError, ValueError, AttributeError):  # the body takes other arguments
         return None
     return Parts(embedding, body, head) if same else None
@@ -67,16 +67,15 @@ def run_with_states(model: Any, layers: Sequence[int], run: Callable[[], mx.arra
     body = model.model
     if not layers:
         watched = Watched(body, output=True)
-        model["model"] = watched  # a module is a dictionary of its parts
         try:
+            model["model"] = watched  # a module is a dictionary of its parts
             return run(), watched.seen
         finally:
             model["model"] = body
-    originals = {number: body.layers[number] for number in layers}
-    body.layers[:] = [Watched(layer, output=False) if n in originals else layer for n, layer in enumerate(body.layers)]
+    originals = list(body.layers)
     try:
+        body.layers[:] = [Watched(layer, False) if n in layers else layer for n, layer in enumerate(originals)]
         result = run()
         return result, mx.concatenate([body.layers[number].seen for number in layers], axis=-1)
     finally:
-        for number, layer in originals.items():
-            body.layers[number] = layer
+        body.layers[:] = originals

@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
 from mlxspec.files import load_arrays, read_json, remove_leftovers, replacing, write_json
-from mlxspec.models.eagle import NOT_READ
 
 KEPT = 2  # number of checkpoints that are not deleted
 
@@ -89,7 +88,7 @@ def restore_weights(model: nn.Module, file: Path) -> None:
     weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
     for name in dict(tree_flatten(model.trainable_parameters())):
         del weights[name]
-    stored = {name: weight for name, weight in load_arrays(file).items() if name not in NOT_READ}
+    stored = {name: weight for name, weight in load_arrays(file).items() if name != "t2d"}  # it follows from d2t
     model.load_weights(list({**weights, **stored}.items()))
 
 

@@ -42,7 +42,7 @@ from mlxspec.training.corpus import (
     split_prompts,
 )
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import AnyDrafter, objective_for, reads_of
+from mlxspec.training.objectives import AnyDrafter, layers_read, objective_for
 from mlxspec.training.responses import (
     AnswerSettings,
     DistillData,
@@ -405,7 +405,7 @@ def step_seconds(
                 writer.add(row, np.ones_like(row))
             writer.finish()
         batches = Batches([TokenShards(scratch)], [1.0], settings.length, settings.batch, 0)
-        teacher = OnlineTeacher(target.model, None, reads_of(copy, target.model)) if loss.needs_target else None
+        teacher = OnlineTeacher(target.model, None, layers_read(copy, target.model)) if loss.needs_target else None
         goal = objective_for(copy, loss, teacher, settings.recompute, draft_steps)
         trainer = Trainer(copy, goal, batches, settings, Path(scratch))
         seconds = trainer.time_step()

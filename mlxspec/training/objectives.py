@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.eagle import Eagle
-from mlxspec.models.parts import Parts
 from mlxspec.models.vocabulary import places
 from mlxspec.training.chunked_loss import Positions, weighted_loss
 from mlxspec.training.documents import document_masks
@@ -88,16 +87,17 @@ def objective_for(
     return eagle_objective(loss, teacher, draft_steps)
 
 
-def reads_of(drafter: AnyDrafter, target: Any) -> tuple[int, ...] | None:
+def layers_read(drafter: AnyDrafter, target: Any) -> tuple[int, ...] | None:
     """Return the numbers of the target's layers whose inputs a head reads, as ``OnlineTeacher`` takes them."""
-    return drafter.reads(len(target.layers)) if isinstance(drafter, Eagle) else None
+    return drafter.layers_read(len(target.layers)) if isinstance(drafter, Eagle) else None
 
 
 def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT_STEPS) -> Objective:
-    """Return the function that a step of an EAGLE head minimizes.
+    """Return the function that a step of an EAGLE-3 head minimizes.
 
     The head drafts from every position at once, as it does in decoding: in the first step it reads the target's hidden
-    states, then its own outputs. The losses of the steps are averaged, with weights that fall by ``STEP_DECAY``.
+    states, then its own outputs. The losses of the steps are added, with weights that fall by ``STEP_DECAY``. A draft
+    that began in another document does not count. So the rates of documents of a few tokens are a little too low.
 
     Args:
         loss: The loss at each position. It must need the target.
@@ -120,7 +120,6 @@ def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT
         hidden, states = (mx.stop_gradient(part) for part in teacher.states(inputs, documents, ()))
         embedded = mx.stop_gradient(parts.embedding(following))
         features, cache = head.features(states), DraftRows(documents)
-        weights = output_head(head, parts)
         targets = (hidden[:, 1:].flatten(0, 1),)
         total, rates = mx.array(0.0), []
         for share, key in zip(step_shares(draft_steps), mx.random.split(batch.key, draft_steps), strict=True):
@@ -130,7 +129,7 @@ def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT
             value, rate = weighted_loss(
                 loss,
                 head.outputs(features)[:, :-1].flatten(0, 1),
-                weights,
+                head.lm_head.weight,
                 positions,
                 teacher.probs(batch.temperature, head.output_tokens),
             )
@@ -186,11 +185,3 @@ def step_shares(draft_steps: int) -> list[float]:
     """Return the weight of each draft step. They sum to 1."""
     weights = [STEP_DECAY**step for step in range(draft_steps)]
     return [weight / sum(weights) for weight in weights]
-
-
-def output_head(head: Eagle, parts: Parts) -> mx.array:
-    """Return the weights [V, D] with which the logits of a head are computed. The target's own are not trained."""
-    if "lm_head" in head:
-        return head.lm_head.weight
-    module = getattr(parts.head, "__self__", parts.head)  # ``as_linear`` of a tied embedding
-    return mx.stop_gradient(module.weight)

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint_files, read_json
-from mlxspec.models.eagle import Eagle, fitting_parts
+from mlxspec.models.eagle import EAGLE1, Eagle, fitting_parts
 from mlxspec.models.quantizing import check_divisible
 from mlxspec.settings import key_of
 from mlxspec.training.batches import Batches
@@ -25,7 +25,7 @@ from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import describe, read_drafter, weights_fingerprint, write_drafter
 from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter, objective_for, reads_of
+from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter, layers_read, objective_for
 from mlxspec.training.responses import (
     AnswerSettings,
     Group,
@@ -280,6 +280,10 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
         )
     if isinstance(drafter, Eagle):
         fitting_parts(drafter, target.model)
+        if drafter.layout == EAGLE1:
+            raise InvalidRequestError(
+                "the drafter is an EAGLE-1 head; only EAGLE-3 heads can be trained, use one of those"
+            )
         if not loss.needs_target or top_k:
             given = f"teacher_top_k {top_k}" if top_k else f"loss {loss.name}"
             raise InvalidRequestError(
@@ -335,7 +339,7 @@ def new_teacher(
     """
     apart = not batches.single  # all processes agree on it
     if not top_k:
-        return OnlineTeacher(target.model, apart, reads_of(drafter, target.model))
+        return OnlineTeacher(target.model, apart, layers_read(drafter, target.model))
     temperature = settings.temperatures[0]
     return CachedTeacher(target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart)
 

@@ -35,13 +35,12 @@ class OnlineTeacher:
         target: The target model.
         apart: Whether to keep the documents of a row apart. If False, a row should hold only one document. None to
             decide by a trial whether the target can keep them apart.
-        reads: Numbers of the layers whose inputs an EAGLE head reads, () for the last hidden states. None without a
-            head.
+        read_layers: Numbers of the layers whose inputs an EAGLE-3 head reads. None without a head.
     """
 
-    def __init__(self, target: nn.Module, apart: bool | None = None, reads: Sequence[int] | None = None):
+    def __init__(self, target: nn.Module, apart: bool | None = None, read_layers: Sequence[int] | None = None):
         self.target = target
-        self.reads = reads
+        self.read_layers = read_layers
         self.apart = keeps_documents_apart(target) if apart is None else apart
         self._windows = attention_windows(target) if self.apart else []
         self.parts = parts_of(target)
@@ -64,10 +63,9 @@ class OnlineTeacher:
         """
         model: Any = self.parts.body if self.parts else self.target
         options = {"cache": document_masks(self._windows, documents)} if self.apart else {}
-        if not self.reads:
-            result = model(inputs, **options)
-            return (result,) if self.reads is None else (result, result)
-        return run_with_states(self.target, self.reads, lambda: model(inputs, **options))
+        if self.read_layers is None:
+            return (model(inputs, **options),)
+        return run_with_states(self.target, self.read_layers, lambda: model(inputs, **options))
 
     def probs(self, temperature: mx.array, columns: mx.array | None = None) -> TeacherProbs:
         """Return the function that computes p and log p from a chunk of ``states``.

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle, fitting_parts
+from mlxspec.models.eagle import Eagle, fitting_parts
 from mlxspec.models.export import to_hugging_face
 from mlxspec.models.from_target import check_layers, drafter_from_target, eagle_from_target
 from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_model, read_tokenizer
@@ -21,7 +21,7 @@ from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
 
 CALIBRATION_DOCUMENTS = 64
-HEAD_LAYOUTS = {"eagle": EAGLE3, "eagle-1": EAGLE1}
+HEAD_KINDS = ["eagle"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,12 @@ class WarmStart:
 class HeadStart:
     """An EAGLE head that starts from a layer of the target. Raises InvalidRequestError for a wrong value."""
 
-    kind: str = option(
-        "eagle",
-        "eagle for a head in the layout of EAGLE-3, which reads three hidden states of the target. eagle-1 for the "
-        "layout of EAGLE-1, which reads the last one and has the vocabulary of the target.",
-        choices=lambda: HEAD_LAYOUTS,
-    )
+    kind: str = option("eagle", "eagle for a head in the layout of EAGLE-3.", choices=lambda: HEAD_KINDS)
     layer: int = option(
         -1, "Number of the target's layer to copy, counted from 0. A negative number counts from the last layer."
     )
-    reads: tuple[int, ...] = option(
-        (), "Numbers of the three layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
+    read_layers: tuple[int, ...] = option(
+        (), "Numbers of the target's layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
     )
     vocabulary_size: int | None = option(
         None,
@@ -93,15 +88,8 @@ class HeadStart:
     )
 
     def __post_init__(self) -> None:
-        if self.kind not in HEAD_LAYOUTS:
-            raise InvalidRequestError(f"kind is {self.kind!r}; use one of {', '.join(HEAD_LAYOUTS)}")
-        if self.reads and len(self.reads) != 3:
-            raise InvalidRequestError(f"reads are {list(self.reads)}; use the numbers of three layers")
-        if self.kind == "eagle-1" and (self.reads or self.vocabulary_size):
-            raise InvalidRequestError(
-                "an eagle-1 head reads the last hidden state and has the target's vocabulary; leave out reads and "
-                "vocabulary_size, or use kind eagle"
-            )
+        if self.kind not in HEAD_KINDS:
+            raise InvalidRequestError(f"kind is {self.kind!r}; use {HEAD_KINDS[0]}, or leave it out")
 
     @property
     def needs_answers(self) -> bool:
@@ -171,7 +159,7 @@ def head_start(target: Target, start: HeadStart, answers: TokenShards | None) ->
     check_layers(source, [start.layer])
     source.set_dtype(mx.float32)  # before dequantizing, or else the weights are rounded to the type of the scales
     source, _ = to_hugging_face(source, config)
-    head = eagle_from_target(source, start.layer, start.reads or None, tokens, HEAD_LAYOUTS[start.kind])
+    head = eagle_from_target(source, start.layer, start.read_layers or None, tokens)
     head.set_dtype(mx.float32)
     fitting_parts(head, target.model)
     return head, coverage

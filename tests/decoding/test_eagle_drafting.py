@@ -111,7 +111,7 @@ def test_greedy_text_equals_plain_decoding_with_any_head(rule, damage, layout):
 @pytest.mark.parametrize("draft_length", [1, 3, 8, "auto"])
 @pytest.mark.parametrize("rule", RULES)
 def test_greedy_text_of_the_story_model_equals_plain_decoding(stories, stories_greedy, rule, draft_length, layout):
-    head = random_head(stories, layout, reads=[0, 2, 4] if layout == EAGLE3 else None)
+    head = random_head(stories, layout, read_layers=[0, 2, 4] if layout == EAGLE3 else None)
     decoder = SpeculativeDecoder(ModelPair(stories, head), None, draft_length, rule)
     assert decoded(decoder, [1], 500) == stories_greedy
 
@@ -119,7 +119,7 @@ def test_greedy_text_of_the_story_model_equals_plain_decoding(stories, stories_g
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rule", RULES)
 def test_the_emitted_distribution_is_the_targets(rule, layout):
-    head = random_head(markov_target(), layout, seed=4, reads=[0, 0, 0] if layout == EAGLE3 else None)
+    head = random_head(markov_target(), layout, seed=4, read_layers=[0, 0, 0] if layout == EAGLE3 else None)
     assert_emits_the_targets_distribution(rule, SAMPLINGS[0], head, 3, 2500)
 
 
@@ -127,7 +127,7 @@ def test_the_emitted_distribution_is_the_targets(rule, layout):
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_the_emitted_distribution_is_the_targets_for_every_combination(rule, sampling):
-    head = random_head(markov_target(), EAGLE1, seed=4, tokens=[0, 2, 3])
+    head = random_head(markov_target(), EAGLE3, seed=4, tokens=[0, 2, 3], read_layers=[0, 0, 0])
     assert_emits_the_targets_distribution(rule, sampling, head, 4, 3500)
 
 
@@ -168,6 +168,15 @@ def test_memory_beyond_the_buffers_does_not_grow_over_5000_tokens(layout):
         beyond.append(mx.get_active_memory() - sum(buffer.nbytes for layer in buffers for buffer in layer))
     half = len(beyond) // 2
     assert max(beyond[half:]) <= max(beyond[:half]) + 64 * 1024
+
+
+def test_a_head_that_replaces_another_drafter_of_a_pair_drafts():
+    model = few_tokens()
+    pair = ModelPair(model, None)
+    pair.drafter = random_head(model, EAGLE3, seed=9)
+    decoder = SpeculativeDecoder(pair, None, 3)
+    assert decoded(decoder, [1, 2], 30) == plain_greedy(model, [1, 2], 30)
+    assert decoder.stats.drafted > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -32,7 +32,7 @@ def random_head(model, layout=EAGLE1, seed=1, tokens=None, shape=None, **options
     """A head with random weights for a target; ``tokens`` are those of its smaller vocabulary."""
     mx.random.seed(seed)
     args = ModelArgs.from_dict({**vars(model.args), "num_hidden_layers": 1, "layer_types": None, **(shape or {})})
-    head = Eagle(args, layout, draft_vocab_size=tokens and len(tokens), **{"bias": layout == EAGLE1, **options})
+    head = Eagle(args, layout, draft_vocab_size=tokens and len(tokens), **options)
     if tokens:
         head.d2t = mx.array(tokens) - mx.arange(len(tokens))
     head.fc.weight = head.fc.weight * 3
@@ -51,17 +51,15 @@ def oracle(head, model, tmp_path) -> EagleOracle:
 
 
 def states_of(model, head, text) -> np.ndarray:
-    return np.array(run_with_states(model, head.reads(6), lambda: model(mx.array([text])))[1][0])
+    return np.array(run_with_states(model, head.layers_read(6), lambda: model(mx.array([text])))[1][0])
 
 
 SMALLER = list(range(0, VOCAB, 3))
 HEADS = [
     (EAGLE1, {}),
-    (EAGLE1, {"bias": False}),
-    (EAGLE1, {"tokens": SMALLER}),
     (EAGLE3, {}),
     (EAGLE3, {"tokens": SMALLER}),
-    (EAGLE3, {"tokens": SMALLER, "reads": [0, 1, 5], "norm_before_residual": True}),
+    (EAGLE3, {"tokens": SMALLER, "read_layers": [0, 1, 5], "norm_before_residual": True}),
 ]
 
 
@@ -107,6 +105,8 @@ def test_the_parts_of_a_target_are_told_apart_only_where_they_make_its_logits():
     assert parts_of(scaled) is None
     with pytest.raises(UnsupportedModelError, match="more steps than a body and an output head"):
         ModelPair(scaled, random_head(model))
+    model.model.norm.weight = mx.full(16, mx.nan)
+    assert parts_of(model)
 
 
 def test_running_with_states_leaves_the_model_as_it_was_even_after_an_error():
@@ -131,7 +131,7 @@ def test_a_saved_head_loads_with_the_same_weights(tmp_path, layout, options):
     loaded = read_model(tmp_path)
     assert isinstance(loaded, Eagle)
     assert loaded.layout == layout
-    assert loaded.reads(6) == head.reads(6)
+    assert loaded.layers_read(6) == head.layers_read(6)
     before, after = dict(tree_flatten(head.parameters())), dict(tree_flatten(loaded.parameters()))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[name], after[name]) for name in before)
@@ -169,19 +169,23 @@ def test_the_target_own_table_in_a_published_head_takes_no_memory(tmp_path, layo
 def test_a_head_in_the_layout_of_vllms_speculators_is_the_same_head(tmp_path):
     _, head, weights, config = public_files(tmp_path, EAGLE3)
     renamed = {name.replace("midlayer.", "layers.0."): weight for name, weight in weights.items()}
-    shape = {key: config.pop(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    write_files(tmp_path, renamed, {**config, "norm_before_residual": True, "transformer_layer_config": shape})
+    own = {"speculators_model_type": "eagle3", "draft_vocab_size": len(SMALLER), "target_hidden_size": None}
+    layer = {**config, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    write_files(tmp_path, renamed, {**own, "norm_before_residual": True, "transformer_layer_config": layer})
     loaded = read_model(tmp_path)
     assert loaded.layout == EAGLE3
     assert loaded.norm_before_residual
+    assert loaded.layer.self_attn.rope.base == 500000
     assert mx.array_equal(loaded.midlayer.hidden_norm.weight, head.midlayer.hidden_norm.weight)
 
 
 DAMAGE = {
-    "a missing tensor": (lambda w, c: w.pop("fc.bias"), "fc.bias"),
+    "a missing tensor": (lambda w, c: w.pop("layers.0.mlp.up_proj.weight"), "layers.0.mlp.up_proj.weight"),
+    "another table": (lambda w, c: w.update({"embed_tokens.weight": mx.zeros((7, 16))}), "embed_tokens.weight has the"),
+    "quantized weights": (lambda w, c: w.update({"fc.scales": mx.zeros((16, 1))}), "fc.scales"),
     "a tensor of another shape": (lambda w, c: w.update({"fc.weight": mx.zeros((16, 48))}), "fc.weight"),
     "an unknown tensor": (lambda w, c: w.update({"layers.1.mlp.weight": mx.zeros(3)}), "layers.1.mlp.weight"),
-    "a config without a width": (lambda w, c: c.pop("hidden_size"), "hidden_size"),
+    "a config without a width": (lambda w, c: c.pop("hidden_size"), "and the target's would have"),
     "NaN": (lambda w, c: w.update({"fc.bias": mx.full(16, mx.nan)}), "NaN"),
 }
 
@@ -195,6 +199,58 @@ def test_a_damaged_head_is_refused_with_one_line(tmp_path, name):
     with pytest.raises(ModelLoadError, match=words) as caught:
         read_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_tensors_decide_which_projections_have_a_bias(tmp_path):
+    _, _, weights, config = public_files(tmp_path, EAGLE1)
+    del weights["fc.bias"]
+    for name in ("q", "k", "v"):  # as in Qwen2
+        size = weights[f"layers.0.self_attn.{name}_proj.weight"].shape[0]
+        weights[f"layers.0.self_attn.{name}_proj.bias"] = mx.ones(size)
+    weights["layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones(4)
+    write_files(tmp_path, weights, config)
+    head = read_model(tmp_path)
+    attention = head.layer.self_attn
+    assert ["bias" in module for module in (head.fc, attention.q_proj, attention.v_proj, attention.o_proj)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_head_takes_its_rotary_settings_from_either_place_of_a_config(tmp_path, nested):
+    _, _, weights, config = public_files(tmp_path, EAGLE1)
+    config.pop("rope_theta")
+    config.pop("rms_norm_eps")
+    settings = {"rope_theta": 500000.0, "rope_type": "default"}
+    write_files(tmp_path, weights, {**config, **({"rope_parameters": settings} if nested else settings)})
+    head = read_model(tmp_path)
+    assert head.layer.self_attn.rope.base == 500000
+    assert head.args.rms_norm_eps == 1e-6  # as in transformers
+
+
+@pytest.mark.parametrize(
+    ("keys", "read"),
+    [
+        ({}, (2, 3, 3)),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, (1, 3, 5)),  # layers whose inputs are read
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}}, (1, 3, 5)),  # whose outputs are read
+        ({"eagle_config": {"use_aux_hidden_state": True}}, (2, 3, 3)),
+    ],
+)
+def test_the_layers_that_a_head_reads_are_named_as_in_vllm_or_as_in_sglang(tmp_path, keys, read):
+    _, _, weights, config = public_files(tmp_path, EAGLE3)
+    write_files(tmp_path, weights, {**config, **keys})
+    head = read_model(tmp_path)
+    assert head.layers_read(6) == read
+    head.save(tmp_path)
+    assert read_model(tmp_path).layers_read(6) == read
+
+
+def test_a_head_that_reads_another_number_of_layers_than_its_weights_is_refused(tmp_path):
+    _, _, weights, config = public_files(tmp_path, EAGLE3)
+    write_files(tmp_path, weights, {**config, "eagle_aux_hidden_state_layer_ids": [1, 2]})
+    with pytest.raises(ModelLoadError, match=r"fc\.weight"):
+        read_model(tmp_path)
 
 
 @pytest.mark.parametrize(("row", "words"), [(VOCAB, "names token"), (-40, "names token"), (-3, "names a token twice")])
@@ -233,7 +289,7 @@ def test_a_head_drafts_through_load_quantized_or_not(tmp_path, stories_folder, l
     stories, _ = mlxspec.models.loading.read_lazily(stories_folder)
     for bits in (None, "8"):
         shape = {"intermediate_size": 128}  # whole groups of 64
-        head = random_head(stories, layout, shape=shape, reads=[1, 2, 3] if layout == EAGLE3 else None)
+        head = random_head(stories, layout, shape=shape, read_layers=[1, 2, 3] if layout == EAGLE3 else None)
         head.save(tmp_path)
         pair = mlxspec.load(stories_folder, tmp_path, quantize_drafter=bits)
         decoder = SpeculativeDecoder(pair, draft_length=2)

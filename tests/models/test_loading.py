@@ -132,7 +132,7 @@ def test_auto_is_the_targets_own_drafter_and_prompt_lookup():
     assert pair.drafter.args.hidden_size == mlxspec.load().drafter.args.hidden_size
     assert pair.lookup == PromptLookup()
     for name in ("llama2-7b-chat", "mlx-community/Llama-2-7b-chat-4-bit"):
-        assert recommended_drafters(name) == ["amd-135m"]
+        assert recommended_drafters(name) == [("amd-135m", "amd-135m")]
     assert recommended_drafters("some/model") == []
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlxspec.models.eagle import EAGLE1, EAGLE3
 from mlxspec.models.from_target import eagle_from_target
-from mlxspec.models.loading import DEMO
+from mlxspec.models.loading import DEMO, read_lazily
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import STEP_DECAY, Batch, eagle_objective
 from mlxspec.training.teachers import OnlineTeacher
@@ -40,17 +40,18 @@ def expected_rates(head, model, text, folder):
     return rates
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [(EAGLE1, None), (EAGLE1, SMALLER), (EAGLE3, None), (EAGLE3, SMALLER)])
-def test_the_unrolled_loss_is_that_of_drafts_from_every_position(tmp_path, layout, tokens):
+@pytest.mark.parametrize("tokens", [None, SMALLER], ids=["all tokens", "fewer"])
+@pytest.mark.parametrize("read_layers", [None, [0, 5]])
+def test_the_unrolled_loss_is_that_of_drafts_from_every_position(tmp_path, read_layers, tokens):
     model = target()
-    head = random_head(model, layout, tokens=tokens)
+    head = random_head(model, EAGLE3, tokens=tokens, read_layers=read_layers)
     rng = np.random.default_rng(0)
     first, second = rng.integers(0, VOCAB, 9).tolist(), rng.integers(0, VOCAB, 5).tolist()
     ids = mx.array([[*first, *second, 0]])
     documents = mx.array([[0] * 9 + [1] * 5])
     counted = mx.array([[1] * 8 + [0] + [1] * 4 + [0]])  # positions whose next token is of the same document
     batch = Batch(ids, documents, counted / 14, (), mx.array(1.0), mx.random.key(0))
-    teacher = OnlineTeacher(model, True, head.reads(6))
+    teacher = OnlineTeacher(model, True, head.layers_read(6))
     value, rates = eagle_objective(Loss("tvd"), teacher, STEPS)(head, batch)
     both = [[sum(step) for step in expected_rates(head, model, text, tmp_path)] for text in (first, second)]
     expected = np.sum(both, axis=0)
@@ -155,12 +156,10 @@ def test_a_head_that_was_interrupted_in_training_ends_with_the_same_weights(reci
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('kind = "eagle"', 'kind = "eagle3"', "kind is 'eagle3'; use one of eagle, eagle-1"),
+        ('kind = "eagle"', 'kind = "eagle3"', "kind is 'eagle3'; use eagle"),
         ('kind = "eagle"', 'kind = "eagle"\nhidden_size = 64', '"hidden_size" is not a key of an EAGLE head'),
         ('kind = "eagle"', 'kind = "eagle"\nlayer = 9', "use numbers from -4 to 3"),
-        ('kind = "eagle"', 'kind = "eagle"\nreads = [1, 2]', "use the numbers of three layers"),
-        ('kind = "eagle"', 'kind = "eagle"\nreads = [1, 2, 4]', "reads layer 4, and the target has 4 layers"),
-        ('kind = "eagle"', 'kind = "eagle-1"', "leave out reads and vocabulary_size"),
+        ('kind = "eagle"', 'kind = "eagle"\nread_layers = [1, 2, 4]', "reads layer 4, and the target has 4 layers"),
         ('loss = "kld"', 'loss = "ce"', "cannot be trained with loss ce"),
         ('loss = "kld"', 'loss = "kld"\nteacher_top_k = 8', "cannot be trained with teacher_top_k 8"),
         ('loss = "kld"', 'loss = "kld"\ndraft_steps = 0', "draft_steps is 0; use 1 to 8"),
@@ -174,11 +173,20 @@ def test_a_wrong_recipe_of_a_head_is_one_line_before_any_stage(recipe, mlxspec_c
     assert not (recipe.with_suffix("") / "answers" / "tokens").exists()
 
 
-@pytest.mark.parametrize("layout", [EAGLE1, EAGLE3])
-def test_training_makes_a_head_draft_better(layout):
+def test_an_eagle_1_head_is_not_trained(recipe, tmp_path, mlxspec_command):
+    whole, _ = read_lazily(DEMO / "target")
+    random_head(whole, EAGLE1).save(tmp_path / "one")
+    parts = RECIPE.split("[drafter]")
+    recipe.write_text(f'{parts[0]}drafter = "{tmp_path / "one"}"\n\n[distill]{parts[1].split("[distill]")[1]}')
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert "the drafter is an EAGLE-1 head; only EAGLE-3 heads can be trained" in outcome.err
+
+
+def test_training_makes_a_head_draft_better():
     model = random_llama(5, vocab_size=VOCAB, num_hidden_layers=6, scale=2)
-    head = eagle_from_target(model, layout=layout)
-    teacher = OnlineTeacher(model, True, head.reads(6))
+    head = eagle_from_target(model)
+    teacher = OnlineTeacher(model, True, head.layers_read(6))
     goal = eagle_objective(Loss("kld"), teacher)
     ids = mx.array(np.random.default_rng(0).integers(0, VOCAB, (8, 33)))
     shape = (8, 32)
