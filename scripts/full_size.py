@@ -108,6 +108,9 @@ class InTurn(Fixed):
     def choose(self, missing: float) -> Choice:
         return PLAIN if self.blocks % 2 else Choice(MODEL, 2)
 
+    def expected_tokens(self, choice: Choice) -> float:
+        return float("inf")  # so that no block is queued before the last one is observed
+
     def observe(self, choice: Choice, tokens: Sequence[int], accepted: int, unread: int) -> None:
         self.blocks += 1
         click.echo(f"{choice.proposer}: {len(tokens)} tokens")
