@@ -4,9 +4,9 @@
 
 1. real stories, and copies of them with other names           stories/
 2. ``mlxspec train run``   demo_target.toml: next-token training of the pair's target on them, then 4 bits      target/
-3. ``mlxspec train run``   demo_drafter.toml: a new drafter, from the 4-bit target's own stories               drafter/
+3. ``mlxspec train run``   demo_drafter.toml: distillation of the pair's drafter from the 4-bit target          drafter/
 
-PAIR_FOLDER holds an earlier demo pair: its target in target/. Finished steps in WORK_FOLDER are skipped, interrupted
+PAIR_FOLDER holds an earlier demo pair, in target/ and drafter/. Finished steps in WORK_FOLDER are skipped, interrupted
 ones resumed. The result is copied to mlxspec/demo/ (or --out). On Linux, install OpenBLAS first.
 """
 
@@ -119,8 +119,9 @@ def scaled(recipe: str, key: str, scale: float) -> str:
 def main(start, stories, work, out, scale):
     work.mkdir(parents=True, exist_ok=True)
     write_stories(stories, work / "stories" / "0.jsonl")
-    if not (work / "start" / "config.json").exists():
-        dequantize_target(start / "target", work / "start")
+    if not (work / "start" / "target" / "config.json").exists():
+        dequantize_target(start / "target", work / "start" / "target")
+    shutil.copytree(start / "drafter", work / "start" / "drafter", dirs_exist_ok=True)
     trained = run_recipe("demo_target.toml", work, scale)
     if not (work / "target" / "config.json").exists():
         quantize_target(trained, work / "target")
