@@ -1,17 +1,18 @@
-"""Make the embedded demo pair (mlxspec/demo/) with mlxspec's own commands.
+"""Train the built-in demo pair (mlxspec/demo/) further with mlxspec's own commands.
 
-    python scripts/build_demo_pair.py --teacher STORIES260K_FOLDER --stories TINYSTORIES.jsonl --work WORK_FOLDER
+    python scripts/build_demo_pair.py --start PAIR_FOLDER --stories TINYSTORIES.jsonl --work WORK_FOLDER
 
-1. ``mlxspec train distill``   stories by the public stories260K model (MIT)                     teacher/
-2. a byte-level BPE of our own over them and over real stories                                   tokenizer/
-3. ``mlxspec train run``       demo_target.toml: next-token training on both, then 4 bits        target/
-4. ``mlxspec train run``       demo_drafter.toml: distilled from the 4-bit target's own stories  demo_drafter/
+1. real stories, and copies of them with other names           stories/
+2. ``mlxspec train run``   demo_target.toml: next-token training of the pair's target on them, then 4 bits      target/
+3. ``mlxspec train run``   demo_drafter.toml: distillation of the pair's drafter from the 4-bit target          drafter/
 
-Finished steps in WORK_FOLDER are skipped, interrupted ones resumed. The result is copied to mlxspec/demo/ (or --out).
-On Linux preload OpenBLAS (see MEASUREMENTS.md).
+PAIR_FOLDER holds an earlier demo pair, in target/ and drafter/. Finished steps in WORK_FOLDER are skipped, interrupted
+ones resumed. The result is copied to mlxspec/demo/ (or --out). On Linux, install OpenBLAS first.
 """
 
 import json
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,72 +20,75 @@ from pathlib import Path
 
 import click
 import mlx.core as mx
-from mlx_lm.utils import load_model, load_tokenizer, save_config, save_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from mlx_lm.utils import load_model, save_config, save_model
 
 from mlxspec.models.drafter import Drafter
-from mlxspec.models.quantizing import quantized
-from mlxspec.training.shards import TokenShards
+from mlxspec.models.quantizing import dequantized, quantized
 
-BOS, EOS = "<s>", "</s>"
-VOCAB_SIZE, CONTEXT = 2048, 1024
 SCRIPTS = Path(__file__).parent
 DEMO = SCRIPTS.parent / "mlxspec" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+COPIES = 3  # of each story, with other names
+# The names that are most common in TinyStories.
+GIRLS = ["Lily", "Anna", "Mia", "Lucy", "Molly", "Sara", "Sarah", "Jane", "Daisy", "Jill", "Sally", "Lila", "Sue",
+         "Amy", "Mary", "Elly", "Emma", "Jenny", "Grace", "Ella", "Emily", "Kate", "Sophie"]  # fmt: skip
+BOYS = ["Ben", "Timmy", "Tom", "Jack", "Tim", "Sam", "Max", "John", "Bob", "Joe", "Benny", "Jimmy", "Billy", "Andy",
+        "Tommy", "Frank", "James", "Jake", "Leo", "Jim", "Danny", "Peter", "Charlie"]  # fmt: skip
 
 
 def mlxspec(*arguments: object) -> None:
     subprocess.run([Path(sys.executable).with_name("mlxspec"), *map(str, arguments)], check=True)
 
 
-def sample_stories(teacher: Path, work: Path, count: int) -> None:
-    """Stories of the teacher, those that came to an end, as text."""
-    temperatures = [option for value in (0.5, 0.6, 0.7, 0.8) for option in ("--temperatures", value)]
-    mlxspec("train", "distill", "--target", teacher, "--samples", count, *temperatures, "--top-p", 1,
-            "--max-tokens", 384, "--group", 128, "--out", work / "teacher")  # fmt: skip
-    out, tokenizer = work / "sampled" / "stories.jsonl", load_tokenizer(teacher)
-    if not out.exists():
-        out.parent.mkdir(exist_ok=True)
-        ended = (ids for ids, _ in TokenShards(work / "teacher" / "tokens").documents() if ids[-1] == ids[0])
-        texts = (tokenizer.decode(ids[1:-1].tolist()).strip() for ids in ended)  # it ends a story with its BOS
-        aside = out.with_suffix(".part")
-        aside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text))
-        aside.rename(out)
+def write_stories(source: Path, out: Path) -> None:
+    """Write the stories of ``source``, and copies of them with other names.
+
+    The copies teach the target to keep to the names of a story. They also keep it from learning the stories by heart.
+    """
+    real = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
+    real = [text for text in real if text.isascii()]  # the others have broken quotation marks
+    rng = random.Random(0)
+    texts = real + [renamed(text, rng) for _ in range(COPIES) for text in real]
+    out.parent.mkdir(exist_ok=True)
+    out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def read_stories(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.open()]
+def renamed(story: str, rng: random.Random) -> str:
+    new: dict[str, str] = {}
+    for names in (GIRLS, BOYS):
+        old = [name for name in names if re.search(rf"\b{name}\b", story)]
+        new.update(zip(old, rng.sample(names, len(old)), strict=True))
+    return re.sub(r"\b[A-Z][a-z]+\b", lambda match: new.get(match[0], match[0]), story)
 
 
-def make_tokenizer(stories: list[str], folder: Path) -> None:
-    """A folder that says which tokens there are: all that training needs to know of a target."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(stories, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": CONTEXT,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    config = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": CONTEXT}
-    write_json(folder / "config.json", {**config, "bos_token_id": 0, "eos_token_id": 1})
+def dequantize_target(stored: Path, folder: Path) -> None:
+    """Write the weights that training starts from, in float32."""
+    model, config = load_model(stored)
+    model = dequantized(model)
+    model.set_dtype(mx.float32)
+    write_model(model, {key: value for key, value in config.items() if "quantization" not in key}, stored, folder)
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def quantize_target(trained: Path, folder: Path) -> None:
+    """Write the trained model in 16 bits, its matrices in 4."""
+    model, config = load_model(trained)
+    model.set_dtype(mx.float16)
+    write_model(*quantized(model, config, "4"), trained, folder)
+
+
+def write_model(model, config: dict, source: Path, folder: Path) -> None:
+    save_model(folder, model)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, folder / name)
+    save_config(config, folder / "config.json")  # last: it says that the folder is complete
+
+
+def save_drafter(trained: Path, folder: Path) -> None:
+    """Write the drafter in 16 bits, without the checkpoints and the record of the training."""
+    drafter = Drafter.load(trained, mx.float16)
+    drafter.save(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(trained / name, folder / name)
 
 
 def run_recipe(name: str, work: Path, scale: float) -> Path:
@@ -106,41 +110,18 @@ def scaled(recipe: str, key: str, scale: float) -> str:
     return "\n".join(lines)
 
 
-def quantize_target(trained: Path, folder: Path) -> None:
-    """Write the trained model in 16 bits, its matrices in 4."""
-    model, config = load_model(trained)
-    model.set_dtype(mx.float16)
-    model, config = quantized(model, config, "4")
-    save_model(folder, model)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(trained / name, folder / name)
-    save_config(config, folder / "config.json")  # last: it says that the folder is complete
-
-
-def save_drafter(trained: Path, folder: Path) -> None:
-    """Write the drafter in 16 bits, without the checkpoints and the record of the training."""
-    drafter = Drafter.load(trained, mx.float16)
-    drafter.save(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(trained / name, folder / name)
-
-
 @click.command()
-@click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--start", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--stories", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=DEMO, show_default=True)
-@click.option("--samples", default=14000, show_default=True, help="Stories to draw from the teacher.")
 @click.option("--scale", default=1.0, show_default=True, help="Of all steps and samples of the recipes.")
-def main(teacher, stories, work, out, samples, scale):
+def main(start, stories, work, out, scale):
     work.mkdir(parents=True, exist_ok=True)
-    sample_stories(teacher, work, samples)
-    # Each real story once, among many sampled ones: a target that sees them more often learns them by heart.
-    (work / "stories").mkdir(exist_ok=True)
-    shutil.copyfile(stories, work / "stories" / "0.jsonl")
-    if not (work / "tokenizer" / "config.json").exists():
-        real, sampled = read_stories(work / "stories" / "0.jsonl"), read_stories(work / "sampled" / "stories.jsonl")
-        make_tokenizer(real * 20 + sampled, work / "tokenizer")
+    write_stories(stories, work / "stories" / "0.jsonl")
+    if not (work / "start" / "target" / "config.json").exists():
+        dequantize_target(start / "target", work / "start" / "target")
+    shutil.copytree(start / "drafter", work / "start" / "drafter", dirs_exist_ok=True)
     trained = run_recipe("demo_target.toml", work, scale)
     if not (work / "target" / "config.json").exists():
         quantize_target(trained, work / "target")

@@ -189,17 +189,24 @@ def test_a_recipe_can_be_read(recipe):
 
 
 @pytest.mark.slow
-def test_the_demo_pair_can_be_made_anew(tmp_path, stories_folder):
+def test_the_demo_pair_can_be_trained_further(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
-    stories = shared("text/tinystories_500.jsonl")
-    small = ["--samples", 256, "--scale", 0.002]
-    run_script(
-        "build_demo_pair.py", "--teacher", stories_folder, "--stories", stories, "--work", work, "--out", out, *small
-    )
+    stories = tmp_path / "stories.jsonl"
+    texts = [f'Tom and Lily saw {n} birds. Tom said to Lily, "Look!"' for n in range(40)]
+    stories.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "Lily said, “No!”"]))
+    files = ["--start", DEMO, "--stories", stories, "--work", work, "--out", out]
+    run_script("build_demo_pair.py", *files, "--scale", 0.005)
     for name in ("target", "drafter"):
         load_model(out / name)
     assert mlxspec.generate(mlxspec.load(out / "target", out / "drafter"), "Once", max_tokens=8).tokens
     assert sum(path.stat().st_size for path in out.rglob("*")) <= 4_000_000
+    written = [json.loads(line)["text"] for line in (work / "stories" / "0.jsonl").open()]
+    assert written[:40] == texts
+    assert len(written) == 160
+    for text in written:
+        boy, girl = re.match(r"(\w+) and (\w+) saw", text).groups()
+        assert text.endswith(f'{boy} said to {girl}, "Look!"')
+        assert boy != girl
 
 
 @pytest.mark.slow
