@@ -155,8 +155,9 @@ class EagleProposer:
     """Drafts with an EAGLE head.
 
     The head reads the target's hidden states, which are kept next to the target's KV cache. So a head that was idle can
-    read later what it missed. A block ends with one pass of the head over its emitted tokens and their hidden states.
-    The first token of the next draft is drawn from the result. A draft of γ tokens needs γ − 1 passes more.
+    read later what it missed. A block ends with one pass of the head over its tokens, each with the hidden state one
+    position before it. The first token of the next draft is drawn from the result. A draft of γ tokens needs γ − 1
+    passes more.
 
     Args:
         head: The head.
@@ -220,7 +221,7 @@ class EagleProposer:
     def record(
         self, state: EagleState, committed: mx.array, emitted: mx.array, accepted: mx.array, target: Buffers
     ) -> EagleState:
-        """Read the emitted tokens and their hidden states, in the place of the draft's rows."""
+        """Read the emitted tokens, each with the hidden state before it. These rows replace those of the draft."""
         kept, rows = target[-1][0], emitted.shape[0]
         states = mx.slice(kept, (committed - 1).reshape(1), (2,), (1, 1, rows, kept.shape[-1]))[0]
         features, buffers = self._run(emitted, self.model.features(states), state.buffers, committed - 1)

@@ -6,8 +6,8 @@ output takes the place of the next feature.
 
 There are two public layouts, and both are read and written here:
 
-- EAGLE-1 (and EAGLE-2, with the same weights): the feature is the target's last hidden state. ``fc`` projects the
-  embedding and the feature to the width of the layer. The target's own output head computes the logits.
+- EAGLE-1 (and EAGLE-2, with the same weights): the feature is the target's hidden state after the final norm. ``fc``
+  projects the embedding and the feature to the width of the layer. The target's own output head computes the logits.
 - EAGLE-3: ``fc`` projects three hidden states of the target to a feature. The attention reads the embedding and the
   feature next to each other. The head has an output head of its own, often with a smaller vocabulary.
 

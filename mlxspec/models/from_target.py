@@ -79,7 +79,7 @@ def eagle_from_target(
 ) -> Eagle:
     """Return an EAGLE-3 head with the weights of one of the target's layers.
 
-    At first, the attention reads the sum of the token's embedding and the last of the hidden states.
+    At the start, the attention reads the sum of the embedding and the last of the states that the head reads.
 
     Args:
         model: The target, a Llama model with float weights.

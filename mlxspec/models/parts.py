@@ -1,4 +1,4 @@
-"""The parts of a target: its input embedding, its body and its output head. And hidden states between them."""
+"""The parts of a target: its input embedding, its body and its output head. And the hidden states inside its body."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: nn.Module) -> Parts | None:
-    """Return the parts of a model, or None if they cannot be told apart.
+    """Return the parts of a model, or None if its logits are not those of its output head on its body.
 
     A trial on a few tokens decides. It fails for models that scale or cap their logits.
     """
@@ -33,8 +33,8 @@ def parts_of(model: nn.Module) -> Parts | None:
     return Parts(embedding, body, head) if same else None
 
 
-class Watched:
-    """Stands in for a module during one pass, and keeps the array that the module was given or that it returned.
+class Recorder:
+    """Wraps a module during one pass, and records its input or its output.
 
     Args:
         module: The module. The model may ask for its attributes.
@@ -66,15 +66,15 @@ def run_with_states(model: Any, layers: Sequence[int], run: Callable[[], mx.arra
     """
     body = model.model
     if not layers:
-        watched = Watched(body, output=True)
+        recorder = Recorder(body, output=True)
         try:
-            model["model"] = watched  # a module is a dictionary of its parts
-            return run(), watched.seen
+            model["model"] = recorder  # a module is a dictionary of its parts
+            return run(), recorder.seen
         finally:
             model["model"] = body
     originals = list(body.layers)
     try:
-        body.layers[:] = [Watched(layer, False) if n in layers else layer for n, layer in enumerate(originals)]
+        body.layers[:] = [Recorder(layer, False) if n in layers else layer for n, layer in enumerate(originals)]
         result = run()
         return result, mx.concatenate([body.layers[number].seen for number in layers], axis=-1)
     finally:

@@ -80,7 +80,7 @@ def head_weights(drafter: Drafter) -> mx.array:
 def objective_for(
     drafter: AnyDrafter, loss: Loss, teacher: Teacher | None, recompute: bool = False, draft_steps: int = DRAFT_STEPS
 ) -> Objective:
-    """Return the function that a step of this drafter minimizes. The arguments are those of the two kinds below."""
+    """Return the function that a step of this drafter minimizes, ``objective`` or ``eagle_objective``."""
     if not isinstance(drafter, Eagle):
         return objective(loss, teacher, recompute)
     assert isinstance(teacher, OnlineTeacher)
@@ -95,9 +95,10 @@ def layers_read(drafter: AnyDrafter, target: Any) -> tuple[int, ...] | None:
 def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT_STEPS) -> Objective:
     """Return the function that a step of an EAGLE-3 head minimizes.
 
-    The head drafts from every position at once, as it does in decoding: in the first step it reads the target's hidden
-    states, then its own outputs. The losses of the steps are added, with weights that fall by ``STEP_DECAY``. A draft
-    that began in another document does not count. So the rates of documents of a few tokens are a little too low.
+    From every position, the head takes ``draft_steps`` steps along the text. The first step reads the target's hidden
+    states, later steps the head's own outputs. The losses of the steps are added. Each step has ``STEP_DECAY`` times
+    the weight of the one before. Step j skips the first j predictions of each document, and the other weights stay the
+    same. So later steps report a slightly low rate, most of all for short documents.
 
     Args:
         loss: The loss at each position. It must need the target.
@@ -144,9 +145,9 @@ def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT
 class DraftRows:
     """The keys and values of the draft steps of all rows, in the place of a KV cache.
 
-    In step j, counted from 0, row t attends to the rows before t − j + 1 as they were in step 0, when they read the
-    target's hidden states. It also attends to row t − j + i as it was in step i, for i = 1 to j. These are the rows
-    that are in the cache when the head drafts for the (j + 1)-th time.
+    In step j, counted from 0, row t attends to rows 0 to t − j of step 0, which read the target's hidden states, and to
+    row t − j + i of step i, for i = 1 to j. These are the rows that are in the cache when the head drafts its token
+    j + 1.
 
     Args:
         documents: Number of the document at each position [B, L].
@@ -169,16 +170,16 @@ class DraftRows:
         """Return the mask of the next step, bool [B, 1, L, steps · L]."""
         place, step = mx.arange(self.documents.shape[1]), len(self.keys)
         same = self.documents[:, :, None] == self.documents[:, None, :]
-        behind = place[:, None] - place  # [L, L] how many rows before its row a column is
-        masks = [behind >= step, *(behind == step - i for i in range(1, step + 1))]
+        distance = place[:, None] - place  # [L, L] from a row back to a column
+        masks = [distance >= step, *(distance == step - i for i in range(1, step + 1))]
         return mx.concatenate([same & mask for mask in masks], axis=-1)[:, None]
 
     def valid(self) -> mx.array:
         """Return which rows of the last step predict a token of the document that their draft began in: [B, L − 1]."""
         step = len(self.keys) - 1
-        begun = self.documents[:, : self.documents.shape[1] - 1 - step]
-        same = self.documents[:, step + 1 :] == begun
-        return mx.concatenate([mx.zeros((len(begun), step), mx.bool_), same], axis=1)
+        first = self.documents[:, : self.documents.shape[1] - 1 - step]
+        same = self.documents[:, step + 1 :] == first
+        return mx.concatenate([mx.zeros((len(first), step), mx.bool_), same], axis=1)
 
 
 def step_shares(draft_steps: int) -> list[float]:

@@ -37,7 +37,7 @@ from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
-from mlxspec.training.warm_start import HeadStart, WarmStart, warm_start
+from mlxspec.training.warm_start import EagleStart, WarmStart, warm_start
 
 LONGEST_UNROLL = 8  # draft steps; the graph of a training step grows with their number
 TEXT_SHARE = 0.1  # share of pretraining text in finetuning, the 9:1 of Goel et al.
@@ -88,7 +88,7 @@ class Finetune:
 TABLES: dict[str, tuple[type, ...]] = {
     "drafter": (DrafterShape,),
     "drafter with layers": (WarmStart,),
-    "drafter with kind": (HeadStart,),
+    "drafter with kind": (EagleStart,),
     "pretrain": (PretrainData, TrainingSettings),
     "distill": (DistillData, AnswerSettings),
     "finetune": (FinetuneData, Loss, TrainingSettings),
@@ -111,7 +111,7 @@ class Recipe:
     """
 
     target: str
-    drafter: DrafterShape | WarmStart | HeadStart | str
+    drafter: DrafterShape | WarmStart | EagleStart | str
     pretrain: tuple[PretrainData, TrainingSettings] | None
     distill: tuple[DistillData, AnswerSettings] | None
     finetune: list[Finetune]
@@ -205,7 +205,7 @@ class Recipe:
             raise TrainingError(f"{path} has no stage; add a [pretrain], [distill] or [[finetune]] table")
         if finetunes and not distill:
             raise TrainingError(f"{path}: finetune needs the target's answers; add a [distill] table")
-        if isinstance(drafter, WarmStart | HeadStart) and drafter.needs_answers and not distill:
+        if isinstance(drafter, WarmStart | EagleStart) and drafter.needs_answers and not distill:
             raise TrainingError(
                 f"{path}: the smaller vocabulary or width of the drafter needs the target's answers; add a [distill] "
                 "table"
@@ -321,7 +321,7 @@ def included_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 
 
-def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStart | HeadStart:
+def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStart | EagleStart:
     """Read the table of the drafter.
 
     The key ``kind`` makes it an EAGLE head. A key that only a warm start has, such as ``layers``, makes it one.
@@ -337,13 +337,13 @@ def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStar
     """
     if isinstance(table, dict):
         shape_keys, warm_keys, head_keys = (
-            [key_of(field) for field in fields(cls)] for cls in (DrafterShape, WarmStart, HeadStart)
+            [key_of(field) for field in fields(cls)] for cls in (DrafterShape, WarmStart, EagleStart)
         )
         check_keys(table, [*shape_keys, *warm_keys, "kind", *(head_keys if "kind" in table else ())], where)
         if "kind" in table:
             if other := next((key for key in table if key not in head_keys), None):
                 raise TrainingError(f'{where}: "{other}" is not a key of an EAGLE head; remove it, or "kind"')
-            (head,) = parse_settings(table, where, HeadStart)
+            (head,) = parse_settings(table, where, EagleStart)
             return head
         if warm := [key for key in table if key not in shape_keys]:
             if other := next((key for key in table if key not in warm_keys), None):

@@ -47,7 +47,7 @@ from mlxspec.training.shards import Index, TokenShards
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
-from mlxspec.training.warm_start import HeadStart, WarmStart, warm_start
+from mlxspec.training.warm_start import EagleStart, WarmStart, warm_start
 
 NOT_INPUTS = ("checkpoint_every", "log_every", "recompute")  # settings that do not change the result
 # Inputs that may change while a stage is unfinished, for a run that diverged or ran out of memory.
@@ -364,7 +364,7 @@ def check_tokenizer(index: Index, target: Target, folder: Path) -> None:
 
 def start_drafter(
     target: Target,
-    start: WarmStart | HeadStart | DrafterShape,
+    start: WarmStart | EagleStart | DrafterShape,
     answers: TokenShards | None,
     folder: Path,
     seed: int = 0,

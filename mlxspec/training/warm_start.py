@@ -29,7 +29,7 @@ class WarmStart:
     """Which weights a drafter starts from. Raises InvalidRequestError without layers."""
 
     layers: tuple[int, ...] = option(
-        (), "Numbers of the layers to copy, counted from 0. Negative numbers count from the last layer. Required."
+        (), "Indices of the layers to copy. Negative indices count from the last layer. Required."
     )
     source: str | None = option(
         None,
@@ -71,25 +71,27 @@ class WarmStart:
 
 
 @dataclass(frozen=True)
-class HeadStart:
+class EagleStart:
     """An EAGLE head that starts from a layer of the target. Raises InvalidRequestError for a wrong value."""
 
-    kind: str = option("eagle", "eagle for a head in the layout of EAGLE-3.", choices=lambda: HEAD_KINDS)
-    layer: int = option(
-        -1, "Number of the target's layer to copy, counted from 0. A negative number counts from the last layer."
+    kind: str = option(
+        "eagle",
+        "Required for a head: eagle, which makes an EAGLE-3 head. A head excludes [pretrain], loss ce and "
+        "teacher_top_k, and recompute has no effect on it.",
     )
+    layer: int = option(-1, "Index of the target's layer to copy. Negative indices count from the last layer.")
     read_layers: tuple[int, ...] = option(
-        (), "Numbers of the target's layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
+        (), "Indices of the target's layers whose inputs the head reads. By default, 2, L/2 and L - 3 of L layers."
     )
     vocabulary_size: int | None = option(
         None,
-        "Number of tokens that the head can output: those that the target generates most often in the answers, and "
-        "those that end an answer. By default, all.",
+        "Number of tokens that the EAGLE head can output: those that the target generates most often in the answers, "
+        "and those that end an answer. By default, all.",
     )
 
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS:
-            raise InvalidRequestError(f"kind is {self.kind!r}; use {HEAD_KINDS[0]}, or leave it out")
+            raise InvalidRequestError(f"kind is {self.kind!r}; use {HEAD_KINDS[0]}, the only kind")
 
     @property
     def needs_answers(self) -> bool:
@@ -98,7 +100,7 @@ class HeadStart:
 
 
 def warm_start(
-    target: Target, start: WarmStart | HeadStart, answers: TokenShards | None
+    target: Target, start: WarmStart | EagleStart, answers: TokenShards | None
 ) -> tuple[AnyDrafter, float | None]:
     """Return a drafter with copied weights, in float32.
 
@@ -114,8 +116,8 @@ def warm_start(
     Raises:
         MlxspecError: The weights cannot be copied.
     """
-    if isinstance(start, HeadStart):
-        return head_start(target, start, answers)
+    if isinstance(start, EagleStart):
+        return eagle_start(target, start, answers)
     folder = model_folder(start.source) if start.source else target.folder
     if start.source and any((folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))
@@ -150,7 +152,7 @@ def warm_start(
     return drafter, coverage
 
 
-def head_start(target: Target, start: HeadStart, answers: TokenShards | None) -> tuple[Eagle, float | None]:
+def eagle_start(target: Target, start: EagleStart, answers: TokenShards | None) -> tuple[Eagle, float | None]:
     """Return an EAGLE head with copied weights, in float32. Arguments and result are those of ``warm_start``."""
     tokens = coverage = None
     if start.vocabulary_size:

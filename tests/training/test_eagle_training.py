@@ -156,7 +156,7 @@ def test_a_head_that_was_interrupted_in_training_ends_with_the_same_weights(reci
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('kind = "eagle"', 'kind = "eagle3"', "kind is 'eagle3'; use eagle"),
+        ('kind = "eagle"', 'kind = "eagle3"', "kind is 'eagle3'; use eagle, the only kind"),
         ('kind = "eagle"', 'kind = "eagle"\nhidden_size = 64', '"hidden_size" is not a key of an EAGLE head'),
         ('kind = "eagle"', 'kind = "eagle"\nlayer = 9', "use numbers from -4 to 3"),
         ('kind = "eagle"', 'kind = "eagle"\nread_layers = [1, 2, 4]', "reads layer 4, and the target has 4 layers"),
