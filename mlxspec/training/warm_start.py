@@ -76,7 +76,7 @@ class EagleStart:
 
     kind: str = option(
         "eagle",
-        "Required for a head: eagle, which makes an EAGLE-3 head. A head excludes [pretrain], loss ce and "
+        "Required for a head: eagle, which makes an EAGLE-3 head. A head excludes pretraining, loss ce and "
         "teacher_top_k, and recompute has no effect on it.",
     )
     layer: int = option(-1, "Index of the target's layer to copy. Negative indices count from the last layer.")
