@@ -2,6 +2,7 @@
 
     python scripts/chat_drafters.py starts TARGET ANSWERS OUT
     python scripts/chat_drafters.py losses TARGET ANSWERS START OUT --seeds 3
+    python scripts/chat_drafters.py heads TARGET ANSWERS OUT --steps 100
     python scripts/chat_drafters.py costs TARGET ANSWERS DRAFTER
     python scripts/chat_drafters.py tasks TARGET --prompts DOLLY.jsonl --prompts SPEC_BENCH.jsonl DRAFTER
 
@@ -40,12 +41,12 @@ from mlxspec.training.corpus import read_prompts
 from mlxspec.training.documents import document_masks
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import Batch, Objective, objective
+from mlxspec.training.objectives import DRAFT_STEPS, Batch, Objective, eagle_objective, layers_read, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
-from mlxspec.training.teachers import CachedTeacher
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
-from mlxspec.training.warm_start import WarmStart, token_counts, warm_start
+from mlxspec.training.warm_start import EagleStart, WarmStart, token_counts, warm_start
 
 ALL, TABLES, NOTHING = "all weights", "tables", "nothing"  # what a drafter copies from the target
 # Name -> what is copied, which layers, and the share of the heads and neurons that is kept.
@@ -269,6 +270,48 @@ def weighted_by_rejection(frozen: Drafter, share: float, goal: Objective, teache
         return goal(drafter, batch._replace(weights=weights))
 
     return weighted
+
+
+@main.command()
+@click.argument("target_folder", metavar="TARGET")
+@click.argument("answers", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--steps", default=150, show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--length", default=256, show_default=True)
+@click.option("--vocabulary", default=8192, show_default=True)
+@click.option("--held-out", default=96, show_default=True)
+@click.option("--layer", default=-1, show_default=True, help="The target's layer to copy.")
+@click.option("--learning-rate", default=1e-3, show_default=True)
+def heads(
+    target_folder: str, answers: Path, out: Path, steps: int, batch: int, length: int, vocabulary: int, held_out: int,
+    layer: int, learning_rate: float,
+) -> None:  # fmt: skip
+    """Train an EAGLE head with kld: acceptance rate of each draft step on the held-out answers."""
+    target = Target(target_folder)
+    training, documents = split(answers, target, out, held_out)
+    head, _ = warm_start(target, EagleStart(layer=layer, vocabulary_size=vocabulary), training)
+    teacher = OnlineTeacher(target.model, True, layers_read(head, target.model))
+    batches = Batches([training], [1.0], length, batch, 0)
+    settings = TrainingSettings(
+        steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=learning_rate,
+        checkpoint_every=steps,
+    )  # fmt: skip
+    click.echo(f"before: {rates(head, teacher, documents)}")
+    Trainer(head, eagle_objective(Loss("kld"), teacher), batches, settings, out / "kld", teacher=teacher).run()
+    head.save(out / "head")
+    click.echo(f"after: {rates(head, teacher, documents)}")
+
+
+def rates(head: nn.Module, teacher: OnlineTeacher, documents: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Return the acceptance rate of each draft step of a head, the mean over the tokens of answers."""
+    goal, total, count = eagle_objective(Loss("tvd"), teacher), mx.zeros(DRAFT_STEPS), 0.0
+    for ids, mask in documents:
+        weights = mx.array(mask[None, 1:].astype(np.float32))
+        one = mx.zeros((1, len(ids) - 1), mx.int32)
+        _, alpha = goal(head, Batch(mx.array(ids)[None], one, weights, (), mx.array(1.0), mx.random.key(0)))
+        total, count = total + alpha, count + weights[:, 1:].sum().item()
+    return [round(rate, 3) for rate in (total / count).tolist()]
 
 
 @main.command()

@@ -253,6 +253,10 @@ def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, ml
     assert re.findall(r"seed 0, (.+):", printed) == names
     rates = dict(re.findall(r"seed 0, (.+): (.+)", printed))
     assert len({rates[name] for name in names if name.startswith("tvd,") or name == "tvd"}) > 1  # the weights count
+    head = ["--steps", 2, "--batch", 2, "--length", 32, "--vocabulary", 200, "--held-out", 4]
+    printed = run_script("chat_drafters.py", "heads", target, answers, tmp_path / "heads", *head)
+    assert re.fullmatch(r"before: \[(0\.\d+, ){2}0\.\d+\]\nafter: \[(0\.\d+, ){2}0\.\d+\]\n", printed)
+    assert (tmp_path / "heads" / "head" / "model.safetensors").exists()
     sizes = ["--vocabulary", 300, "--vocabulary", 100]
     printed = run_script("chat_drafters.py", "costs", target, answers, start, "--rounds", 1, "--held-out", 4, *sizes)
     assert "100 tokens: step / target step" in printed
