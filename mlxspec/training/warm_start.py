@@ -21,7 +21,6 @@ from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
 
 CALIBRATION_DOCUMENTS = 64
-HEAD_KINDS = ["eagle"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class EagleStart:
     )
 
     def __post_init__(self) -> None:
-        if self.kind not in HEAD_KINDS:
-            raise InvalidRequestError(f"kind is {self.kind!r}; use {HEAD_KINDS[0]}, the only kind")
+        if self.kind != "eagle":
+            raise InvalidRequestError(f"kind is {self.kind!r}; use eagle, the only kind")
 
     @property
     def needs_answers(self) -> bool:
