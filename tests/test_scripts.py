@@ -101,7 +101,8 @@ def test_every_path_that_the_measurements_name_exists():
         assert (SCRIPTS.parent / name).exists(), name
 
 
-def test_the_blocks_expected_for_a_greedy_answer_are_those_that_decoding_needs(stories):
+def test_the_blocks_expected_for_a_greedy_answer_are_those_that_decoding_needs(stories, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
     script = importlib.import_module("chat_drafters")
     drafter = random_llama(vocab_size=512)
     for model in (stories, drafter):
@@ -112,7 +113,8 @@ def test_the_blocks_expected_for_a_greedy_answer_are_those_that_decoding_needs(s
         assert script.expected_blocks(accepted, 3) == decoder.stats.blocks
 
 
-def test_the_blocks_expected_for_a_sampled_answer_are_the_mean_over_all_outcomes():
+def test_the_blocks_expected_for_a_sampled_answer_are_the_mean_over_all_outcomes(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
     expected_blocks = importlib.import_module("chat_drafters").expected_blocks
     chances = [0.3, 0.9, 0.5, 0.7, 0.1, 0.6]
 
