@@ -188,8 +188,9 @@ class CachedModel:
         Returns:
             Logits [L, V] and the buffers after the pass.
         """
-        layers: Sequence[tuple[mx.array, ...] | None] = buffers or [None] * len(self.windows)
-        caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=False)]
+        own = buffers if self.read_layers is None or buffers is None else buffers[:-1]
+        layers: Sequence[tuple[mx.array, ...] | None] = own or [None] * len(self.windows)
+        caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=True)]
         if self.read_layers is None:
             logits = self.model(tokens[None], cache=caches)[0]
             return logits, [cache.buffers for cache in caches]

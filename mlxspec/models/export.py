@@ -96,7 +96,7 @@ def export(
         embedding = getattr(getattr(whole, "model", None), "embed_tokens", None)
     model, config = read_lazily(source, embedding)
     if isinstance(model, Eagle):
-        raise InvalidRequestError(f"{drafter} is an EAGLE head, whose layout other engines read; copy the folder")
+        raise InvalidRequestError(f"{drafter} is an EAGLE head, which needs no export; copy the folder")
     if model_type(model) != "llama" and not isinstance(model, Drafter):
         raise InvalidRequestError(
             f"{drafter} is a {model_type(model)} model; only Llama drafters can be exported, use one of those"

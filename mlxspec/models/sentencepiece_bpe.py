@@ -13,11 +13,56 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mlxspec.errors import ModelLoadError
+from mlxspec.models.checks import read_object
 
 SPACE = "▁"  # SentencePiece's symbol for a space
 LONGEST_RUN = 2**20  # of spaces; the decoder requires a number
 BPE = 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def sentencepiece_tokenizer(folder: Path) -> Any:
+    """Build the tokenizer of a folder that has only ``tokenizer.model``.
+
+    What the files next to it say counts as it does for transformers' LlamaTokenizer: the special tokens, whether a text
+    begins with BOS and ends with EOS, the added tokens, and the chat template.
+    """
+    files = {name: folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")}
+    content = {name: read_object(file) if file.exists() else {} for name, file in files.items()}
+    config, added = content["tokenizer_config"], content["added_tokens"]
+    if "added_tokens_decoder" not in config:  # a newer config replaces the two other files
+        config |= content["special_tokens_map"]
+    options: dict[str, Any] = {name: token_text(config[name]) for name in SPECIAL_TOKENS if name in config}
+    named = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = [token_text(token) for token in named]
+    special = {*extra, *options.values()}
+    options |= {name: config[name] for name in ("add_bos_token", "add_eos_token") if name in config}
+    stated = {i: {"content": token, "special": token in special} for token, i in added.items()}
+    decoder: dict[int, Any] = {int(i): token for i, token in config.get("added_tokens_decoder", stated).items()}
+    # They are found in the text as it is, so that what follows them is a new piece of text for SentencePiece.
+    options["added_tokens_decoder"] = {i: AddedToken(**{**token, "normalized": False}) for i, token in decoder.items()}
+    # "legacy" is transformers' word for SentencePiece's way.
+    scheme = "never" if config.get("add_prefix_space") is False else "first" if config.get("legacy") is False else None
+    tokenizer = fast_tokenizer(folder / "tokenizer.model", scheme, extra_special_tokens=extra, **options)
+    wrong = next((i for i, token in decoder.items() if tokenizer.convert_tokens_to_ids(token["content"]) != i), None)
+    if wrong is not None:
+        raise ModelLoadError(
+            f"the added token {decoder[wrong]['content']!r} of {folder} cannot have the id {wrong}, by its "
+            "tokenizer.model; check added_tokens.json and tokenizer_config.json"
+        )
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif isinstance(template, list):  # of several, by name
+        template = {one["name"]: one["template"] for one in template}
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def token_text(token: str | dict[str, Any] | None) -> str | None:
+    """Return the text of a special token, which is a string or an object in a tokenizer's files."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def fast_tokenizer(file: Path, prepend_scheme: str | None = None, **options: Any) -> PreTrainedTokenizerFast:

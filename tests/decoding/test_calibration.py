@@ -75,9 +75,17 @@ def measure_at_once(monkeypatch, known) -> None:
     monkeypatch.setattr(calibration, "measure", measure)
 
 
-def test_costs_are_positive_and_grow_with_rows(figures):
-    costs = costs_of(figures)
-    assert 0 < costs.verify(1) <= costs.verify(17)  # equal if a busy machine hides the difference
+def test_costs_are_positive_and_grow_with_rows():
+    shape = {
+        "vocab_size": 300,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+    }  # work, not noise
+    costs = calibrate(
+        blocks_of((random_llama(num_hidden_layers=6, **shape), random_llama(num_hidden_layers=1, **shape)))
+    )
+    assert 0 < costs.verify(1) < costs.verify(17)
     assert 0 < costs.draft_step < costs.verify(1)
     assert 0 < costs.draft_read < costs.draft_step
     assert 0 < costs.trace < 5

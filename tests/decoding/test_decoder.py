@@ -224,13 +224,21 @@ def test_the_next_block_is_queued_before_a_result_is_read(monkeypatch, draft_len
 
 @pytest.mark.parametrize("draft_length", [3, "auto"])
 def test_a_block_copies_no_cache_buffer(draft_length):
+    # Wide heads and few of them, so that a buffer dwarfs the attention scores over it.
+    model = random_llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
+
+    def decoder() -> SpeculativeDecoder:
+        policy = always_drafting(4) if draft_length == "auto" else None
+        return SpeculativeDecoder(ModelPair(model, model), None, draft_length, policy=policy)
+
+    assert_no_buffer_is_copied(decoder)
+
+
+def assert_no_buffer_is_copied(new_decoder):
     """Memory that a block takes on top of what is resident must not grow by a buffer when the capacity does."""
 
     def on_top(context: int) -> tuple[int, int]:
-        # Wide heads and few of them, so that a buffer dwarfs the attention scores over it.
-        model = random_llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
-        policy = always_drafting(4) if draft_length == "auto" else None
-        decoder = SpeculativeDecoder(ModelPair(model, model), None, draft_length, policy=policy)
+        decoder = new_decoder()
         blocks = decoder.blocks([1] * context, 250)
         for _ in range(4):
             next(blocks)

@@ -306,7 +306,7 @@ def test_a_head_is_neither_a_target_nor_exported(tmp_path, stories_folder):
             shutil.copyfile(stories_folder / name, tmp_path / "head" / name)
     with pytest.raises(ModelLoadError, match="an EAGLE head, which only drafts"):
         mlxspec.load(tmp_path / "head", "none")
-    with pytest.raises(InvalidRequestError, match="an EAGLE head, whose layout"):
+    with pytest.raises(InvalidRequestError, match="an EAGLE head, which needs no export"):
         export(tmp_path / "head", tmp_path / "out")
 
 
