@@ -6,6 +6,7 @@ from collections import Counter
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models import mamba
 
 import mlxspec
@@ -259,26 +260,31 @@ def assert_no_buffer_is_copied(new_decoder):
 
 
 def test_memory_beyond_the_cache_does_not_grow_with_the_answer():
-    assert_memory_is_bounded(count=2000)
+    model = small_buffers()
+    assert_memory_is_bounded(SpeculativeDecoder(ModelPair(model, model), Sampling(1.0, seed=0), 4), count=2000)
 
 
 @pytest.mark.slow
 def test_memory_beyond_the_cache_does_not_grow_over_10000_tokens():
-    assert_memory_is_bounded(count=10_000)
+    model = small_buffers()
+    assert_memory_is_bounded(SpeculativeDecoder(ModelPair(model, model), Sampling(1.0, seed=0), 4), count=10_000)
 
 
-def assert_memory_is_bounded(count):
-    model = random_llama(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64)
-    decoder = SpeculativeDecoder(ModelPair(model, model), Sampling(1.0, seed=0), 4)
+def small_buffers(**shape):
+    return random_llama(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64, **shape)
+
+
+def assert_memory_is_bounded(decoder, count):
+    """What is resident between two blocks, beyond the buffers, must not grow with the answer."""
     mx.clear_cache()
     beyond = []
     for _ in decoder.blocks([1, 2], count):
-        caches = [decoder._state.target, decoder._state.drafter]
-        resident = sum(buffer.nbytes for cache in caches for layer in cache for buffer in layer)
-        beyond.append(mx.get_active_memory() - resident)
+        mx.synchronize()  # a block in flight holds its attention scores, which grow with the context
+        resident = [array.nbytes for _, array in tree_flatten((decoder._state.target, decoder._state.drafter))]
+        beyond.append(mx.get_active_memory() - sum(resident))
     half = len(beyond) // 2
     assert decoder.stats.tokens == count
-    assert max(beyond[half:]) <= max(beyond[:half]) + 64 * 1024
+    assert max(beyond[half:]) <= max(beyond[:half]) + 16 * 1024
 
 
 def test_a_sliding_window_stays_equal_to_plain_decoding_past_the_window():

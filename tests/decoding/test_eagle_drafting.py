@@ -14,9 +14,11 @@ from tests.conftest import decoded, plain_greedy, random_llama
 from tests.decoding.test_decoder import (
     SAMPLINGS,
     assert_emits_the_targets_distribution,
+    assert_memory_is_bounded,
     assert_no_buffer_is_copied,
     count_host_reads,
     markov_target,
+    small_buffers,
 )
 from tests.models.test_eagle import oracle, random_head, states_of
 
@@ -157,17 +159,9 @@ def test_a_second_prompt_on_the_same_decoder_equals_a_fresh_one(layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_beyond_the_buffers_does_not_grow_over_5000_tokens(layout):
-    model = random_llama(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64,
-                         num_hidden_layers=6)  # fmt: skip
-    decoder = SpeculativeDecoder(ModelPair(model, random_head(model, layout)), Sampling(1.0, seed=0), 4)
-    mx.clear_cache()
-    beyond = []
-    for _ in decoder.blocks([1, 2], 5000):
-        state = decoder._state
-        buffers = [*state.target, *state.drafter.buffers]
-        beyond.append(mx.get_active_memory() - sum(buffer.nbytes for layer in buffers for buffer in layer))
-    half = len(beyond) // 2
-    assert max(beyond[half:]) <= max(beyond[:half]) + 64 * 1024
+    model = small_buffers(num_hidden_layers=6)
+    pair = ModelPair(model, random_head(model, layout))
+    assert_memory_is_bounded(SpeculativeDecoder(pair, Sampling(1.0, seed=0), 4), count=5000)
 
 
 def test_a_head_that_replaces_another_drafter_of_a_pair_drafts():
