@@ -11,7 +11,7 @@ from mlxspec.models.vocabulary import places
 from mlxspec.training.chunked_loss import Positions, weighted_loss
 from mlxspec.training.documents import document_masks
 from mlxspec.training.losses import Loss
-from mlxspec.training.teachers import OnlineTeacher, Teacher
+from mlxspec.training.teachers import Teacher
 
 AnyDrafter = Drafter | Eagle
 DRAFT_STEPS = 3  # on which an EAGLE head is trained
@@ -83,7 +83,7 @@ def objective_for(
     """Return the function that a step of this drafter minimizes, ``objective`` or ``eagle_objective``."""
     if not isinstance(drafter, Eagle):
         return objective(loss, teacher, recompute)
-    assert isinstance(teacher, OnlineTeacher)
+    assert teacher
     return eagle_objective(loss, teacher, draft_steps)
 
 
@@ -92,7 +92,7 @@ def layers_read(drafter: AnyDrafter, target: Any) -> tuple[int, ...] | None:
     return drafter.layers_read(len(target.layers)) if isinstance(drafter, Eagle) else None
 
 
-def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT_STEPS) -> Objective:
+def eagle_objective(loss: Loss, teacher: Teacher, draft_steps: int = DRAFT_STEPS) -> Objective:
     """Return the function that a step of an EAGLE-3 head minimizes.
 
     From every position, the head takes ``draft_steps`` steps along the text. The first step reads the target's hidden
@@ -118,10 +118,10 @@ def eagle_objective(loss: Loss, teacher: OnlineTeacher, draft_steps: int = DRAFT
     def weighted(head: Eagle, batch: Batch) -> tuple[mx.array, mx.array]:
         # Row t reads token t + 1 and predicts token t + 2. So the last row predicts nothing.
         inputs, following, documents = batch.ids[:, :-1], batch.ids[:, 1:], batch.documents
-        hidden, states = (mx.stop_gradient(part) for part in teacher.states(inputs, documents, ()))
+        *shown, states = (mx.stop_gradient(part) for part in teacher.states(inputs, documents, batch.teacher))
         embedded = mx.stop_gradient(parts.embedding(following))
         features, cache = head.features(states), DraftRows(documents)
-        targets = (hidden[:, 1:].flatten(0, 1),)
+        targets = tuple(part[:, 1:].flatten(0, 1) for part in shown)
         total, rates = mx.array(0.0), []
         for share, key in zip(step_shares(draft_steps), mx.random.split(batch.key, draft_steps), strict=True):
             features = head(embedded, features, cache, cache.mask())

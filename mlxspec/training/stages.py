@@ -284,11 +284,10 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
             raise InvalidRequestError(
                 "the drafter is an EAGLE-1 head; only EAGLE-3 heads can be trained, use one of those"
             )
-        if not loss.needs_target or top_k:
-            given = f"teacher_top_k {top_k}" if top_k else f"loss {loss.name}"
+        if not loss.needs_target:
             raise InvalidRequestError(
-                f"an EAGLE head reads the target's hidden states in every step, so it cannot be trained with {given}; "
-                "use teacher_top_k 0 and a loss such as kld or tvd++, and no pretraining"
+                f"an EAGLE head reads the target's hidden states, so it cannot be trained with loss {loss.name}; use a "
+                "loss such as kld or tvd++, and no pretraining"
             )
     if top_k and loss.needs_target:
         check_top_k(top_k, target.vocab_size)
@@ -338,10 +337,13 @@ def new_teacher(
         The teacher.
     """
     apart = not batches.single  # all processes agree on it
+    layers = layers_read(drafter, target.model)
     if not top_k:
-        return OnlineTeacher(target.model, apart, layers_read(drafter, target.model))
+        return OnlineTeacher(target.model, apart, layers)
     temperature = settings.temperatures[0]
-    return CachedTeacher(target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart)
+    return CachedTeacher(
+        target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart, layers
+    )
 
 
 def check_tokenizer(index: Index, target: Target, folder: Path) -> None:

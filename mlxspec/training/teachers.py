@@ -1,7 +1,8 @@
 """Teachers: sources of the target's probabilities during training.
 
 ``OnlineTeacher`` runs the target in every step. ``CachedTeacher`` stores the target's most likely tokens on disk when a
-row is first used. From the second epoch on, a step then does not run the target.
+row is first used, and the hidden states that an EAGLE head reads. From the second epoch on, a step then does not run
+the target.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
 from mlxspec.training.documents import document_masks, keeps_documents_apart
 
 SMALLEST_PROB, SMALLEST_LOGPROB = 1e-30, -1e30  # replace 0 in logarithms, and −∞
+LARGEST_STATE = 65504.0  # the largest float16
 
 
 class OnlineTeacher:
@@ -92,8 +94,9 @@ class OnlineTeacher:
 class TopKStore:
     """Stores the k most likely tokens at each position for the rows of one folder of shards.
 
-    Two flat files hold the token ids and the float16 log-probabilities, each [rows, length, k]. A position takes 4k
-    bytes, or 6k for a vocabulary beyond 65536. The files are sparse: a row takes space only once it is written.
+    Two flat files hold the token ids and the float16 log-probabilities, each [rows, length, k]. For an EAGLE head, a
+    third file holds float16 hidden states [rows, length, F]. A position takes 4k + 2F bytes, or 6k + 2F for a
+    vocabulary beyond 65536. The files are sparse: a row takes space only once it is written.
 
     Args:
         folder: Folder of the two files.
@@ -101,6 +104,7 @@ class TopKStore:
         length: Positions in a row.
         k: Number of tokens at each position.
         id_type: NumPy type of the token ids.
+        states: Number of values F of the hidden states at a position. 0 to store none.
     """
 
     folder: Path
@@ -108,13 +112,17 @@ class TopKStore:
     length: int
     k: int
     id_type: type
+    states: int = 0
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._parts = [self._open("ids", self.id_type), self._open("logprobs", np.float16)]
+        self._parts = {"ids": self._open("ids", self.id_type, self.k)}
+        self._parts["logprobs"] = self._open("logprobs", np.float16, self.k)
+        if self.states:
+            self._parts["states"] = self._open("states", np.float16, self.states)
 
-    def _open(self, name: str, dtype: type) -> np.ndarray:
-        path, shape = self.folder / name, (self.rows, self.length, self.k)
+    def _open(self, name: str, dtype: type, width: int) -> np.ndarray:
+        path, shape = self.folder / name, (self.rows, self.length, width)
         with path.open("ab") as file:
             file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return np.memmap(path, dtype, "r", shape=shape)
@@ -122,16 +130,17 @@ class TopKStore:
     def has(self, row: int) -> bool:
         """Return whether a row was written.
 
-        The k token ids of a position differ. Two equal ids are therefore zeros of a sparse file.
+        The k token ids of a position differ. Two equal ids are therefore zeros of a sparse file. The ids are written
+        last.
         """
-        ids, logprobs = (part[row] for part in self._parts)
+        ids, logprobs = self._parts["ids"][row], self._parts["logprobs"][row]
         return bool((ids[:, 0] != ids[:, 1]).all() and (logprobs != 0).any(-1).all())
 
     def read(self, row: int) -> list[np.ndarray]:
-        """Return the token ids and the log-probabilities of a row, each [length, k]."""
-        return [part[row] for part in self._parts]
+        """Return the token ids and the log-probabilities of a row, each [length, k], then its states [length, F]."""
+        return [part[row] for part in self._parts.values()]
 
-    def write(self, row: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    def write(self, row: int, ids: np.ndarray, logprobs: np.ndarray, *states: np.ndarray) -> None:
         """Store a row.
 
         The row is not written through the memory map, since a full disk would then kill the process.
@@ -140,12 +149,13 @@ class TopKStore:
             row: Number of the row.
             ids: Token ids [length, k].
             logprobs: Log-probabilities [length, k].
+            states: Hidden states [length, F], if this store has any.
 
         Raises:
             OSError: The file cannot be written, for example because the disk is full.
         """
-        parts = {"ids": ids.astype(self.id_type), "logprobs": logprobs.astype(np.float16)}
-        for name, part in parts.items():
+        for (name, stored), values in reversed(list(zip(self._parts.items(), (ids, logprobs, *states), strict=True))):
+            part = values.astype(stored.dtype)
             with (self.folder / name).open("r+b") as file:
                 file.seek(row * part.nbytes)
                 file.write(part.tobytes())
@@ -166,6 +176,7 @@ class CachedTeacher:
         temperature: The temperature of the stored probabilities.
         fingerprint: The target's fingerprint.
         apart: As for ``OnlineTeacher``.
+        read_layers: As for ``OnlineTeacher``. With it, the hidden states are stored too.
 
     Raises:
         InvalidRequestError: k is out of range.
@@ -180,16 +191,23 @@ class CachedTeacher:
         temperature: float,
         fingerprint: str,
         apart: bool | None = None,
+        read_layers: Sequence[int] | None = None,
     ):
         check_top_k(k, vocab_size)
         self.batches, self.temperature, self.k = batches, temperature, k
-        self._online = OnlineTeacher(target, apart)
+        self._online = OnlineTeacher(target, apart, read_layers)
+        self.parts = self._online.parts
         self._log_q = mx.zeros((1, vocab_size))  # only its shape is used, for the size of the vocabulary
         rows = "single" if batches.single else "apart"
         name = f"teacher-{fingerprint}-{k}-of-{batches.length}-{rows}-at-{temperature:g}"
+        width = 0
+        if read_layers is not None:
+            name += "-".join(["-states", *map(str, read_layers)])
+            some = mx.zeros((1, 2), mx.int32)
+            width = self._online.states(some, some, ())[1].shape[-1]
         id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
         self._stores = [
-            TopKStore(shards.folder / name, batches.count_rows(number), batches.length, k, id_type)
+            TopKStore(shards.folder / name, batches.count_rows(number), batches.length, k, id_type, width)
             for number, shards in enumerate(batches.shards)
         ]
 
@@ -200,15 +218,16 @@ class CachedTeacher:
             row_numbers: (source, row in the source) for each row.
 
         Returns:
-            Token ids and log-probabilities, each [B, L, k].
+            Token ids and log-probabilities, each [B, L, k]. Then, for an EAGLE head, hidden states [B, L, F].
 
         Raises:
             WriteError: A row cannot be stored, for example because the disk is full.
         """
         if not all(self._stores[source].has(row) for source, row in row_numbers):
             self._fill(row_numbers)
-        ids, logprobs = zip(*(self._stores[source].read(row) for source, row in row_numbers), strict=True)
-        return mx.array(np.stack(ids).astype(np.int32)), mx.array(np.stack(logprobs)).astype(mx.float32)
+        parts = zip(*(self._stores[source].read(row) for source, row in row_numbers), strict=True)
+        ids, *others = (np.stack(part) for part in parts)
+        return mx.array(ids.astype(np.int32)), *(mx.array(other).astype(mx.float32) for other in others)
 
     def _fill(self, row_numbers: Sequence[tuple[int, int]]) -> None:
         """Run the target on all rows of the batch, and store those that are missing.
@@ -217,16 +236,17 @@ class CachedTeacher:
         same weights, even if it was killed after only some of the rows were written.
         """
         rows = self.batches.read(row_numbers)
-        (states,) = self._online.states(mx.array(rows.ids[:, :-1]), mx.array(rows.documents[:, :-1]), ())
+        hidden, *states = self._online.states(mx.array(rows.ids[:, :-1]), mx.array(rows.documents[:, :-1]), ())
+        states = [mx.clip(part, -LARGEST_STATE, LARGEST_STATE).astype(mx.float32) for part in states]
         teacher_probs = self._online.probs(mx.array(self.temperature))
         for place, (source, row) in enumerate(row_numbers):
-            _, log_p = teacher_probs((states[place],), self._log_q)  # [L, V], one row at a time
+            _, log_p = teacher_probs((hidden[place],), self._log_q)  # [L, V], one row at a time
             ids = mx.argpartition(-log_p, self.k - 1, axis=-1)[:, : self.k]
             logprobs = mx.take_along_axis(log_p, ids, axis=-1)
             store = self._stores[source]
             if not store.has(row):
                 with explain_write_errors(store.folder):
-                    store.write(row, np.array(ids), np.array(logprobs))
+                    store.write(row, np.array(ids), np.array(logprobs), *(np.array(part[place]) for part in states))
 
     def states(self, inputs: mx.array, documents: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         """Return the arrays that ``load_rows`` read.
@@ -237,7 +257,7 @@ class CachedTeacher:
             stored: The result of ``load_rows``.
 
         Returns:
-            Token ids and log-probabilities, each [B, L, k].
+            Token ids and log-probabilities, each [B, L, k]. Then, for an EAGLE head, hidden states [B, L, F].
         """
         return stored
 

@@ -75,8 +75,8 @@ class EagleStart:
 
     kind: str = option(
         "eagle",
-        "Required for a head: eagle, which makes an EAGLE-3 head. A head excludes pretraining, loss ce and "
-        "teacher_top_k, and recompute has no effect on it.",
+        "Required for a head: eagle, which makes an EAGLE-3 head. A head excludes pretraining and loss ce, and "
+        "recompute has no effect on it.",
     )
     layer: int = option(-1, "Index of the target's layer to copy. Negative indices count from the last layer.")
     read_layers: tuple[int, ...] = option(
