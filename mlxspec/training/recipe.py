@@ -58,7 +58,8 @@ class FinetuneData:
     teacher_top_k: int = option(
         0,
         "Number of the target's most likely tokens to store on disk for each position. For an EAGLE head, the hidden "
-        "states that it reads are stored too. Later epochs read them instead of running the target. The acceptance rate in metrics.jsonl becomes an upper bound, because the remaining "
+        "states that it reads are stored too. Later epochs read them instead of running the target. The acceptance "
+        "rate in metrics.jsonl becomes an upper bound, because the remaining "
         "probability is divided in proportion to the drafter's. 0 stores none.",
     )
 
