@@ -33,15 +33,25 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxspec.evaluation.curves import new_figure
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio
 from mlxspec.models.drafter import EMBEDDING, Drafter
-from mlxspec.models.eagle import Eagle
-from mlxspec.models.quantizing import rounded
+from mlxspec.models.eagle import Eagle, fitting_parts
+from mlxspec.models.loading import read_config, read_lazily
+from mlxspec.models.parts import run_with_states
+from mlxspec.models.quantizing import dequantized, rounded
 from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
 from mlxspec.training.documents import document_masks
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import DRAFT_STEPS, Batch, Objective, eagle_objective, layers_read, objective
+from mlxspec.training.objectives import (
+    DRAFT_STEPS,
+    Batch,
+    DraftRows,
+    Objective,
+    eagle_objective,
+    layers_read,
+    objective,
+)
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher
@@ -377,10 +387,10 @@ def stepper(model: nn.Module, rows: int) -> Callable[[int], float]:
 @click.option("--prompts", "files", multiple=True, type=click.Path(path_type=Path))
 @click.option("--count", default=16, show_default=True, help="Prompts of each task.")
 @click.option("--max-tokens", default=64, show_default=True)
-@click.option("--draft-length", default=3, show_default=True)
+@click.option("--draft-length", "draft_lengths", multiple=True, default=[3], show_default=True)
 def tasks(
     target_folder: str, drafters: tuple[Path, ...], files: tuple[Path, ...], count: int, max_tokens: int,
-    draft_length: int,
+    draft_lengths: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Block efficiency at T = 0 and 1 for each file of prompts, or each category of a Spec-Bench file.
 
@@ -389,23 +399,22 @@ def tasks(
     target = Target(target_folder)
     found = prompts_by_task(files, target, count)
     ends = set(target.tokenizer.eos_token_ids)
-    models = {folder.name: load_drafter(folder, target) for folder in drafters}
-    if heads := [name for name, model in models.items() if isinstance(model, Eagle)]:
-        raise click.UsageError(f"{heads[0]} is an EAGLE head; measure it with measure_block_efficiency.py")
+    models = {str(folder): decoding_model(folder, target) for folder in drafters}
     for temperature in (0, 1):
         mx.random.seed(0)
         sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)
         for task, prompts in found.items():
-            tokens, blocks = 0, dict.fromkeys(models, 0.0)
+            tokens, blocks = 0, {name: dict.fromkeys(draft_lengths, 0.0) for name in models}
             answers = sample_answers(target.model, prompts, ends, sampler, max_tokens)
             for prompt, answer in zip(prompts, answers, strict=True):
-                text = mx.array([[*prompt, *answer[:-1]]])
-                p = target.model(text)[0, len(prompt) - 1 :]
+                p = target.model(mx.array([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]
                 tokens += len(answer)
                 for name, drafter in models.items():
-                    accepted = acceptance_of(p, drafter(text)[0, len(prompt) - 1 :], mx.array(answer), temperature)
-                    blocks[name] += expected_blocks(accepted, draft_length)
-            efficiency = {name: round(tokens / blocks[name], 3) for name in models}
+                    drafts = draft_logits(drafter, target.model, prompt, answer, max(draft_lengths))
+                    accepted = [acceptance_of(p, q, mx.array(answer), temperature) for q in drafts]
+                    for length in draft_lengths:
+                        blocks[name][length] += expected_blocks(accepted[:length])
+            efficiency = {name: {n: round(tokens / count, 3) for n, count in blocks[name].items()} for name in models}
             line = {"temperature": temperature, "task": task, "prompts": len(prompts), "tokens": tokens}
             click.echo(json.dumps({**line, "block_efficiency": efficiency}))
 
@@ -421,6 +430,31 @@ def prompts_by_task(files: tuple[Path, ...], target: Target, count: int) -> dict
                 part = Path(scratch) / "prompts.jsonl"
                 part.write_text("\n".join(islice(chosen, count)), encoding="utf-8")
                 found[category] = read_prompts([str(part)], target.tokenizer, None)[0]
+    return found
+
+
+def decoding_model(folder: Path, target: Target) -> nn.Module:
+    """Load a drafter, quantized or not, as float32."""
+    model, _ = read_lazily(folder, target.embedding if read_config(folder).get("shared_embedding") else None)
+    model.set_dtype(mx.float32)
+    return dequantized(model)
+
+
+def draft_logits(
+    drafter: nn.Module, target: nn.Module, prompt: list[int], answer: list[int], length: int
+) -> list[mx.array]:
+    """Return the drafter's logits [N, V] at each token of an answer, as the first to the last token of a draft."""
+    if not isinstance(drafter, Eagle):
+        return [drafter(mx.array([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]] * length
+    parts, text = fitting_parts(drafter, target), mx.array([[*prompt, *answer[:-1]]])
+    _, states = run_with_states(target, drafter.layers_read(len(target.layers)), lambda: target(text))
+    # Row t reads the target's hidden states at token t and the embedding of token t + 1, and predicts token t + 2.
+    features, rows = drafter.features(states)[:, :-1], DraftRows(mx.zeros((1, text.size - 1), mx.int32))
+    found = []
+    for _ in range(length):
+        features = drafter(parts.embedding(text[:, 1:]), features, rows, rows.mask())
+        found.append(drafter.logits(features, parts.head)[0, len(prompt) - 2 :])
+        features = mx.concatenate([features[:, :1], features[:, :-1]], axis=1)
     return found
 
 
@@ -444,15 +478,21 @@ def acceptance_of(p: mx.array, q: mx.array, answer: mx.array, temperature: float
     return mx.minimum(1, ratio)[:, 0].tolist()
 
 
-def expected_blocks(accepted: list[float], draft_length: int) -> float:
-    """Return the expected number of blocks for an answer whose tokens are accepted with these probabilities."""
-    blocks = [0.0] * (len(accepted) + 1)  # from each token on
-    for start in reversed(range(len(accepted))):
+def expected_blocks(accepted: list[list[float]]) -> float:
+    """Return the expected number of blocks for an answer.
+
+    Args:
+        accepted: Probability that each token of the answer is accepted, as the first to the last token of a draft:
+            [draft length, N].
+    """
+    draft_length, count = len(accepted), len(accepted[0])
+    blocks = [0.0] * (count + 1)  # from each token on
+    for start in reversed(range(count)):
         blocks[start], reached = 1.0, 1.0
         for length in range(draft_length + 1):
             place = start + length
-            ends = 1 - accepted[place] if length < draft_length and place < len(accepted) else 1.0
-            blocks[start] += reached * ends * blocks[min(place + 1, len(accepted))]
+            ends = 1 - accepted[length][place] if length < draft_length and place < count else 1.0
+            blocks[start] += reached * ends * blocks[min(place + 1, count)]
             reached *= 1 - ends
     return blocks[0]
 

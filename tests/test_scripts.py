@@ -16,9 +16,11 @@ from mlx_lm.utils import load_model
 
 import mlxspec
 from mlxspec import ModelPair, SpeculativeDecoder
+from mlxspec.models.eagle import EAGLE1, EAGLE3
 from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe
 from tests.conftest import decoded, random_llama, shared
+from tests.models.test_eagle import random_head
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MEASUREMENTS = SCRIPTS / "MEASUREMENTS.md"
@@ -105,12 +107,17 @@ def test_the_blocks_expected_for_a_greedy_answer_are_those_that_decoding_needs(s
     monkeypatch.syspath_prepend(SCRIPTS)
     script = importlib.import_module("chat_drafters")
     drafter = random_llama(vocab_size=512)
-    for model in (stories, drafter):
-        decoder = SpeculativeDecoder(ModelPair(stories, model), None, 3)
-        answer = decoded(decoder, [1], 61)
-        text = mx.array([[1, *answer[:-1]]])
-        accepted = script.acceptance_of(stories(text)[0], model(text)[0], mx.array(answer), 0)
-        assert script.expected_blocks(accepted, 3) == decoder.stats.blocks
+    few = random_llama(11, vocab_size=4, num_hidden_layers=6)  # a random head is often right
+    heads = [random_head(few, layout, seed=9) for layout in (EAGLE1, EAGLE3)]
+    for target, model in ((stories, stories), (stories, drafter), *((few, head) for head in heads)):
+        decoder = SpeculativeDecoder(ModelPair(target, model), None, 3)
+        prompt = [1, 2, 3]
+        answer = decoded(decoder, prompt, 61)
+        p = target(mx.array([[*prompt, *answer[:-1]]]))[0, 2:]
+        drafts = script.draft_logits(model, target, prompt, answer, 3)
+        accepted = [script.acceptance_of(p, q, mx.array(answer), 0) for q in drafts]
+        assert script.expected_blocks(accepted) == decoder.stats.blocks
+    assert decoder.stats.accepted > 5
 
 
 def test_the_blocks_expected_for_a_sampled_answer_are_the_mean_over_all_outcomes(monkeypatch):
@@ -128,7 +135,9 @@ def test_the_blocks_expected_for_a_sampled_answer_are_the_mean_over_all_outcomes
             reached *= chance
         return total + reached * mean(start + 3)
 
-    assert abs(expected_blocks(chances, 2) - mean(0)) < 1e-12
+    assert abs(expected_blocks([chances, chances]) - mean(0)) < 1e-12
+    # The second token of a draft is never accepted, as if drafts had one token.
+    assert abs(expected_blocks([chances, [0.0] * 6]) - expected_blocks([chances])) < 1e-12
 
 
 def run_script(name: str, *arguments) -> str:

@@ -181,6 +181,9 @@ class Eagle(nn.Module):
             own["draft_vocab_size"] = self.draft_vocab_size or self.args.vocab_size
         if self.norm_before_residual:
             own["norm_before_residual"] = True
+        for module in self.modules():
+            if isinstance(module, nn.QuantizedLinear):  # all are quantized alike
+                own["quantization"] = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         if self.read_layers:  # twice, since engines look in different places (``layers_in``)
             own[LAYER_KEY] = list(self.read_layers)
             own["eagle_config"] = {LAYER_KEY: [layer - 1 for layer in self.read_layers]}
@@ -233,8 +236,10 @@ def read_eagle(folder: Path, config: dict[str, Any], files: Sequence[Path]) -> E
             weights["d2t"].size if "d2t" in weights else None,
             bool(config.get("norm_before_residual")),
         )
+        if "quantization" in config:
+            nn.quantize(head, **config["quantization"], class_predicate=lambda path, _: f"{path}.scales" in weights)
         for name, module in head.named_modules():  # configs do not say reliably which of them have a bias
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | nn.QuantizedLinear):
                 module.pop("bias", None)
                 if f"{name}.bias" in weights:
                     module.bias = mx.zeros(module.weight.shape[0])

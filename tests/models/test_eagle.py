@@ -18,6 +18,7 @@ from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle
 from mlxspec.models.export import export
 from mlxspec.models.loading import read_model
 from mlxspec.models.parts import parts_of, run_with_states
+from mlxspec.models.quantizing import quantize_in_memory
 from tests.conftest import random_llama
 from tests.models.eagle_oracle import EagleOracle
 
@@ -296,6 +297,22 @@ def test_a_head_drafts_through_load_quantized_or_not(tmp_path, stories_folder, l
         text = "".join(segment.text for segment in decoder.stream([1], max_tokens=40))
         assert text.startswith("Once upon a time")
         assert decoder.stats.drafted > 0
+
+
+@pytest.mark.parametrize("layout", [EAGLE1, EAGLE3])
+def test_a_quantized_head_is_saved_and_loads_with_the_same_weights(tmp_path, layout):
+    head = random_head(random_llama(hidden_size=64, intermediate_size=128, num_attention_heads=4), layout)
+    quantize_in_memory(head, "4")
+    head.save(tmp_path / "4")
+    loaded = read_model(tmp_path / "4")
+    before, after = dict(tree_flatten(head.parameters())), dict(tree_flatten(loaded.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+    weights = stored(tmp_path / "4")
+    weights.pop("fc.scales")
+    write_files(tmp_path / "4", weights, json.loads((tmp_path / "4" / "config.json").read_text()))
+    with pytest.raises(ModelLoadError, match=r"head that mlxspec can read: .*fc"):
+        read_model(tmp_path / "4")
 
 
 def test_a_head_is_neither_a_target_nor_exported(tmp_path, stories_folder):
