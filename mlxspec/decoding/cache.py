@@ -15,8 +15,9 @@ from mlxspec.errors import UnsupportedModelError, in_one_line
 from mlxspec.models.attention import attention_windows, model_type
 from mlxspec.models.parts import run_with_states
 
-# For each layer its keys and values, [1, H, capacity, D]. If the model's hidden states are kept, a last entry has them
-# alone, [1, 1, capacity, F].
+# For each layer its keys and values, [1, H, capacity, D]. Then, if they are kept: the most likely tokens after each
+# position and their log-probabilities, [1, 1, capacity, k]. Last, if they are kept, the hidden states alone,
+# [1, 1, capacity, F].
 Buffers = list[tuple[mx.array, ...]]
 
 # Attention in a decoding block costs the capacity, not the length, and every new capacity is traced again.
@@ -144,15 +145,18 @@ class CachedModel:
         model: A model with the interface of mlx-lm's models.
         read_layers: Numbers of the layers whose inputs are kept as hidden states, () for the last hidden states. None
             to keep no hidden states.
+        top_k: Number of the most likely tokens to keep at each position that ``prefill`` does not run. 0 to keep none.
 
     Raises:
         UnsupportedModelError: The model cannot run on caches whose length is an array.
     """
 
-    def __init__(self, model: nn.Module, read_layers: Sequence[int] | None = None):
+    def __init__(self, model: nn.Module, read_layers: Sequence[int] | None = None, top_k: int = 0):
         self.model = model
         self.read_layers = read_layers
+        self.top_k = top_k
         self.windows = attention_windows(model)
+        self.layers = len(self.windows)
         try:
             # Traced and never evaluated. It costs no forward pass and fails where the compiled block would.
             logits, buffers = mx.compile(lambda token, length: self(token, None, length))(mx.array([0]), mx.array(0))
@@ -188,16 +192,25 @@ class CachedModel:
         Returns:
             Logits [L, V] and the buffers after the pass.
         """
-        own = buffers if self.read_layers is None or buffers is None else buffers[:-1]
-        layers: Sequence[tuple[mx.array, ...] | None] = own or [None] * len(self.windows)
+        layers: Sequence[tuple[mx.array, ...] | None] = buffers[: self.layers] if buffers else [None] * self.layers
         caches = [KVCache(layer, length, window, end) for layer, window in zip(layers, self.windows, strict=True)]
+
+        def run() -> mx.array:
+            return self.model(tokens[None], cache=caches)
+
         if self.read_layers is None:
-            logits = self.model(tokens[None], cache=caches)[0]
-            return logits, [cache.buffers for cache in caches]
-        logits, states = run_with_states(self.model, self.read_layers, lambda: self.model(tokens[None], cache=caches))
-        kept = buffers[-1][0] if buffers else mx.zeros((1, 1, CAPACITY_STEP, states.shape[-1]), states.dtype)
-        kept = mx.slice_update(kept, states[None], length.reshape(1), axes=(2,))
-        return logits[0], [*(cache.buffers for cache in caches), (kept,)]
+            logits, states = run(), None
+        else:
+            logits, states = run_with_states(self.model, self.read_layers, run)
+        following: Buffers = [cache.buffers for cache in caches]
+        if self.top_k and buffers and end is not None:
+            following.append(buffers[self.layers])  # a prefill, which needs no logits
+        elif self.top_k:
+            place = buffers[self.layers] if buffers else None
+            following.append(written(place, most_likely(logits[0], self.top_k), length))
+        if states is not None:
+            following.append(written(buffers[-1] if buffers else None, (states[0],), length))
+        return logits[0], following
 
     def prefill(self, tokens: mx.array, kept: list[Buffers], length: int, advanced: Callable[[int], None]) -> Buffers:
         """Run the model over a text, in chunks of ``PREFILL_STEP`` tokens.
@@ -222,6 +235,33 @@ class CachedModel:
             length += chunk.size
             advanced(chunk.size)
         return buffers
+
+
+def written(
+    buffers: tuple[mx.array, ...] | None, values: tuple[mx.array, ...], length: mx.array
+) -> tuple[mx.array, ...]:
+    """Write values after the valid positions of buffers.
+
+    Args:
+        buffers: The buffers, each [1, 1, capacity, D]. None for empty ones.
+        values: The values, each [L, D].
+        length: Number of valid positions, scalar int32.
+    """
+    buffers = buffers or tuple(mx.zeros((1, 1, CAPACITY_STEP, part.shape[-1]), part.dtype) for part in values)
+    start = length.reshape(1)
+    pairs = zip(buffers, values, strict=True)
+    return tuple(mx.slice_update(buffer, part[None, None], start, axes=(2,)) for buffer, part in pairs)
+
+
+def most_likely(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Return the k most likely tokens [L, k] int32, in no order, and their log-probabilities, for logits [L, V].
+
+    There are V − 1 of them if k is larger.
+    """
+    k, logits = min(k, logits.shape[-1] - 1), logits.astype(mx.float32)
+    tokens = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
+    logprobs = mx.take_along_axis(logits, tokens, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return tokens.astype(mx.int32), logprobs
 
 
 def raised_in_mlxspec(error: Exception) -> bool:

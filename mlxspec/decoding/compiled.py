@@ -133,18 +133,20 @@ class CompiledBlocks:
         sampling: How tokens are drawn. It is compiled into the blocks and cannot change.
         verification: Name of the verification rule, a key of ``RULES``.
         drafting: Whether to use the pair's drafters. If False, the blocks decode without drafts.
+        top_k: Number of the target's most likely tokens to keep with its cache, for each row of a block.
 
     Raises:
         UnsupportedModelError: A model cannot be rewound.
     """
 
-    def __init__(self, pair: ModelPair, sampling: Sampling, verification: str, drafting: bool = True):
+    def __init__(self, pair: ModelPair, sampling: Sampling, verification: str, drafting: bool = True, top_k: int = 0):
         self.pair = pair
         self.sampling = sampling
         self.verification = verification
         head = pair.drafter if drafting and isinstance(pair.drafter, Eagle) else None
         parts = fitting_parts(head, pair.target) if head else None
-        self.target = CachedModel(pair.target, head.layers_read(len(parts.body.layers)) if head and parts else None)
+        layers = head.layers_read(len(parts.body.layers)) if head and parts else None
+        self.target = CachedModel(pair.target, layers, top_k)
         self.proposers: dict[str, Proposer] = {NONE: NoProposer(self.target.vocab_size)}
         for drafter in (pair.drafter, pair.lookup) if drafting else ():
             if drafter is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import wired_limit
 
 from mlxspec.decoding import calibration
@@ -60,6 +61,8 @@ class SpeculativeDecoder:
             acceptance (``policy.py``).
         verification: The rule: "block", "token" or "match".
         policy: A policy of your own. ``draft_length`` has no effect then.
+        keep_top_k: How many of the target's most likely tokens to keep for each token of an answer, for ``kept_probs``.
+            0 to keep none.
 
     Raises:
         InvalidRequestError: an option is out of range.
@@ -73,13 +76,16 @@ class SpeculativeDecoder:
         draft_length: int | str = DEFAULT_DRAFT_LENGTH,
         verification: str = DEFAULT_RULE,
         policy: DraftPolicy | None = None,
+        keep_top_k: int = 0,
     ):
         check_options(draft_length, verification)
+        if keep_top_k < 0 or keep_top_k == 1:
+            raise InvalidRequestError(f"keep_top_k is {keep_top_k}; use 2 or more, or 0 to keep nothing")
         self.pair = pair
         self.stats = DecodingStats()
         self.draft_length = draft_length
         drafting = draft_length != 0 or policy is not None
-        self.compiled = CompiledBlocks(pair, sampling or Sampling(), verification, drafting)
+        self.compiled = CompiledBlocks(pair, sampling or Sampling(), verification, drafting, keep_top_k)
         self._policy = policy or self._fixed_policy()
         self._idle = IdleStates(self.compiled.proposers)
         self._state: State | None = None
@@ -118,6 +124,27 @@ class SpeculativeDecoder:
             costs = calibration.calibrate(self.compiled, progress, again)
             reach = self.pair.drafter_context_length or math.inf
             self._policy = Automatic(costs, self.compiled.drafters, self._ngram(), reach)
+
+    def kept_probs(self) -> "KeptProbs":
+        """Return the last answer with the target's distribution where each of its tokens was drawn.
+
+        The distribution is the target's own, at temperature 1 and without filters. After an interrupted pass there is
+        nothing to return, and all arrays are empty.
+
+        Raises:
+            InvalidRequestError: The decoder was made without ``keep_top_k``.
+        """
+        target, k = self.compiled.target, self.compiled.target.top_k
+        if not k:
+            raise InvalidRequestError("this decoder keeps no probabilities; make it with keep_top_k, such as 64")
+        start, tokens = self.stats.prompt_tokens, list(self._tokens)
+        if self._state is None or len(tokens) <= start:
+            return KeptProbs([], [], np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
+        # The row of a token has the distribution of the next.
+        ids, logprobs = (
+            np.array(part[0, 0, start - 1 : len(tokens) - 1]) for part in self._state.target[target.layers]
+        )
+        return KeptProbs(tokens[:start], tokens[start:], ids, logprobs)
 
     def forget(self) -> None:
         """Free the caches, as if nothing had been decoded. What the policy has learned is kept."""
@@ -403,6 +430,15 @@ class SpeculativeDecoder:
     def _ngram(self) -> int:
         lookup = self.compiled.proposers.get(LOOKUP)
         return lookup.lookup.ngram if isinstance(lookup, LookupProposer) else 0
+
+
+class KeptProbs(NamedTuple):
+    """An answer of N tokens, and the target's k most likely tokens where each was drawn."""
+
+    prompt: list[int]
+    answer: list[int]
+    ids: np.ndarray  # [N, k] int32, in no order
+    logprobs: np.ndarray  # [N, k] float32
 
 
 class InFlight(NamedTuple):
