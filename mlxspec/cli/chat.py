@@ -9,7 +9,7 @@ import click
 
 from mlxspec import Conversation, InvalidRequestError, MlxspecError
 from mlxspec.cli.generate import Answer, check_max_tokens
-from mlxspec.cli.options import calibrate, decoder_from, decoder_options, prefill_bar
+from mlxspec.cli.options import AnswerRecord, calibrate, decoder_from, decoder_options, prefill_bar
 from mlxspec.cli.statistics import detailed
 from mlxspec.files import write_atomically
 
@@ -34,6 +34,7 @@ def chat(max_tokens, system, **decoder_settings):
     """Talk to a chat model. Type /help for the commands."""
     check_max_tokens(max_tokens)
     conversation = Conversation(decoder_from(max_tokens if max_tokens > 0 else None, **decoder_settings), system)
+    record = AnswerRecord(conversation.decoder, decoder_settings["record"])
     calibrate(conversation.decoder)
     with contextlib.suppress(ImportError):
         import readline  # importing it gives input() the arrow keys
@@ -49,6 +50,7 @@ def chat(max_tokens, system, **decoder_settings):
                 with prefill_bar(quiet=False) as progress:
                     Answer(conversation.say(message, max_tokens, progress))
                 click.echo()
+                record.add()
         except MlxspecError as error:
             click.secho(f"error: {error}", fg="red", err=True)
 

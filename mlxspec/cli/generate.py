@@ -9,6 +9,7 @@ import click
 
 from mlxspec import InvalidRequestError, MlxspecError, Segment
 from mlxspec.cli.options import (
+    AnswerRecord,
     calibrate,
     decoder_from,
     decoder_options,
@@ -56,10 +57,12 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
 
     tokens = len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN + max_tokens if max_tokens >= 0 else None
     decoder = decoder_from(tokens, quiet=as_json, before_weights=encode, **decoder_settings)
+    record = AnswerRecord(decoder, decoder_settings["record"])
     with prefill_bar(quiet=as_json) as progress:
         segments = decoder.stream(encoded, max_tokens, stop, progress=progress)
         calibrate(decoder, quiet=as_json)
         answer = Answer(segments, quiet=as_json, color=show_drafted)
+    record.add()
     if as_json:
         click.echo(json.dumps({
             "text": answer.text,

@@ -14,10 +14,11 @@ import mlx.core as mx
 from tqdm import tqdm
 
 import mlxspec
-from mlxspec import InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
+from mlxspec import InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder, WriteError
 from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, Progress, check_options
 from mlxspec.decoding.verification import DEFAULT_RULE, RULES
 from mlxspec.models.quantizing import DRAFTER_BITS, QUANTIZATIONS
+from mlxspec.training.recording import RECORDED_TOP_K, Recording, check_folder
 
 LONG_PROMPT = 512  # tokens from which a progress bar is shown
 MEASURING = "measuring how long a pass takes on this machine"
@@ -90,6 +91,12 @@ SAMPLING_OPTIONS = [
 ]
 
 
+RECORD = click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="Keep each prompt and answer in this folder, with the target's probabilities, to train the drafter on. Only "
+    "you can read the files. `mlxspec train recorded` shows and deletes them.",
+)
 CONTEXT = click.option(
     "--context",
     type=click.IntRange(2),
@@ -108,6 +115,7 @@ def decoder_options(command: Callable) -> Callable:
             CONTEXT,
             DRAFT_LENGTH,
             VERIFICATION,
+            RECORD,
             *SAMPLING_OPTIONS,
         ]
     ):
@@ -124,6 +132,7 @@ def decoder_from(
     context: int | None,
     draft_length: int | str,
     verification: str,
+    record: Path | None = None,
     quiet: bool = False,
     before_weights: Callable[[Any, int | None], None] = lambda tokenizer, context_length: None,
     **sampling: Any,
@@ -139,6 +148,7 @@ def decoder_from(
         context: Maximum number of positions.
         draft_length: Tokens drafted per block, or "auto".
         verification: The rule.
+        record: Folder for the answers. The decoder keeps the target's probabilities for it.
         quiet: Print no messages.
         before_weights: As for ``mlxspec.load``.
         sampling: The fields of ``Sampling``.
@@ -146,6 +156,8 @@ def decoder_from(
     drawn = Sampling(**sampling)
     check_options(draft_length, verification)
     check_pair(target, drafter, quantize)
+    if record:
+        check_folder(record)
     if drafter == "none" and draft_length not in ("auto", 0):
         raise InvalidRequestError(f"--draft-length {draft_length} needs a drafter; leave out --drafter none")
     if not quiet:
@@ -159,10 +171,32 @@ def decoder_from(
         before_weights=before_weights,
         quantize_drafter=quantize_drafter,
     )
-    decoder = SpeculativeDecoder(pair, drawn, draft_length, verification)
+    decoder = SpeculativeDecoder(pair, drawn, draft_length, verification, keep_top_k=RECORDED_TOP_K if record else 0)
     if target and drafter is None and not quiet:
         say_drafter(pair)
     return decoder
+
+
+class AnswerRecord:
+    """Records the answers of a decoder. The first one that cannot be recorded ends it, with one line.
+
+    Args:
+        decoder: The decoder, from ``decoder_from``.
+        folder: The folder. None to record nothing.
+    """
+
+    def __init__(self, decoder: SpeculativeDecoder, folder: Path | None):
+        self.decoder = decoder
+        self.recording = Recording(folder, decoder.pair.target) if folder else None
+
+    def add(self) -> None:
+        """Record the last answer."""
+        if self.recording:
+            try:
+                self.recording.add(*self.decoder.kept_probs())
+            except WriteError as error:
+                self.recording = None
+                click.echo(f"recording has stopped: {error}", err=True)
 
 
 def check_pair(target: str | None, drafter: str | None, quantize: str | None) -> None:

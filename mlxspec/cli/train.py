@@ -24,6 +24,7 @@ from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe
+from mlxspec.training.recording import Recording
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
 from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
@@ -280,6 +281,21 @@ def finetune(
             model, start, sources, loss, settings, out, evaluation, data.teacher_top_k, data.draft_steps
         )
     print_result(out / "drafter", result, out)
+
+
+@train.command(short_help="Show or delete answers that --record has kept.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--delete", is_flag=True, help="Delete all of them.")
+def recorded(folder: Path, delete: bool) -> None:
+    """Show or delete the answers that `generate --record` and `chat --record` have kept in FOLDER."""
+    recording = Recording(folder)
+    count = len(recording.files())
+    if delete:
+        recording.delete()
+        click.echo(f"deleted {count} answers in {folder}")
+        return
+    tokens = sum(len(recorded.answer) for recorded in recording.answers())
+    click.echo(f"{folder}: {count} answers, {tokens:,} tokens, {recording.bytes / 1e6:,.1f} MB")
 
 
 def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[list[int]]) -> Scorer:

@@ -32,6 +32,7 @@ from mlxspec.models.tokens import check_same_tokens
 UNUSED_LOGITS_BELOW = 60.0  # how far the logit of a token that the drafter cannot output is below log Σ exp of others
 RANDOM_TOKENS = (64, 64)  # rows and positions of random tokens whose hidden states are used
 RIDGE = 0.01  # regularization, as a share of the states' mean square
+RECORDING = "recording.json"  # in a folder of recorded answers
 MLX_ONLY = ("quantization", "quantization_config", "rope_traditional")
 
 
@@ -301,8 +302,15 @@ def check_repository_name(repository: str) -> None:
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """Return the files that ``push`` uploads. Raises ModelLoadError if the folder has no exported model."""
+    """Return the files that ``push`` uploads.
+
+    Raises:
+        ModelLoadError: The folder has no exported model.
+        InvalidRequestError: It holds recorded answers, which are never uploaded.
+    """
     missing = [name for name in ("config.json", "model.safetensors", "README.md") if not (folder / name).is_file()]
     if missing:
         raise ModelLoadError(f"{folder} has no {' and no '.join(missing)}; create it with `mlxspec export` first")
+    for record in folder.rglob(RECORDING):
+        raise InvalidRequestError(f"{record.parent} holds recorded answers, which are private; move it elsewhere")
     return sorted(path for path in folder.rglob("*") if path.is_file())
