@@ -51,6 +51,7 @@ from mlxspec.training.objectives import (
     eagle_objective,
     layers_read,
     objective,
+    weighted_sums,
 )
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
@@ -319,8 +320,9 @@ def rates(head: nn.Module, teacher: OnlineTeacher, documents: list[tuple[np.ndar
     for ids, mask in documents:
         weights = mx.array(mask[None, 1:].astype(np.float32))
         one = mx.zeros((1, len(ids) - 1), mx.int32)
-        _, alpha = goal(head, Batch(mx.array(ids)[None], one, weights, (), mx.array(1.0), mx.random.key(0)))
-        total, count = total + alpha, count + weights[:, 1:].sum().item()
+        batch = Batch(mx.array(ids)[None], one, weights, (), mx.array(1.0), mx.random.key(0))
+        total = total + weighted_sums(batch, goal(head, batch)[1])[1:]
+        count += weights[:, 1:].sum().item()
     return [round(rate, 3) for rate in (total / count).tolist()]
 
 

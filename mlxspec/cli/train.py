@@ -19,12 +19,13 @@ from mlxspec.models.memory import gigabytes
 from mlxspec.settings import key_of
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
-from mlxspec.training.corpus import BadLines
+from mlxspec.training.corpus import BadLines, Prompt
 from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
+from mlxspec.training.robust import Robust
 from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
 from mlxspec.training.shards import TokenShards
@@ -40,7 +41,7 @@ TABLE_TITLES = {
     "drafter with kind": "[drafter] with kind, an EAGLE head",
     "finetune": "[[finetune]], once or several times",
 }
-SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency")
+SHOWN_METRICS = ("loss", "acceptance_rate", "worst_acceptance_rate", "block_efficiency")
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the target.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -262,13 +263,13 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
 )
 @PROMPTS
 @OUT
-@settings_options(FinetuneData, Loss, TrainingSettings)
+@settings_options(FinetuneData, Loss, Robust, TrainingSettings)
 def finetune(
     target: str, drafter: str, answers: Path, text: Path | None, prompts: tuple[str, ...], out: Path, **options: Any
 ) -> None:
     """Train a drafter to match the target's distribution on the target's answers."""
     data, loss = take_settings(FinetuneData, options), take_settings(Loss, options)
-    settings = take_settings(TrainingSettings, options)
+    robust, settings = take_settings(Robust, options), take_settings(TrainingSettings, options)
     with Bars() as bars:
         model = Target(target, bars.listener)
         sources = [(TokenShards(answers / "tokens", verify=True), 1.0)]
@@ -277,12 +278,12 @@ def finetune(
         evaluation = evaluation_on(model, prompts, settings)
         start = load_drafter(drafter, model)
         _, result = stages.train(
-            model, start, sources, loss, settings, out, evaluation, data.teacher_top_k, data.draft_steps
+            model, start, sources, loss, settings, out, evaluation, data.teacher_top_k, data.draft_steps, robust
         )
     print_result(out / "drafter", result, out)
 
 
-def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[list[int]]) -> Scorer:
+def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[Prompt]) -> Scorer:
     """Return a function that measures a drafter's block efficiency with the decoder."""
     return served_block_efficiency(
         target.model, target.tokenizer, prompts, settings.temperatures, settings.draft_length, settings.max_tokens

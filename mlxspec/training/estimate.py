@@ -303,7 +303,7 @@ def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEs
     start, some = time.perf_counter(), list(islice(read_documents(files, bad := BadLines()), TRIAL_DOCUMENTS))
     if not some:
         raise TrainingError(f"the {len(files)} files of the pretraining data contain no text; use files with text")
-    tokens = sum(map(len, encode_documents(some, target.tokenizer, bad)))
+    tokens = sum(len(ids) for ids, _ in encode_documents(some, target.tokenizer, bad))
     share = some[-1].bytes / size
     return StageEstimate("text", what, round(tokens / share), seconds=(time.perf_counter() - start) / share)
 

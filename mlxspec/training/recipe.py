@@ -33,6 +33,7 @@ from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
+from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.target import DrafterShape, Target
@@ -78,10 +79,11 @@ class FinetuneData:
 
 @dataclass(frozen=True)
 class Finetune:
-    """A finetuning stage: its data, loss and training settings."""
+    """A finetuning stage: its data, loss, worst-case weighting and training settings."""
 
     data: FinetuneData
     loss: Loss
+    robust: Robust
     training: TrainingSettings
 
 
@@ -92,7 +94,7 @@ TABLES: dict[str, tuple[type, ...]] = {
     "drafter with kind": (EagleStart,),
     "pretrain": (PretrainData, TrainingSettings),
     "distill": (DistillData, AnswerSettings),
-    "finetune": (FinetuneData, Loss, TrainingSettings),
+    "finetune": (FinetuneData, Loss, Robust, TrainingSettings),
     "evaluation": (EvaluationSettings,),
 }
 
@@ -285,6 +287,7 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
             scored,
             stage.data.teacher_top_k,
             stage.data.draft_steps,
+            stage.robust,
         )
         made = stage_folder / "drafter"
     return made, result
@@ -308,8 +311,15 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
         data, answers = recipe.distill
         corpus_files(data.prompts)
         if not is_complete(folder / "answers"):
-            stages.distillation_groups(target, data.prompts, data.system, answers, recipe.held_out_prompts)
-    trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), recipe.pretrain[1]))] if recipe.pretrain else []
+            groups, *_ = stages.distillation_groups(target, data.prompts, data.system, answers, recipe.held_out_prompts)
+            tasks = {prompt.task for group in groups for prompt in group.prompts}
+            for stage in recipe.finetune:
+                # The tasks of pretraining text are not known yet.
+                if not (recipe.pretrain and stage.data.mix):
+                    stage.robust.check_tasks(tasks)
+    trainings = []
+    if recipe.pretrain:
+        trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), UNIFORM, recipe.pretrain[1]))]
     for name, stage in [*trainings, *zip(recipe.finetune_names, recipe.finetune, strict=True)]:
         assert drafter
         stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)

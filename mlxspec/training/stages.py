@@ -34,6 +34,7 @@ from mlxspec.training.responses import (
     prompt_groups,
     write_answers,
 )
+from mlxspec.training.robust import UNIFORM, Robust, new_weighting
 from mlxspec.training.run_folder import (
     Metrics,
     broadcast,
@@ -182,6 +183,7 @@ def train(
     evaluation: Evaluation | None = None,
     teacher_top_k: int = 0,
     draft_steps: int = DRAFT_STEPS,
+    robust: Robust = UNIFORM,
 ) -> tuple[AnyDrafter, Metrics]:
     """Train a drafter and write it to ``folder/drafter``.
 
@@ -196,6 +198,7 @@ def train(
         teacher_top_k: Number of the target's most likely tokens to store next to the shards and train on. 0 to run the
             target in every step.
         draft_steps: Number of tokens that an EAGLE head drafts from each position.
+        robust: Settings of worst-case training.
 
     Returns:
         The trained drafter and its scores.
@@ -208,11 +211,14 @@ def train(
     for shards, _ in sources:
         check_tokenizer(shards.index, target, shards.folder)
     check_training(target, drafter, loss, settings, teacher_top_k)
+    robust.check_tasks({task for shards, _ in sources for task in shards.tasks})
     inputs = {
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
         "teacher_top_k": teacher_top_k,
         **({"draft_steps": draft_steps} if isinstance(drafter, Eagle) else {}),
+        **robust.inputs,
+        **({"tasks": [shards.task_fingerprint for shards, _ in sources]} if robust.method == "groups" else {}),
         "rows": "documents apart",
         "evaluation": evaluation.inputs if evaluation else None,
         "drafter": weights_fingerprint(drafter),
@@ -252,6 +258,7 @@ def train(
             teacher,
             partial(target.listener.step, settings.steps),
             evaluation.inputs if evaluation else None,
+            new_weighting(robust, batches.tasks, target.vocab_size, loss),
         )
         result = trainer.run()
         if is_first_process():
