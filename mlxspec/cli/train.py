@@ -25,6 +25,7 @@ from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
+from mlxspec.training.retention import Retention
 from mlxspec.training.robust import Robust
 from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
@@ -259,26 +260,39 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
-    help="Pretraining text to mix in: the folder `text` in the --out folder of train pretrain.",
+    help="Pretraining text to mix in and to remember: the folder `text` in the --out folder of train pretrain.",
 )
 @PROMPTS
 @OUT
-@settings_options(FinetuneData, Loss, Robust, TrainingSettings)
+@settings_options(FinetuneData, Loss, Robust, Retention, TrainingSettings)
 def finetune(
     target: str, drafter: str, answers: Path, text: Path | None, prompts: tuple[str, ...], out: Path, **options: Any
 ) -> None:
     """Train a drafter to match the target's distribution on the target's answers."""
     data, loss = take_settings(FinetuneData, options), take_settings(Loss, options)
-    robust, settings = take_settings(Robust, options), take_settings(TrainingSettings, options)
+    robust, retention = take_settings(Robust, options), take_settings(Retention, options)
+    settings = take_settings(TrainingSettings, options)
     with Bars() as bars:
         model = Target(target, bars.listener)
-        sources = [(TokenShards(answers / "tokens", verify=True), 1.0)]
+        sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
         if text:
-            sources = [(sources[0][0], 1 - data.mix), (TokenShards(text / "tokens", verify=True), data.mix)]
+            known = TokenShards(text / "tokens", verify=True)
+            sources = [(sources[0][0], 1 - data.mix), (known, data.mix)]
         evaluation = evaluation_on(model, prompts, settings)
         start = load_drafter(drafter, model)
         _, result = stages.train(
-            model, start, sources, loss, settings, out, evaluation, data.teacher_top_k, data.draft_steps, robust
+            model,
+            start,
+            sources,
+            loss,
+            settings,
+            out,
+            evaluation,
+            data.teacher_top_k,
+            data.draft_steps,
+            robust,
+            retention,
+            known,
         )
     print_result(out / "drafter", result, out)
 

@@ -48,10 +48,10 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
     """
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
-        inputs, tokens, weights = batch.ids[:, :-1], batch.ids[:, 1:].flatten(), batch.weights.flatten()
-        columns, known = drafter.output_tokens, mx.array(True)
-        if columns is not None and not loss.needs_target:
-            tokens, known = places(tokens, columns, drafter.config.vocab_size)
+        inputs, columns = batch.ids[:, :-1], drafter.output_tokens
+        tokens, known = learnable(loss, batch.ids[:, 1:].flatten(), columns, drafter.config.vocab_size)
+        weights = batch.weights.flatten()
+        if known is not None:
             weights = mx.where(known, weights, 0)
         masks = document_masks([None] * len(drafter.layers), batch.documents)
         hidden = drafter.model(inputs, masks, recompute)
@@ -70,9 +70,27 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
             positions,
             teacher.probs(batch.temperature, columns) if teacher else None,
         )
-        return total, mx.where(known, values, 0).reshape(2, *inputs.shape)
+        if known is not None:
+            values = mx.where(known, values, 0)
+        return total, values.reshape(2, *inputs.shape)
 
     return weighted
+
+
+def learnable(
+    loss: Loss, tokens: mx.array, columns: mx.array | None, vocab_size: int
+) -> tuple[mx.array, mx.array | None]:
+    """Return the column of each token in the drafter's head [N], and whether there is one [N]. None if all have one.
+
+    Args:
+        loss: The loss. Only ce needs the columns.
+        tokens: Token ids [N].
+        columns: The tokens of the drafter's smaller vocabulary. None for all tokens.
+        vocab_size: Size of the full vocabulary.
+    """
+    if columns is None or loss.needs_target:
+        return tokens, None
+    return places(tokens, columns, vocab_size)
 
 
 def weighted_sums(batch: Batch, values: mx.array) -> mx.array:
@@ -109,7 +127,7 @@ def eagle_objective(loss: Loss, teacher: Teacher, draft_steps: int = DRAFT_STEPS
     same. So later steps report a slightly low rate, most of all for short documents.
 
     Args:
-        loss: The loss at each position. It must need the target.
+        loss: The loss at each position.
         teacher: Source of the target's probabilities and hidden states.
         draft_steps: Number of draft steps γ.
 
@@ -130,12 +148,13 @@ def eagle_objective(loss: Loss, teacher: Teacher, draft_steps: int = DRAFT_STEPS
         embedded = mx.stop_gradient(parts.embedding(following))
         features, cache = head.features(states), DraftRows(documents)
         targets = tuple(part[:, 1:].flatten(0, 1) for part in shown)
+        tokens, known = learnable(loss, following[:, 1:].flatten(), head.output_tokens, head.args.vocab_size)
         total, losses, rates = mx.array(0.0), mx.array(0.0), []
         for share, key in zip(step_shares(draft_steps), mx.random.split(batch.key, draft_steps), strict=True):
             features = head(embedded, features, cache, cache.mask())
-            valid = cache.valid()
+            valid = cache.valid() if known is None else cache.valid() & known.reshape(cache.valid().shape)
             counted = mx.where(valid, batch.weights[:, 1:], 0)
-            positions = Positions(following[:, 1:].flatten(), counted.flatten(), targets, batch.temperature, key)
+            positions = Positions(tokens, counted.flatten(), targets, batch.temperature, key)
             value, values = weighted_loss(
                 loss,
                 head.outputs(features)[:, :-1].flatten(0, 1),

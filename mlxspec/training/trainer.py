@@ -33,6 +33,7 @@ from mlxspec.training.checkpoint import (
     save_checkpoint,
 )
 from mlxspec.training.objectives import AnyDrafter, Batch, Objective
+from mlxspec.training.retention import CoNatural, Memory
 from mlxspec.training.robust import Weighting
 from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
 from mlxspec.training.teachers import Teacher
@@ -145,6 +146,7 @@ class Trainer:
         report: Called with the number of steps taken and the metrics, after every step and every measurement.
         evaluation: Everything that the scores depend on, as JSON. Only scores of the same evaluation are compared.
         weighting: The weights of worst-case training. None to weight all tokens alike.
+        memory: What the drafter must not forget. None to train without regard to it.
 
     Raises:
         InvalidRequestError: The batch cannot be divided among the processes and parts.
@@ -162,20 +164,23 @@ class Trainer:
         report: Report = lambda step, metrics: None,
         evaluation: Any = None,
         weighting: Weighting | None = None,
+        memory: Memory | None = None,
     ):
         self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
         self.folder, self.scorer, self.teacher, self.report = folder, scorer, teacher, report
         self.evaluation = json.loads(json.dumps({"of": evaluation})) if scorer else None  # as a checkpoint stores it
-        self.weighting = weighting
+        self.weighting, self.memory = weighting, memory
         self.group = mx.distributed.init()
         check_batch(settings)
-        self.optimizer = optim.MultiOptimizer(
+        self.optimizer: optim.Optimizer = optim.MultiOptimizer(
             [
                 optim.AdamW(settings.learning_rate, [0.9, 0.98], weight_decay=decay, bias_correction=True)
                 for decay in (settings.weight_decay, 0.0)
             ],
             [lambda name, weight: weight.ndim > 1],
         )
+        if memory and memory.settings.optimizer == "co-natural":
+            self.optimizer = CoNatural(settings.learning_rate, memory.fisher, memory.settings.damping)
         self.best: Metrics = {}
 
     def run(self) -> Metrics:
@@ -277,6 +282,8 @@ class Trainer:
         processes = self.group.size()
         if processes > 1:
             gradients = tree_map(lambda g: g * processes, nn.average_gradients(gradients, self.group))
+        if self.memory:
+            gradients = self.memory.penalized(gradients, self.drafter.trainable_parameters())
         gradients, norm = optim.clip_grad_norm(gradients, self.settings.clip)
         self.optimizer.update(self.drafter, gradients)
         return norm
