@@ -24,7 +24,7 @@ from mlxspec.training import stages
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import Batch, objective
+from mlxspec.training.objectives import Batch, objective, weighted_sums
 from mlxspec.training.responses import AnswerSettings
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target
@@ -79,7 +79,7 @@ class Ablation:
             weights = mx.array(rows.mask[:, 1:] / rows.mask[:, 1:].sum(), mx.float32)
             documents = mx.array(rows.documents[:, :-1])
             batch = Batch(mx.array(rows.ids), documents, weights, (), mx.array(1.0), mx.random.key(0))
-            total += minimized(drafter, batch)[1].item()
+            total += weighted_sums(batch, minimized(drafter, batch)[1])[1].item()
         return total / batches
 
     def note(self, label: str, seed: int, drafter: Drafter) -> None:

@@ -53,6 +53,7 @@ from mlxspec.training.objectives import (
     eagle_objective,
     layers_read,
     objective,
+    weighted_sums,
 )
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
@@ -340,8 +341,8 @@ def held_out_rates(
     total, counts = mx.zeros(draft_steps), np.zeros(draft_steps)
     for ids, mask in documents:
         weights, one = mx.array(mask[None, 1:].astype(np.float32)), mx.zeros((1, len(ids) - 1), mx.int32)
-        _, alpha = goal(drafter, Batch(mx.array(ids)[None], one, weights, (), mx.array(1.0), mx.random.key(0)))
-        total = total + alpha
+        batch = Batch(mx.array(ids)[None], one, weights, (), mx.array(1.0), mx.random.key(0))
+        total = total + weighted_sums(batch, goal(drafter, batch)[1])[1:]
         counts += [mask[2 + step :].sum() for step in range(draft_steps)]  # step j skips the first predictions
     return [round(rate, 4) for rate in (np.array(total) / counts).tolist()]
 

@@ -19,7 +19,7 @@ from mlxspec import Drafter, DrafterConfig
 from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import Batch, objective
+from mlxspec.training.objectives import Batch, objective, weighted_sums
 from mlxspec.training.responses import AnswerSettings, bos_groups, write_answers
 from mlxspec.training.shards import Rows, TokenShards
 from mlxspec.training.target import Target
@@ -41,7 +41,7 @@ def acceptance_rate(drafter: Drafter, teacher: OnlineTeacher, shards: TokenShard
     rows = shards.rows(length, range(64), single=True)
     weights = mx.array(rows.mask[:, 1:] / rows.mask[:, 1:].sum(), mx.float32)
     batch = Batch(mx.array(rows.ids), mx.array(rows.documents[:, :-1]), weights, (), mx.array(1.0), mx.random.key(0))
-    return objective(Loss("tvd"), teacher)(drafter, batch)[1].item()
+    return weighted_sums(batch, objective(Loss("tvd"), teacher)(drafter, batch)[1])[1].item()
 
 
 @click.command()

@@ -19,13 +19,15 @@ from mlxspec.models.memory import gigabytes
 from mlxspec.settings import key_of
 from mlxspec.training import recipe as recipes
 from mlxspec.training import stages
-from mlxspec.training.corpus import BadLines
+from mlxspec.training.corpus import BadLines, Prompt
 from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe
 from mlxspec.training.recording import Recording
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
+from mlxspec.training.retention import Retention
+from mlxspec.training.robust import Robust
 from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
 from mlxspec.training.shards import TokenShards
@@ -41,7 +43,7 @@ TABLE_TITLES = {
     "drafter with kind": "[drafter] with kind, an EAGLE head",
     "finetune": "[[finetune]], once or several times",
 }
-SHOWN_METRICS = ("loss", "acceptance_rate", "block_efficiency")
+SHOWN_METRICS = ("loss", "acceptance_rate", "worst_acceptance_rate", "block_efficiency")
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the target.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -259,26 +261,39 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
-    help="Pretraining text to mix in: the folder `text` in the --out folder of train pretrain.",
+    help="Pretraining text to mix in and to remember: the folder `text` in the --out folder of train pretrain.",
 )
 @PROMPTS
 @OUT
-@settings_options(FinetuneData, Loss, TrainingSettings)
+@settings_options(FinetuneData, Loss, Robust, Retention, TrainingSettings)
 def finetune(
     target: str, drafter: str, answers: Path, text: Path | None, prompts: tuple[str, ...], out: Path, **options: Any
 ) -> None:
     """Train a drafter to match the target's distribution on the target's answers."""
     data, loss = take_settings(FinetuneData, options), take_settings(Loss, options)
+    robust, retention = take_settings(Robust, options), take_settings(Retention, options)
     settings = take_settings(TrainingSettings, options)
     with Bars() as bars:
         model = Target(target, bars.listener)
-        sources = [(TokenShards(answers / "tokens", verify=True), 1.0)]
+        sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
         if text:
-            sources = [(sources[0][0], 1 - data.mix), (TokenShards(text / "tokens", verify=True), data.mix)]
+            known = TokenShards(text / "tokens", verify=True)
+            sources = [(sources[0][0], 1 - data.mix), (known, data.mix)]
         evaluation = evaluation_on(model, prompts, settings)
         start = load_drafter(drafter, model)
         _, result = stages.train(
-            model, start, sources, loss, settings, out, evaluation, data.teacher_top_k, data.draft_steps
+            model,
+            start,
+            sources,
+            loss,
+            settings,
+            out,
+            evaluation,
+            data.teacher_top_k,
+            data.draft_steps,
+            robust,
+            retention,
+            known,
         )
     print_result(out / "drafter", result, out)
 
@@ -298,7 +313,7 @@ def recorded(folder: Path, delete: bool) -> None:
     click.echo(f"{folder}: {count} answers, {tokens:,} tokens, {recording.bytes / 1e6:,.1f} MB")
 
 
-def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[list[int]]) -> Scorer:
+def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[Prompt]) -> Scorer:
     """Return a function that measures a drafter's block efficiency with the decoder."""
     return served_block_efficiency(
         target.model, target.tokenizer, prompts, settings.temperatures, settings.draft_length, settings.max_tokens

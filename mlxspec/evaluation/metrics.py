@@ -11,6 +11,8 @@ from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.models.pair import ModelPair
+from mlxspec.training.batches import MOST_TASKS
+from mlxspec.training.corpus import Prompt
 
 
 def served_block_efficiency(
@@ -27,7 +29,7 @@ def served_block_efficiency(
     Args:
         target: The target.
         tokenizer: The target's tokenizer.
-        prompts: Token ids of each prompt.
+        prompts: Token ids of each prompt. A ``Prompt`` has a task too.
         temperatures: Temperatures to measure at.
         draft_length: Draft length γ.
         max_tokens: Maximum length of an answer, in tokens.
@@ -35,27 +37,41 @@ def served_block_efficiency(
 
     Returns:
         A function of the drafter. Its result has ``block_efficiency_at_T`` for each temperature T, in tokens per target
-        pass over all prompts, and ``block_efficiency``, the mean over the temperatures.
+        pass over all prompts, and ``block_efficiency``, the mean over the temperatures. If the prompts have several
+        tasks, there is also ``block_efficiency/task`` for each task and ``worst_block_efficiency``, the lowest of them.
     """
+    tasks = [prompt.task if isinstance(prompt, Prompt) else None for prompt in prompts]
     decoders: dict[float, SpeculativeDecoder] = {}  # kept, so that a drafter compiles only once while it is trained
 
     def measure(drafter: nn.Module) -> dict[str, float]:
         pair = ModelPair(target, drafter, tokenizer)
         found = {}
+        by_task: dict[str | None, list[float]] = {task: [] for task in tasks}
         for temperature in temperatures:
             if temperature not in decoders or decoders[temperature].pair.drafter is not drafter:
                 decoders[temperature] = SpeculativeDecoder(pair, Sampling(temperature), draft_length, verification)
             decoder = decoders[temperature]
-            tokens = passes = 0
+            counts = []  # tokens and passes of each prompt
             for seed, prompt in enumerate(prompts):
                 for _ in decoder.blocks(prompt, max_tokens, seed=seed):
                     pass
-                tokens += decoder.stats.accepted + decoder.stats.blocks
-                passes += decoder.stats.blocks
-            found[f"block_efficiency_at_{temperature:g}"] = tokens / passes
-        return {"block_efficiency": sum(found.values()) / len(found), **found}
+                counts.append((decoder.stats.accepted + decoder.stats.blocks, decoder.stats.blocks))
+            found[f"block_efficiency_at_{temperature:g}"] = ratio_of_sums(counts)
+            for task, values in by_task.items():
+                values.append(ratio_of_sums([c for c, other in zip(counts, tasks, strict=True) if other == task]))
+        measured = {"block_efficiency": sum(found.values()) / len(found), **found}
+        if 1 < len(by_task) <= MOST_TASKS:
+            means = {f"block_efficiency/{task}": sum(values) / len(values) for task, values in by_task.items()}
+            measured |= {"worst_block_efficiency": min(means.values()), **means}
+        return measured
 
     return measure
+
+
+def ratio_of_sums(counts: Sequence[tuple[int, int]]) -> float:
+    """Return Σ a / Σ b over pairs (a, b)."""
+    first, second = (sum(values) for values in zip(*counts, strict=True))
+    return first / second
 
 
 def parameter_count(model: nn.Module) -> int:

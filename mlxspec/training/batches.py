@@ -11,6 +11,8 @@ import numpy as np
 from mlxspec.errors import TrainingError
 from mlxspec.training.shards import Rows, TokenShards
 
+MOST_TASKS = 64  # with more, the names are probably not those of tasks, and metrics.jsonl does not list them
+
 
 class Batches:
     """Batches that take a fixed share of their rows from each of several sources.
@@ -24,6 +26,9 @@ class Batches:
         batch: Rows in a batch.
         seed: Seed of the order.
         single: Whether each row holds at most one document.
+
+    Attributes:
+        tasks: Names of the tasks of all sources.
 
     Raises:
         TrainingError: A source has no rows.
@@ -40,6 +45,9 @@ class Batches:
     ):
         self.shards, self.length, self.batch, self.seed, self.single = list(shards), length, batch, seed, single
         self._ends = np.cumsum(shares) / np.sum(shares)
+        self.tasks = list(dict.fromkeys(task for source in self.shards for task in source.tasks))
+        numbers = {task: number for number, task in enumerate(self.tasks)}
+        self._task_numbers = [np.array([numbers[task] for task in source.tasks]) for source in self.shards]
         for source in self.shards:
             if not source.count_rows(length, single):
                 raise TrainingError(f"{source.folder} has no tokens to learn; add text")
@@ -49,13 +57,16 @@ class Batches:
         return [self._row_number(step * self.batch + i) for i in range(self.batch)]
 
     def __call__(self, step: int) -> Rows:
-        """Return the batch of a step: ids, mask and documents [batch, length + 1]."""
+        """Return the batch of a step: ids, mask, documents and tasks [batch, length + 1]."""
         return self.read(self.row_numbers(step))
 
     def read(self, row_numbers: Sequence[tuple[int, int]]) -> Rows:
-        """Return rows by their pairs (source, row in the source)."""
-        rows = [self.shards[source].rows(self.length, [row], self.single) for source, row in row_numbers]
-        return Rows(*map(np.concatenate, zip(*rows, strict=True)))
+        """Return rows by their pairs (source, row in the source). Their tasks are numbers of ``tasks``."""
+        found = []
+        for source, row in row_numbers:
+            rows = self.shards[source].rows(self.length, [row], self.single)
+            found.append(rows._replace(tasks=self._task_numbers[source][rows.tasks]))
+        return Rows(*map(np.concatenate, zip(*found, strict=True)))
 
     def count_rows(self, source: int) -> int:
         """Return the number of rows of a source."""
@@ -71,6 +82,74 @@ class Batches:
                 return source, permuted(place, count, seed=(self.seed, source, epoch))
             start = end
         raise AssertionError("the last share ends at 1")
+
+
+class StepDocuments:
+    """The documents of a step. A document that is split over several rows counts as several documents.
+
+    Args:
+        rows: All rows of the step.
+
+    Attributes:
+        rows: The rows.
+        weights: Weight of each position's loss [B, L]. The weights sum to 1.
+        places: Number of the document whose token each position predicts [B, L].
+        shares: Weight of each document [D], the sum of its positions' weights.
+        tasks: Number of each document's task [D].
+    """
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        mask = rows.mask[:, 1:]
+        self.weights = mask / max(1, mask.sum())
+        documents = rows.documents[:, 1:]
+        numbers = np.arange(len(mask))[:, None] * (documents.max() + 2) + documents + 1
+        _, first, places = np.unique(numbers, return_index=True, return_inverse=True)
+        self.places = places.reshape(mask.shape)
+        self.shares = np.bincount(self.places.ravel(), self.weights.ravel())
+        self.tasks = rows.tasks[:, 1:].ravel()[first]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Return the weighted sum of some values over the positions of each document.
+
+        Args:
+            values: K values at each position [K, B, L]. Values at positions of weight 0 are ignored.
+
+        Returns:
+            The sums [D, K].
+        """
+        weighted = np.where(self.weights > 0, values, 0) * self.weights
+        count = len(self.shares)
+        return np.stack([np.bincount(self.places.ravel(), value.ravel(), count) for value in weighted], axis=-1)
+
+    def task_sums(self, values: np.ndarray, tasks: int) -> np.ndarray:
+        """Return the sum of some values [D] or [D, K] over the documents of each task, [tasks] or [tasks, K]."""
+        found = np.zeros((tasks, *values.shape[1:]))
+        np.add.at(found, self.tasks, values)
+        return found
+
+    def task_metrics(self, tasks: list[str], names: list[str], sums: np.ndarray) -> dict[str, float]:
+        """Return the mean of each metric over the tokens of each task in the step, and that of the worst task.
+
+        Args:
+            tasks: Names of the tasks.
+            names: Names of the metrics. The worst loss is the highest, other metrics are worst where they are lowest.
+            sums: Weighted sum of each metric over the positions of each document [D, metrics].
+
+        Returns:
+            The metrics "name/task" of the tasks in this step, and "worst_name". None if there is only one task in all,
+            or more than ``MOST_TASKS``.
+        """
+        if not 1 < len(tasks) <= MOST_TASKS:
+            return {}
+        found: dict[str, float] = {}
+        shares = self.task_sums(self.shares, len(tasks))
+        means = self.task_sums(sums, len(tasks)) / np.where(shares > 0, shares, 1)[:, None]
+        for name, values in zip(names, means.T, strict=True):
+            known = {f"{name}/{task}": float(values[i]) for i, task in enumerate(tasks) if shares[i]}
+            if known:
+                found |= {f"worst_{name}": (max if name == "loss" else min)(known.values()), **known}
+        return found
 
 
 def rows_below(rows: int, share: float) -> int:

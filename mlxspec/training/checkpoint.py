@@ -1,9 +1,9 @@
 """Checkpoints of a training run.
 
-A checkpoint is a folder ``step-00001000`` with the weights, the optimizer's state and ``state.json``. It is written to
-a temporary folder, which is then renamed. A run that is killed at any moment therefore finds its last complete
-checkpoint. Random keys and the position in the data are functions of (seed, step), so a checkpoint stores only the step
-for them.
+A checkpoint is a folder ``step-00001000`` with the weights, the optimizer's state, the state of worst-case training if
+there is one, and ``state.json``. It is written to a temporary folder, which is then renamed. A run that is killed at
+any moment therefore finds its last complete checkpoint. Random keys and the position in the data are functions of
+(seed, step), so a checkpoint stores only the step for them.
 """
 
 import shutil
@@ -13,16 +13,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxspec.errors import TrainingError, in_one_line
 from mlxspec.files import load_arrays, read_json, remove_leftovers, replacing, write_json
+from mlxspec.training.robust import Weighting
 
 KEPT = 2  # number of checkpoints that are not deleted
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    state: dict[str, Any],
+    weighting: Weighting | None = None,
 ) -> Path:
     """Write a checkpoint and delete all but the last two.
 
@@ -32,6 +39,7 @@ def save_checkpoint(
         model: The model.
         optimizer: The model's optimizer.
         state: Further state to store, as JSON.
+        weighting: The weights of worst-case training.
 
     Returns:
         The folder of the checkpoint.
@@ -44,19 +52,24 @@ def save_checkpoint(
         aside.mkdir()
         mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.trainable_parameters())))
         mx.save_safetensors(str(aside / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
+        if weighting:
+            mx.save_safetensors(str(aside / "robust.safetensors"), {"state": mx.array(weighting.state)})
         write_json(aside / "state.json", {"step": step, **state})
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return checkpoint
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any] | None:
-    """Load the last checkpoint into a model and its optimizer.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: optim.Optimizer, weighting: Weighting | None = None
+) -> dict[str, Any] | None:
+    """Load the last checkpoint into a model, its optimizer and the weights of worst-case training.
 
     Args:
         folder: The run's folder.
         model: The model.
         optimizer: The model's optimizer.
+        weighting: The weights of worst-case training.
 
     Returns:
         The stored state with the key "step", or None if there is no checkpoint.
@@ -73,7 +86,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
         restore_weights(model, last / "model.safetensors")
         optimizer.state = tree_unflatten(list(load_arrays(last / "optimizer.safetensors").items()))
         mx.eval(model.parameters(), optimizer.state)
-    except (OSError, RuntimeError, ValueError) as error:
+        if weighting:
+            stored = np.array(load_arrays(last / "robust.safetensors")["state"])
+            if stored.shape != weighting.state.shape:
+                raise ValueError("robust.safetensors belongs to another run")
+            weighting.state = stored
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise unreadable(last, error) from error
     return read_state(last)
 

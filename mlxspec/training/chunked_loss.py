@@ -42,9 +42,9 @@ def weighted_loss(
     teacher_probs: TeacherProbs | None = None,
     chunk: int | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Sum a loss L and the acceptance rate α over positions: (Σ w·L, Σ w·α).
+    """Compute a loss L and the acceptance rate α at each position, and the sum Σ w·L.
 
-    The first sum can be differentiated with respect to ``hidden`` and ``head``.
+    The sum can be differentiated with respect to ``hidden`` and ``head``.
 
     Args:
         loss: The loss L.
@@ -55,7 +55,8 @@ def weighted_loss(
         chunk: Positions in a chunk. None for ``chunk_rows``.
 
     Returns:
-        Two scalars, Σ w·L and Σ w·α. The second is 0 if the loss does not need the target.
+        Σ w·L, a scalar, and the values of L and α at each position, [2, N]. α is 0 if the loss does not need the
+        target.
     """
     chunk = chunk or chunk_rows(head.shape[0])
     slices = [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
@@ -74,22 +75,25 @@ def weighted_loss(
     @mx.custom_function
     def forward(hidden: mx.array, head: mx.array) -> tuple[mx.array, ...]:
         mean = reward_mean(hidden, head) if loss.needs_batch_statistics else None
-        totals, head_gradient = mx.zeros(2), mx.zeros(head.shape)
+        total, head_gradient = mx.array(0.0), mx.zeros(head.shape)
+        values: list[mx.array] = []
         hidden_gradients: list[mx.array] = []
         for part, where in enumerate(slices):
             d = distributions(part, hidden, head)._replace(reward_mean=mean)
             weights = positions.weights[where]
             value, slope = loss(d)
             alpha = acceptance(d) if loss.needs_target else mx.zeros_like(value)
-            totals = totals + mx.stack([weights * value, weights * alpha]).sum(-1)
+            total = total + (weights * value).sum()
+            values.append(mx.stack([value, alpha]))
             # [n, V]: the Jacobian of the softmax, the same for all losses
             logits_gradient = (weights / positions.temperature)[:, None] * (slope - d.q * slope.sum(-1, keepdims=True))
             logits_gradient = logits_gradient.astype(head.dtype)
             hidden_gradients.append(logits_gradient @ head)
             # Everything else that needs this chunk's logits comes before the next chunk, so that they can be freed.
-            (logits_gradient,) = mx.depends([logits_gradient], [totals, hidden_gradients[-1]])
+            (logits_gradient,) = mx.depends([logits_gradient], [total, values[-1], hidden_gradients[-1]])
             head_gradient = mx.addmm(head_gradient, logits_gradient.T, hidden[where])  # in place
-        return *mx.depends([totals, mx.concatenate(hidden_gradients)], [head_gradient]), head_gradient
+        results = [total, mx.concatenate(values, axis=1), mx.concatenate(hidden_gradients)]
+        return *mx.depends(results, [head_gradient]), head_gradient
 
     def reward_mean(hidden: mx.array, head: mx.array) -> mx.array:
         """Return μ, the mean of tvd++'s reward over all positions of weight above 0. This takes a separate pass."""
@@ -106,12 +110,12 @@ def weighted_loss(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
         hidden, head = primals
-        _, hidden_gradient, head_gradient = outputs
-        scale = cotangents[0][0]
+        *_, hidden_gradient, head_gradient = outputs
+        scale = cotangents[0]
         return (scale * hidden_gradient).astype(hidden.dtype), (scale * head_gradient).astype(head.dtype)
 
-    totals = forward(hidden, head)[0]  # type: ignore[index]
-    return totals[0], totals[1]
+    total, values = forward(hidden, head)[:2]  # type: ignore[index]
+    return total, values
 
 
 def chunk_rows(vocab_size: int) -> int:

@@ -9,6 +9,8 @@ these contents:
 - "messages",
 - for prompts only, "turns" as in Spec-Bench, of which the first is used.
 
+The task of a document is the "task" or "category" of its line, or else the name of its file.
+
 A line is bad if a part of its content would be left out. Files are read line by line, so they may exceed the memory.
 """
 
@@ -41,6 +43,7 @@ CONTENT = ("text", "prompt", "completion", "messages", "response", "instruction"
            "question", "answer", "chosen", "rejected", "conversations", "turns", "tools", "functions",
            "documents")  # fmt: skip
 MESSAGE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "tool_responses")
+TASK_FIELDS = ("task", "category")
 FORMATS = 'use one of "text", "prompt", "prompt" with "completion", and "messages"'
 LONGEST_TEXT = 2**20  # bytes of a document from a .txt file, and roughly of a batch of documents to encode
 
@@ -84,11 +87,21 @@ class Document:
         content: A text or a conversation.
         where: The file and line where it starts, "file:line".
         bytes: Bytes from the start of the first file to the end of the document.
+        task: The task.
     """
 
     content: str | list[Message]
     where: str
     bytes: int
+    task: str | None = None
+
+
+class Prompt(list[int]):
+    """The token ids of a prompt, with its task."""
+
+    def __init__(self, ids: Iterable[int], task: str | None = None):
+        super().__init__(ids)
+        self.task = task
 
 
 def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
@@ -159,7 +172,8 @@ def text_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines)
         bad.read += 1
         try:
             if text := content.decode("utf-8").strip():
-                yield Document(text, f"{file}:{number}", done + min(position, file.stat().st_size))
+                end = done + min(position, file.stat().st_size)
+                yield Document(text, f"{file}:{number}", end, file_task(file))
             else:
                 bad.skip(f"{file}:{number}", "empty")
         except UnicodeDecodeError as error:
@@ -197,9 +211,23 @@ def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines,
             continue
         bad.read += 1
         try:
-            yield Document(parse_line(line, prompts), f"{file}:{number}", done + min(position, file.stat().st_size))
+            content, end = parse_line(line, prompts), done + min(position, file.stat().st_size)
+            yield Document(content, f"{file}:{number}", end, line_task(line) or file_task(file))
         except ValueError as error:
             bad.skip(f"{file}:{number}", in_one_line(error))
+
+
+def file_task(file: Path) -> str:
+    """Return the task of a file's documents: its name without the suffix."""
+    return file.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".txt")
+
+
+def line_task(line: bytes) -> str | None:
+    """Return the task that a well-formed line names, or None."""
+    if not any(name.encode() in line for name in TASK_FIELDS):
+        return None
+    tasks = map(json.loads(line).get, TASK_FIELDS)
+    return next((task for task in tasks if isinstance(task, str) and task), None)
 
 
 def parse_line(line: bytes, prompts: bool = False) -> str | list[Message]:
@@ -277,8 +305,8 @@ def tokenize_corpus(
     stream = read_documents(files, bad)
     with ShardWriter(folder, vocab_size, fingerprint) as writer:
         for some in group_documents(stream):
-            for ids in encode_documents(some, tokenizer, bad):
-                writer.add(ids, [0] + [1] * (len(ids) - 1))
+            for ids, task in encode_documents(some, tokenizer, bad):
+                writer.add(ids, [0] + [1] * (len(ids) - 1), task)
             progress(some[-1].bytes, total, writer.index.tokens)
         if not bad.read:
             raise TrainingError(f"{files[0]} and {len(files) - 1} more files contain no text; use files with text")
@@ -303,8 +331,8 @@ def group_documents(stream: Iterable[Document]) -> Iterator[list[Document]]:
         yield some
 
 
-def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Iterator[list[int]]:
-    """Yield the token ids of each document.
+def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Iterator[tuple[list[int], str | None]]:
+    """Yield the token ids and the task of each document.
 
     Texts are encoded in one call, so that the tokenizer runs in parallel.
 
@@ -317,12 +345,12 @@ def encode_documents(some: list[Document], tokenizer: Any, bad: BadLines) -> Ite
     batch = iter(encode_texts(tokenizer, texts))
     for document in some:
         if isinstance(document.content, str):
-            yield ended(next(batch), tokenizer)
+            yield ended(next(batch), tokenizer), document.task
             continue
         answered = document.content[-1]["role"] == "assistant"
         try:
             tokens = encode_formatted(tokenizer, document.content, answered).ids
-            yield ended(tokens, tokenizer) if answered else tokens
+            yield ended(tokens, tokenizer) if answered else tokens, document.task
         except InvalidRequestError as error:
             bad.skip(document.where, str(error))
 
@@ -342,7 +370,7 @@ def ended(tokens: list[int], tokenizer: Any) -> list[int]:
 
 def read_prompts(
     sources: Iterable[str | Path], tokenizer: Any, system: str | None, words: int = 0
-) -> tuple[list[list[int]], BadLines]:
+) -> tuple[list[Prompt], BadLines]:
     """Read prompts from files. The prompt of a conversation is everything before its last answer.
 
     Answers and completions are not used, since the target generates its own.
@@ -354,7 +382,7 @@ def read_prompts(
         words: Number of words to use from the start of each text. 0 for all.
 
     Returns:
-        The token ids of each prompt, and the lines that were skipped.
+        The prompts, and the lines that were skipped.
 
     Raises:
         TrainingError: There are no prompts, or too many lines are malformed.
@@ -365,9 +393,10 @@ def read_prompts(
             content = prompt_of(document.content, system)
             if isinstance(content, str):
                 text = " ".join(content.split()[:words]) if words else content
-                prompts.append(encode_prompt(tokenizer, text, system))
+                ids = encode_prompt(tokenizer, text, system)
             else:
-                prompts.append(encode_conversation(tokenizer, content))
+                ids = encode_conversation(tokenizer, content)
+            prompts.append(Prompt(ids, document.task))
         except InvalidRequestError as error:
             bad.skip(document.where, str(error))
     if not bad.read:
@@ -379,15 +408,15 @@ def read_prompts(
 
 
 def split_prompts(
-    prompts: list[list[int]], held_out: int, max_tokens: int, context: int | None
-) -> tuple[list[list[int]], list[list[int]]]:
+    prompts: list[Prompt], held_out: int, max_tokens: int, context: int | None
+) -> tuple[list[Prompt], list[Prompt]]:
     """Split prompts into a training part and a held-out part.
 
     Neither part has prompts that leave no room for an answer. The training part has no prompt that equals a held-out
     one.
 
     Args:
-        prompts: Token ids of each prompt.
+        prompts: The prompts.
         held_out: Number of prompts to hold out, from the end of the list.
         max_tokens: Maximum length of an answer, in tokens.
         context: The target's context in tokens, or None for no limit.

@@ -51,6 +51,7 @@ from mlxspec.training.responses import (
     bos_groups,
     prompt_groups,
 )
+from mlxspec.training.retention import FISHER_EXAMPLES, FORGETFUL, Retention
 from mlxspec.training.run_folder import is_complete
 from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
@@ -125,7 +126,12 @@ def attention_scores(heads: int, length: int) -> int:
 
 
 def step_bytes(
-    drafter: AnyDrafter, target: Target, loss: Loss, settings: TrainingSettings, draft_steps: int = 1
+    drafter: AnyDrafter,
+    target: Target,
+    loss: Loss,
+    settings: TrainingSettings,
+    draft_steps: int = 1,
+    retention: Retention = FORGETFUL,
 ) -> int:
     """Return the peak memory of a step in this process, in bytes.
 
@@ -135,15 +141,17 @@ def step_bytes(
         loss: The loss. It decides whether the target runs.
         settings: The settings of the stage.
         draft_steps: Draft steps that an EAGLE head is trained on.
+        retention: Settings against forgetting.
 
     Returns:
         The number of bytes.
     """
     processes = mx.distributed.init().size()
     config = drafter.config if isinstance(drafter, Drafter) else unrolled(drafter, draft_steps)
+    kept = retention.extra_bytes(config.num_parameters)
     if not loss.needs_target:
-        return training_bytes(config, settings, processes)
-    return training_bytes(config, settings, processes, target.weight_bytes, target.config)
+        return kept + training_bytes(config, settings, processes)
+    return kept + training_bytes(config, settings, processes, target.weight_bytes, target.config)
 
 
 def unrolled(head: Eagle, draft_steps: int) -> DrafterConfig:
@@ -226,8 +234,17 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
         assert drafter
         mix = stage.data.mix if text_tokens else 0.0
         available = answer_tokens / (1 - mix)  # with the pretraining text that is mixed in
-        steps = stage.data.draft_steps
-        cost = estimate_training(name, drafter, stage.loss, stage.training, folder / name, target, available, steps)
+        cost = estimate_training(
+            name,
+            drafter,
+            stage.loss,
+            stage.training,
+            folder / name,
+            target,
+            available,
+            stage.data.draft_steps,
+            stage.retention,
+        )
         # For each token the ids and log-probabilities of the top k, and the hidden states that a head reads.
         stored = 0
         if top_k := stage.data.teacher_top_k:
@@ -303,7 +320,7 @@ def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEs
     start, some = time.perf_counter(), list(islice(read_documents(files, bad := BadLines()), TRIAL_DOCUMENTS))
     if not some:
         raise TrainingError(f"the {len(files)} files of the pretraining data contain no text; use files with text")
-    tokens = sum(map(len, encode_documents(some, target.tokenizer, bad)))
+    tokens = sum(len(ids) for ids, _ in encode_documents(some, target.tokenizer, bad))
     share = some[-1].bytes / size
     return StageEstimate("text", what, round(tokens / share), seconds=(time.perf_counter() - start) / share)
 
@@ -353,6 +370,7 @@ def estimate_training(
     target: Target,
     available: float,
     draft_steps: int = 1,
+    retention: Retention = FORGETFUL,
 ) -> StageEstimate:
     """Estimate the cost of a training stage from a few of its steps.
 
@@ -365,6 +383,7 @@ def estimate_training(
         target: The target.
         available: Number of tokens in the training data.
         draft_steps: Draft steps that an EAGLE head is trained on.
+        retention: Settings against forgetting.
 
     Returns:
         The cost of the stage.
@@ -375,11 +394,12 @@ def estimate_training(
     positions = settings.batch * settings.length
     epochs = settings.steps * positions / max(available, 1)
     what = f"{loss.name}, {settings.steps} steps of {positions} positions, {epochs:.1f} epochs"
-    needed = step_bytes(drafter, target, loss, settings, draft_steps)
+    needed = step_bytes(drafter, target, loss, settings, draft_steps, retention)
     if is_complete(folder):
         return StageEstimate(name, what, settings.steps * positions, needed, done=True)
     check_fits(needed)
-    seconds = step_seconds(drafter, loss, settings, target, draft_steps) * settings.steps
+    steps = settings.steps + (FISHER_EXAMPLES / settings.batch if retention.needs_fisher else 0)
+    seconds = step_seconds(drafter, loss, settings, target, draft_steps) * steps
     return StageEstimate(name, what, settings.steps * positions, needed, seconds=seconds)
 
 

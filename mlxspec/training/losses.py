@@ -167,6 +167,11 @@ class Loss:
         """Whether ``Distributions.reward_mean`` is required."""
         return self.name == "tvd++" and self.statistics == "batch"
 
+    @property
+    def is_surrogate(self) -> bool:
+        """Whether only the gradient has a meaning: a lower value of the loss does not say that q is closer to p."""
+        return self.name == "tvd++"
+
     def __call__(self, d: Distributions) -> Divergence:
         """Return the loss and its slope."""
         divergence = LOSSES[self.name]

@@ -29,7 +29,8 @@ class Batch(NamedTuple):
     key: mx.array  # random key
 
 
-# (drafter, batch) -> Σ weights · loss, Σ weights · acceptance rate. For an EAGLE head, one rate for each draft step.
+# (drafter, batch) -> Σ weights · loss, and the values at each position, [1 + rates, B, L]: the loss and the acceptance
+# rate. For an EAGLE head, there is one rate for each draft step.
 Objective = Callable[[Any, Batch], tuple[mx.array, mx.array]]
 
 
@@ -42,14 +43,15 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
         recompute: Whether to compute each layer's activations again in the backward pass instead of keeping them.
 
     Returns:
-        A function of the drafter and a batch. It returns the weighted sums of the loss and of the acceptance rate.
+        A function of the drafter and a batch. It returns the weighted sum of the loss. It also returns the loss and the
+        acceptance rate at each position, [2, B, L].
     """
 
     def weighted(drafter: Drafter, batch: Batch) -> tuple[mx.array, mx.array]:
-        inputs, tokens, weights = batch.ids[:, :-1], batch.ids[:, 1:].flatten(), batch.weights.flatten()
-        columns = drafter.output_tokens
-        if columns is not None and not loss.needs_target:
-            tokens, known = places(tokens, columns, drafter.config.vocab_size)
+        inputs, columns = batch.ids[:, :-1], drafter.output_tokens
+        tokens, known = learnable(loss, batch.ids[:, 1:].flatten(), columns, drafter.config.vocab_size)
+        weights = batch.weights.flatten()
+        if known is not None:
             weights = mx.where(known, weights, 0)
         masks = document_masks([None] * len(drafter.layers), batch.documents)
         hidden = drafter.model(inputs, masks, recompute)
@@ -61,15 +63,39 @@ def objective(loss: Loss, teacher: Teacher | None = None, recompute: bool = Fals
             batch.temperature if teacher else mx.array(1.0),
             batch.key,
         )
-        return weighted_loss(
+        total, values = weighted_loss(
             loss,
             hidden.flatten(0, 1),
             head_weights(drafter),
             positions,
             teacher.probs(batch.temperature, columns) if teacher else None,
         )
+        if known is not None:
+            values = mx.where(known, values, 0)
+        return total, values.reshape(2, *inputs.shape)
 
     return weighted
+
+
+def learnable(
+    loss: Loss, tokens: mx.array, columns: mx.array | None, vocab_size: int
+) -> tuple[mx.array, mx.array | None]:
+    """Return the column of each token in the drafter's head [N], and whether there is one [N]. None if all have one.
+
+    Args:
+        loss: The loss. Only ce needs the columns.
+        tokens: Token ids [N].
+        columns: The tokens of the drafter's smaller vocabulary. None for all tokens.
+        vocab_size: Size of the full vocabulary.
+    """
+    if columns is None or loss.needs_target:
+        return tokens, None
+    return places(tokens, columns, vocab_size)
+
+
+def weighted_sums(batch: Batch, values: mx.array) -> mx.array:
+    """Return the sums over the positions of a batch, [1 + rates], of the values that an objective returned."""
+    return (batch.weights * values).sum((1, 2))
 
 
 def head_weights(drafter: Drafter) -> mx.array:
@@ -101,13 +127,13 @@ def eagle_objective(loss: Loss, teacher: Teacher, draft_steps: int = DRAFT_STEPS
     same. So later steps report a slightly low rate, most of all for short documents.
 
     Args:
-        loss: The loss at each position. It must need the target.
+        loss: The loss at each position.
         teacher: Source of the target's probabilities and hidden states.
         draft_steps: Number of draft steps γ.
 
     Returns:
-        A function of the head and a batch. It returns the weighted sum of the loss, and the acceptance rate of each
-        step [γ].
+        A function of the head and a batch. It returns the weighted sum of the loss. It also returns the loss and the
+        acceptance rate of each step at each position, [1 + γ, B, L].
 
     Source: Li et al., arXiv 2503.01840, section 3.2 ("training-time test").
     """
@@ -122,12 +148,14 @@ def eagle_objective(loss: Loss, teacher: Teacher, draft_steps: int = DRAFT_STEPS
         embedded = mx.stop_gradient(parts.embedding(following))
         features, cache = head.features(states), DraftRows(documents)
         targets = tuple(part[:, 1:].flatten(0, 1) for part in shown)
-        total, rates = mx.array(0.0), []
+        tokens, known = learnable(loss, following[:, 1:].flatten(), head.output_tokens, head.args.vocab_size)
+        total, losses, rates = mx.array(0.0), mx.array(0.0), []
         for share, key in zip(step_shares(draft_steps), mx.random.split(batch.key, draft_steps), strict=True):
             features = head(embedded, features, cache, cache.mask())
-            counted = mx.where(cache.valid(), batch.weights[:, 1:], 0)
-            positions = Positions(following[:, 1:].flatten(), counted.flatten(), targets, batch.temperature, key)
-            value, rate = weighted_loss(
+            valid = cache.valid() if known is None else cache.valid() & known.reshape(cache.valid().shape)
+            counted = mx.where(valid, batch.weights[:, 1:], 0)
+            positions = Positions(tokens, counted.flatten(), targets, batch.temperature, key)
+            value, values = weighted_loss(
                 loss,
                 head.outputs(features)[:, :-1].flatten(0, 1),
                 head.lm_head.weight,
@@ -135,9 +163,11 @@ def eagle_objective(loss: Loss, teacher: Teacher, draft_steps: int = DRAFT_STEPS
                 teacher.probs(batch.temperature, head.output_tokens),
             )
             total = total + share * value
-            rates.append(rate)
+            values = mx.where(valid, values.reshape(2, *valid.shape), 0)
+            losses = losses + share * values[0]
+            rates.append(values[1])
             features = mx.concatenate([features[:, :1], features[:, :-1]], axis=1)  # row t + 1 reads row t's output
-        return total, mx.stack(rates)
+        return total, mx.pad(mx.stack([losses, *rates]), [(0, 0), (0, 0), (1, 0)])
 
     return weighted
 

@@ -33,6 +33,8 @@ from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
+from mlxspec.training.retention import FORGETFUL, Retention
+from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.target import DrafterShape, Target
@@ -78,10 +80,12 @@ class FinetuneData:
 
 @dataclass(frozen=True)
 class Finetune:
-    """A finetuning stage: its data, loss and training settings."""
+    """A finetuning stage: its data, loss, worst-case weighting, retention and training settings."""
 
     data: FinetuneData
     loss: Loss
+    robust: Robust
+    retention: Retention
     training: TrainingSettings
 
 
@@ -92,7 +96,7 @@ TABLES: dict[str, tuple[type, ...]] = {
     "drafter with kind": (EagleStart,),
     "pretrain": (PretrainData, TrainingSettings),
     "distill": (DistillData, AnswerSettings),
-    "finetune": (FinetuneData, Loss, TrainingSettings),
+    "finetune": (FinetuneData, Loss, Robust, Retention, TrainingSettings),
     "evaluation": (EvaluationSettings,),
 }
 
@@ -217,7 +221,7 @@ class Recipe:
             path_or_name(home, drafter) if isinstance(drafter, str) else drafter,
             pretrain,
             distill,
-            [Finetune(*parse_settings(table, f"{path}: finetune", *TABLES["finetune"])) for table in finetunes],
+            [parse_finetune(table, f"{path}: finetune", home) for table in finetunes],
             replace(evaluation, prompts=relative_paths(home, evaluation.prompts)),
         )
 
@@ -285,6 +289,9 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
             scored,
             stage.data.teacher_top_k,
             stage.data.draft_steps,
+            stage.robust,
+            stage.retention,
+            text,
         )
         made = stage_folder / "drafter"
     return made, result
@@ -308,13 +315,22 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
         data, answers = recipe.distill
         corpus_files(data.prompts)
         if not is_complete(folder / "answers"):
-            stages.distillation_groups(target, data.prompts, data.system, answers, recipe.held_out_prompts)
-    trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), recipe.pretrain[1]))] if recipe.pretrain else []
+            groups, *_ = stages.distillation_groups(target, data.prompts, data.system, answers, recipe.held_out_prompts)
+            tasks = {prompt.task for group in groups for prompt in group.prompts}
+            for stage in recipe.finetune:
+                # The tasks of pretraining text are not known yet.
+                if not (recipe.pretrain and stage.data.mix):
+                    stage.robust.check_tasks(tasks)
+    trainings = []
+    if recipe.pretrain:
+        trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), UNIFORM, FORGETFUL, recipe.pretrain[1]))]
     for name, stage in [*trainings, *zip(recipe.finetune_names, recipe.finetune, strict=True)]:
         assert drafter
         stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)
+        stage.retention.check_text(recipe.pretrain is not None)
+        corpus_files(stage.retention.remember)
         if not is_complete(folder / name):
-            check_fits(step_bytes(drafter, target, stage.loss, stage.training, stage.data.draft_steps))
+            check_fits(step_bytes(drafter, target, stage.loss, stage.training, stage.data.draft_steps, stage.retention))
 
 
 def included_recipes() -> dict[str, Path]:
@@ -355,6 +371,13 @@ def parse_drafter(table: Any, where: str, home: Path) -> DrafterShape | WarmStar
             return replace(start, source=path_or_name(home, start.source)) if start.source else start
     (shape,) = parse_settings(table, where, DrafterShape)
     return shape
+
+
+def parse_finetune(table: Any, where: str, home: Path) -> Finetune:
+    """Read the table of a finetuning stage, as ``parse_settings`` does. Its paths are relative to ``home``."""
+    data, loss, robust, retention, training = parse_settings(table, where, *TABLES["finetune"])
+    retention = replace(retention, remember=relative_paths(home, retention.remember))
+    return Finetune(data, loss, robust, retention, training)
 
 
 def parse_settings(table: Any, where: str, *classes: type) -> list[Any]:

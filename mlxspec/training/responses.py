@@ -21,6 +21,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.settings import option
 from mlxspec.training.batched_answers import BatchSteps, sample_answers
+from mlxspec.training.corpus import Prompt
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 
@@ -79,16 +80,16 @@ class Group:
 
     Attributes:
         number: Number of the group, counted from 0.
-        prompts: Token ids of each prompt.
+        prompts: The prompts.
         temperature: Sampling temperature.
     """
 
     number: int
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     temperature: float
 
 
-def prompt_groups(prompts: list[list[int]], settings: AnswerSettings) -> list[Group]:
+def prompt_groups(prompts: list[Prompt], settings: AnswerSettings) -> list[Group]:
     """Return all groups in a fixed order: the first prompts at every temperature, then the next prompts."""
     groups: list[Group] = []
     for start in range(0, len(prompts), settings.group):
@@ -111,7 +112,7 @@ def bos_groups(bos: int | None, settings: AnswerSettings) -> list[Group]:
         raise InvalidRequestError("without prompts, set samples to the number of texts, and use a temperature above 0")
     count = math.ceil(settings.samples / settings.group)
     sizes = [min(settings.group, settings.samples - number * settings.group) for number in range(count)]
-    return [Group(n, [[bos]] * size, temperatures[n % len(temperatures)]) for n, size in enumerate(sizes)]
+    return [Group(n, [Prompt([bos])] * size, temperatures[n % len(temperatures)]) for n, size in enumerate(sizes)]
 
 
 def write_answers(
@@ -189,7 +190,7 @@ def answer_missing_groups(
             answered += len(group_answers)
             if writer:
                 for prompt, answer in zip(group.prompts, group_answers, strict=True):
-                    writer.add(prompt + answer, [0] * len(prompt) + [1] * len(answer))
+                    writer.add(prompt + answer, [0] * len(prompt) + [1] * len(answer), prompt.task)
         done += len(turn)
         if writer:
             writer.commit(groups=done)

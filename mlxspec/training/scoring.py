@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint
 from mlxspec.settings import option
-from mlxspec.training.corpus import read_prompts, split_prompts
+from mlxspec.training.corpus import Prompt, read_prompts, split_prompts
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.target import Target
 from mlxspec.training.trainer import LARGEST_TEMPERATURE, Scorer
@@ -57,12 +57,12 @@ class EvaluationSettings:
 
 
 # (target, settings, token ids of the prompts) -> scorer
-ScorerFactory = Callable[[Target, EvaluationSettings, list[list[int]]], Scorer]
+ScorerFactory = Callable[[Target, EvaluationSettings, list[Prompt]], Scorer]
 
 
 def evaluation_prompts(
     settings: EvaluationSettings, target: Target, distill: tuple[DistillData, AnswerSettings] | None = None
-) -> list[list[int]]:
+) -> list[Prompt]:
     """Return the prompts to score on.
 
     Args:
@@ -71,7 +71,7 @@ def evaluation_prompts(
         distill: The data of the distillation stage. If it has prompts, the held-out ones are used.
 
     Returns:
-        The token ids of each prompt. Without any prompts, each one is only BOS.
+        The prompts. Without any prompts, each one is only BOS.
 
     Raises:
         TrainingError: There are no prompts, or none leaves room for an answer.
@@ -87,7 +87,7 @@ def evaluation_prompts(
         raise TrainingError(
             "the target's tokenizer has no BOS token to start a text with; set prompts for the evaluation"
         )
-    return [[target.tokenizer.bos_token_id]] * settings.count
+    return [Prompt([target.tokenizer.bos_token_id])] * settings.count
 
 
 def new_evaluation(

@@ -1,10 +1,12 @@
 """Token ids on disk.
 
-A folder of shards holds ``index.json`` and three flat little-endian files for each shard:
+A folder of shards holds ``index.json`` and four flat little-endian files for each shard:
 
 - ``00000.ids``: the tokens, uint16 or uint32,
 - ``00000.mask``: 1 for a token to learn, else 0, uint8,
-- ``00000.docs``: the length of each document, uint32.
+- ``00000.docs``: the length of each document, uint32,
+- ``00000.tasks``: the number of each document's task in the index's list of tasks, uint32. Shards of earlier
+  versions lack this file. All their documents belong to one task.
 
 The files are memory-mapped, so a corpus may be larger than memory. They hold one document after the other. For
 training, documents are packed into rows of a fixed length.
@@ -29,6 +31,7 @@ from mlxspec.files import explain_write_errors, fingerprint, read_json, remove_l
 FORMAT = 1
 SHARD_TOKENS = 2**26
 PARTS = ("ids", "mask", "docs")
+TASK_PART = "tasks"
 EMPTY_CHECKSUM = hashlib.sha256().hexdigest()
 
 
@@ -52,6 +55,7 @@ class Index:
         learned: Number of tokens with mask 1, which a drafter learns.
         complete: Whether the writer has finished.
         notes: Additional state of the writer, such as its progress.
+        tasks: Names of the tasks. None if the shards have no tasks.
     """
 
     vocab_size: int
@@ -60,6 +64,12 @@ class Index:
     learned: int = 0
     complete: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The files of each shard."""
+        return PARTS if self.tasks is None else (*PARTS, TASK_PART)
 
     @property
     def dtype(self) -> np.dtype:
@@ -123,15 +133,17 @@ class ShardWriter:
             if self.index.tokenizer != tokenizer or self.index.vocab_size != vocab_size:
                 raise TrainingError(f"{self.folder} was made with another tokenizer; use another folder")
         else:
-            self.index = Index(vocab_size, tokenizer)
+            self.index = Index(vocab_size, tokenizer, tasks=[])
+        self._task_numbers = {name: number for number, name in enumerate(self.index.tasks or [])}
         self._open_last()
 
-    def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
+    def add(self, ids: Sequence[int], mask: Sequence[int], task: str | None = None) -> None:
         """Append one document.
 
         Args:
             ids: The token ids.
             mask: 1 for each token to learn, else 0.
+            task: The document's task. None for ``default_task``.
 
         Raises:
             TrainingError: The document is empty, an id is outside the vocabulary, or the mask has another length.
@@ -148,14 +160,24 @@ class ShardWriter:
             self.close()
             self.index.shards.append(Shard())
             self._open_last()
-        content = (tokens.astype(self.index.dtype), np.asarray(mask, dtype=np.uint8), np.array([tokens.size], "<u4"))
+        task = task or default_task(self.folder)
+        if self.index.tasks is not None and task not in self._task_numbers:
+            self._task_numbers[task] = len(self.index.tasks)
+            self.index.tasks.append(task)
+        content = {
+            "ids": tokens.astype(self.index.dtype),
+            "mask": np.asarray(mask, dtype=np.uint8),
+            "docs": np.array([tokens.size], "<u4"),
+            TASK_PART: np.array([self._task_numbers.get(task, 0)], "<u4"),
+        }
         with explain_write_errors(self.folder):
-            for part, data in zip(PARTS, content, strict=True):
+            for part in self.index.parts:
+                data = content[part]
                 self._files[part].write(data.tobytes())
                 self._hashes[part].update(data.tobytes())
         self.index.shards[-1].tokens += tokens.size
         self.index.shards[-1].documents += 1
-        self.index.learned += int(content[1].sum())
+        self.index.learned += int(content["mask"].sum())
 
     def commit(self, **notes: Any) -> None:
         """Make the documents added so far durable on disk, and add ``notes`` to the index."""
@@ -195,7 +217,7 @@ class ShardWriter:
         sizes = part_sizes(shard, self.index.dtype)
         self._files: dict[str, BinaryIO] = {}
         self._hashes: dict[str, Any] = {}
-        for part in PARTS:
+        for part in self.index.parts:
             path = shard_file(self.folder, number, part)
             try:
                 file: BinaryIO = path.open("r+b") if path.exists() else path.open("w+b")
@@ -226,6 +248,7 @@ class Rows(NamedTuple):
     ids: np.ndarray  # [rows, length + 1]
     mask: np.ndarray  # [rows, length + 1]
     documents: np.ndarray  # [rows, length + 1] number of the document; −1 for padding
+    tasks: np.ndarray  # [rows, length + 1] number of the document's task; 0 for padding
 
 
 class TokenShards:
@@ -249,6 +272,9 @@ class TokenShards:
         self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
         self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
         self._documents = [self._map(number, "docs", verify) for number in range(len(self.index.shards))]
+        self._tasks = []
+        if self.index.tasks is not None:
+            self._tasks = [self._map(number, TASK_PART, verify) for number in range(len(self.index.shards))]
         self._known_spans: dict[tuple[int, bool], np.ndarray] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
 
@@ -257,9 +283,23 @@ class TokenShards:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the tokenizer, tokens and masks."""
-        content = [self.index.tokenizer, *(asdict(shard) for shard in self.index.shards)]
+        """Fingerprint of the tokenizer, tokens and masks, but not of the tasks."""
+        content: list[Any] = [self.index.tokenizer]
+        for shard in self.index.shards:
+            known = {part: checksum for part, checksum in shard.checksums.items() if part != TASK_PART}
+            content.append({**asdict(shard), "checksums": known})
         return fingerprint(json.dumps(content))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return [default_task(self.folder)] if self.index.tasks is None else self.index.tasks
+
+    @property
+    def task_fingerprint(self) -> str:
+        """Fingerprint of the documents' tasks."""
+        checksums = [shard.checksums.get(TASK_PART) for shard in self.index.shards]
+        return fingerprint(json.dumps([self.tasks, checksums]))
 
     def documents(self) -> Iterator[TokenizedDocument]:
         """Yield the documents in the order in which they were added."""
@@ -288,9 +328,9 @@ class TokenShards:
             single: Whether each row holds at most one document.
 
         Returns:
-            ids, mask and documents, each [rows, length + 1].
+            ids, mask, documents and tasks, each [rows, length + 1].
         """
-        ids, mask = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8))
+        ids, mask, tasks = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8, np.int32))
         documents = np.full((len(chosen), length + 1), -1, np.int32)
         spans = self._spans(length, single)
         for row, number in enumerate(chosen):
@@ -299,8 +339,15 @@ class TokenShards:
             mask[row, : end - start] = self._read(self._masks, start, end - start)
             numbers = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
             documents[row, : end - start] = numbers - numbers[0]
+            if self._tasks:
+                tasks[row, : end - start] = self._document_tasks[numbers - 1]
         mask[:, 1:][documents[:, 1:] != documents[:, :-1]] = 0
-        return Rows(ids, mask, documents)
+        return Rows(ids, mask, documents, tasks)
+
+    @cached_property
+    def _document_tasks(self) -> np.ndarray:
+        """Number of the task of each document [documents]."""
+        return np.concatenate(self._tasks)
 
     @cached_property
     def _document_starts(self) -> np.ndarray:
@@ -330,11 +377,16 @@ class TokenShards:
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
             raise TrainingError(f"{path} has {found} bytes but the index says {expected}; create these shards again")
-        dtype = {"ids": self.index.dtype, "mask": np.dtype("u1"), "docs": np.dtype("<u4")}[part]
+        dtype = {"ids": self.index.dtype, "mask": np.dtype("u1")}.get(part, np.dtype("<u4"))
         content = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype)
         if verify and hashlib.sha256(content.data).hexdigest() != shard.checksums[part]:
             raise TrainingError(f"{path} has changed since it was written; create these shards again")
         return content
+
+
+def default_task(folder: Path) -> str:
+    """Return the task of documents that have none: the name of the stage's folder, such as "answers"."""
+    return folder.resolve().parent.name
 
 
 def pack(lengths: Iterable[int], room: int, single: bool = False) -> np.ndarray:
@@ -370,7 +422,7 @@ def shard_file(folder: Path, number: int, part: str) -> Path:
     Args:
         folder: The folder of the shards.
         number: Number of the shard, counted from 0.
-        part: One of ``PARTS``.
+        part: One of ``PARTS``, or ``TASK_PART``.
 
     Returns:
         The path.
@@ -380,4 +432,5 @@ def shard_file(folder: Path, number: int, part: str) -> Path:
 
 def part_sizes(shard: Shard, dtype: np.dtype) -> dict[str, int]:
     """Return the size of each file of a shard in bytes."""
-    return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": shard.documents * 4}
+    documents = shard.documents * 4
+    return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": documents, TASK_PART: documents}

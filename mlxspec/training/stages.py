@@ -34,6 +34,8 @@ from mlxspec.training.responses import (
     prompt_groups,
     write_answers,
 )
+from mlxspec.training.retention import FORGETFUL, Retention, remembered
+from mlxspec.training.robust import UNIFORM, Robust, new_weighting
 from mlxspec.training.run_folder import (
     Metrics,
     broadcast,
@@ -182,6 +184,9 @@ def train(
     evaluation: Evaluation | None = None,
     teacher_top_k: int = 0,
     draft_steps: int = DRAFT_STEPS,
+    robust: Robust = UNIFORM,
+    retention: Retention = FORGETFUL,
+    text: TokenShards | None = None,
 ) -> tuple[AnyDrafter, Metrics]:
     """Train a drafter and write it to ``folder/drafter``.
 
@@ -196,6 +201,9 @@ def train(
         teacher_top_k: Number of the target's most likely tokens to store next to the shards and train on. 0 to run the
             target in every step.
         draft_steps: Number of tokens that an EAGLE head drafts from each position.
+        robust: Settings of worst-case training.
+        retention: Settings against forgetting.
+        text: Pretraining text. ``retention`` uses it if it names no text of its own.
 
     Returns:
         The trained drafter and its scores.
@@ -208,11 +216,19 @@ def train(
     for shards, _ in sources:
         check_tokenizer(shards.index, target, shards.folder)
     check_training(target, drafter, loss, settings, teacher_top_k)
+    robust.check_tasks({task for shards, _ in sources for task in shards.tasks})
+    retention.check_text(text is not None)
+    if retention.needs_fisher and retention.remember:
+        text = pretraining_shards(target, retention.remember, folder / "remember")
     inputs = {
         **asdict(loss),
         **{name: value for name, value in asdict(settings).items() if name not in NOT_INPUTS},
         "teacher_top_k": teacher_top_k,
         **({"draft_steps": draft_steps} if isinstance(drafter, Eagle) else {}),
+        **robust.inputs,
+        **({"tasks": [shards.task_fingerprint for shards, _ in sources]} if robust.method == "groups" else {}),
+        **retention.inputs,
+        **({"remember": text.fingerprint} if retention.needs_fisher and text else {}),
         "rows": "documents apart",
         "evaluation": evaluation.inputs if evaluation else None,
         "drafter": weights_fingerprint(drafter),
@@ -241,7 +257,13 @@ def train(
             single,
         )
         teacher = new_teacher(target, drafter, batches, settings, teacher_top_k) if loss.needs_target else None
-        check_fits(step_bytes(drafter, target, loss, settings, draft_steps))
+        check_fits(step_bytes(drafter, target, loss, settings, draft_steps, retention))
+        memory = None
+        if retention.needs_fisher and text:
+            check_tokenizer(text.index, target, text.folder)
+            target.listener.stage(folder.name, "measuring which weights matter for what was learned before")
+            memory = remembered(target, drafter, text, retention, folder, settings.length, settings.seed, draft_steps)
+            target.listener.stage(folder.name, f"their Fisher information F has a mean of {memory.mean_fisher:.2g}")
         trainer = Trainer(
             drafter,
             objective_for(drafter, loss, teacher, settings.recompute, draft_steps),
@@ -252,6 +274,8 @@ def train(
             teacher,
             partial(target.listener.step, settings.steps),
             evaluation.inputs if evaluation else None,
+            new_weighting(robust, batches.tasks, target.vocab_size, loss),
+            memory,
         )
         result = trainer.run()
         if is_first_process():

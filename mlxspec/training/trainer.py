@@ -23,7 +23,7 @@ from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
 from mlxspec.files import remove_leftovers
 from mlxspec.models.quantizing import DRAFTER_BITS, rounded
 from mlxspec.settings import option
-from mlxspec.training.batches import Batches
+from mlxspec.training.batches import Batches, StepDocuments
 from mlxspec.training.checkpoint import (
     checkpoint_name,
     checkpoints,
@@ -33,6 +33,8 @@ from mlxspec.training.checkpoint import (
     save_checkpoint,
 )
 from mlxspec.training.objectives import AnyDrafter, Batch, Objective
+from mlxspec.training.retention import CoNatural, Memory
+from mlxspec.training.robust import Weighting
 from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
 from mlxspec.training.teachers import Teacher
 
@@ -143,6 +145,8 @@ class Trainer:
             stored rows.
         report: Called with the number of steps taken and the metrics, after every step and every measurement.
         evaluation: Everything that the scores depend on, as JSON. Only scores of the same evaluation are compared.
+        weighting: The weights of worst-case training. None to weight all tokens alike.
+        memory: What the drafter must not forget. None to train without regard to it.
 
     Raises:
         InvalidRequestError: The batch cannot be divided among the processes and parts.
@@ -159,19 +163,24 @@ class Trainer:
         teacher: Teacher | None = None,
         report: Report = lambda step, metrics: None,
         evaluation: Any = None,
+        weighting: Weighting | None = None,
+        memory: Memory | None = None,
     ):
         self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
         self.folder, self.scorer, self.teacher, self.report = folder, scorer, teacher, report
         self.evaluation = json.loads(json.dumps({"of": evaluation})) if scorer else None  # as a checkpoint stores it
+        self.weighting, self.memory = weighting, memory
         self.group = mx.distributed.init()
         check_batch(settings)
-        self.optimizer = optim.MultiOptimizer(
+        self.optimizer: optim.Optimizer = optim.MultiOptimizer(
             [
                 optim.AdamW(settings.learning_rate, [0.9, 0.98], weight_decay=decay, bias_correction=True)
                 for decay in (settings.weight_decay, 0.0)
             ],
             [lambda name, weight: weight.ndim > 1],
         )
+        if memory and memory.settings.optimizer == "co-natural":
+            self.optimizer = CoNatural(settings.learning_rate, memory.fisher, memory.settings.damping)
         self.best: Metrics = {}
 
     def run(self) -> Metrics:
@@ -186,7 +195,7 @@ class Trainer:
         """
         self.drafter.set_dtype(mx.float32)
         self.optimizer.init(self.drafter.trainable_parameters())
-        found = load_checkpoint(self.folder, self.drafter, self.optimizer) or {"step": 0, "best": {}}
+        found = load_checkpoint(self.folder, self.drafter, self.optimizer, self.weighting) or {"step": 0, "best": {}}
         start = found["step"]
         comparable = start == 0 or found.get("evaluation") == self.evaluation
         self.best = found["best"] if self.scorer and comparable else {}
@@ -234,15 +243,15 @@ class Trainer:
         # The state is an input and an output. Otherwise the compiled function would keep the weights of its first call.
         state = [self.drafter.state, self.optimizer.state]
         compiled = partial(mx.compile, inputs=state, outputs=state)
-        self._compiled_step = compiled(lambda *batch: self._apply(*self._gradients(*batch)))
+        self._compiled_step = compiled(self._step)
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_apply = compiled(self._apply)
         self._state = state
 
     def _gradients(self, *batch: Any) -> tuple[mx.array, Any]:
-        """Return the loss and the acceptance rates, [1 + rates], and the gradients of some rows.
+        """Return the loss and the acceptance rates at each position, [1 + rates, B, L], and the gradients of some rows.
 
-        The values of a step are sums over all its rows.
+        The gradients of a step are sums over all its rows.
         """
         weights = self.drafter.trainable_parameters()
 
@@ -250,9 +259,14 @@ class Trainer:
             self.drafter.update(tree_map(self._computed, weights))
             return self.objective(self.drafter, Batch(*batch))
 
-        (value, rates), gradients = mx.value_and_grad(loss)(weights)
+        (_, values), gradients = mx.value_and_grad(loss)(weights)
         self.drafter.update(weights)
-        return mx.concatenate([value.reshape(1), rates.reshape(-1)]), gradients
+        return values, gradients
+
+    def _step(self, *batch: Any) -> tuple[mx.array, mx.array]:
+        """Take a step on a batch. Return the values of ``_gradients`` and the gradient norm."""
+        values, gradients = self._gradients(*batch)
+        return values, self._apply(gradients)
 
     def _computed(self, weight: mx.array) -> mx.array:
         """Return a weight as the forward pass uses it. Its gradient is passed on to the weight unchanged.
@@ -263,32 +277,38 @@ class Trainer:
             weight = weight + mx.stop_gradient(rounded(weight, self.settings.fake_quantize) - weight)
         return weight.astype(self.settings.dtype)
 
-    def _apply(self, values: mx.array, gradients: Any) -> mx.array:
-        """Update the weights. Return the loss, the acceptance rates and the gradient norm of the whole step."""
+    def _apply(self, gradients: Any) -> mx.array:
+        """Update the weights. Return the gradient norm of the whole step."""
         processes = self.group.size()
         if processes > 1:
             gradients = tree_map(lambda g: g * processes, nn.average_gradients(gradients, self.group))
-            values = mx.distributed.all_sum(values, group=self.group)
+        if self.memory:
+            gradients = self.memory.penalized(gradients, self.drafter.trainable_parameters())
         gradients, norm = optim.clip_grad_norm(gradients, self.settings.clip)
         self.optimizer.update(self.drafter, gradients)
-        return mx.concatenate([values, norm[None]])
+        return norm
 
     def _train_step(self, step: int) -> Metrics:
         start = time.perf_counter()
         rate = self.settings.rate(step)
         self.optimizer.learning_rate = mx.array(rate)
-        first, *others = self._parts(step)
+        documents = StepDocuments(self.batches(step))
+        first, *others = self._parts(step, documents)
         if not others:
-            result = self._compiled_step(*first)
+            values, gradient_norm = self._compiled_step(*first)
+            found = [values]
         else:
             values, gradients = self._compiled_gradients(*first)
+            found = [values]
             for batch in others:
-                mx.eval(values, gradients)
-                more_values, more_gradients = self._compiled_gradients(*batch)
-                values, gradients = values + more_values, tree_map(mx.add, gradients, more_gradients)
-            result = self._compiled_apply(values, gradients)
-        mx.eval(result, self._state)
-        loss, *rates, norm = map(float, np.array(result))
+                mx.eval(found, gradients)
+                values, more_gradients = self._compiled_gradients(*batch)
+                found, gradients = [*found, values], tree_map(mx.add, gradients, more_gradients)
+            gradient_norm = self._compiled_apply(gradients)
+        mx.eval(found, gradient_norm, self._state)
+        sums = self._document_sums(documents, found)
+        loss, *rates = sums.sum(0).tolist()
+        norm = float(gradient_norm.item())  # type: ignore[arg-type]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             last = self._drop_checkpoint(step)
             raise TrainingError(
@@ -299,10 +319,35 @@ class Trainer:
         seconds = time.perf_counter() - start
         speed = self.settings.batch * self.settings.length / seconds
         metrics = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
+        names = ["loss"]
         if any(rates):
-            names = ["acceptance_rate", *(f"acceptance_rate_{step}" for step in range(2, len(rates) + 1))]
-            metrics |= dict(zip(names, rates, strict=True))
+            names += ["acceptance_rate", *(f"acceptance_rate_{step}" for step in range(2, len(rates) + 1))]
+            metrics |= dict(zip(names[1:], rates, strict=True))
+        metrics |= documents.task_metrics(self.batches.tasks, names, sums[:, : len(names)])
+        if self.weighting:
+            metrics |= self.weighting.metrics(documents, self.batches.tasks)
+            self.weighting.update(documents, sums)
         return metrics
+
+    def _document_sums(self, documents: StepDocuments, found: list[mx.array]) -> np.ndarray:
+        """Return the weighted sums of the loss and the rates over each document of the step, [D, 1 + rates].
+
+        Args:
+            documents: The documents of the step.
+            found: The values at the positions of each part of this process, [1 + rates, B, L].
+        """
+        values = np.zeros((len(found[0]), *documents.weights.shape), np.float32)
+        for share, part in zip(self._shares(), found, strict=True):
+            values[:, share] = np.array(part)
+        sums = documents.sums(values)
+        if self.group.size() > 1:
+            sums = np.array(mx.distributed.all_sum(mx.array(sums, mx.float32), group=self.group), float)
+        return sums
+
+    def _shares(self) -> list[slice]:
+        """Return the rows of each part of this process."""
+        parts, processes = self.settings.accumulate, self.group.size()
+        return [slice(self.group.rank() * parts + part, None, processes * parts) for part in range(parts)]
 
     def _drop_checkpoint(self, step: int) -> str:
         """Delete a checkpoint whose loss is not finite. Return a message about the last good checkpoint."""
@@ -312,16 +357,15 @@ class Trainer:
         found = checkpoints(self.folder)
         return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
-    def _parts(self, step: int) -> list[Batch]:
-        """Return this process's rows of a step, in ``accumulate`` parts."""
-        rows, row_numbers = self.batches(step), self.batches.row_numbers(step)
-        weights = rows.mask[:, 1:] / max(1, rows.mask[:, 1:].sum())  # every process knows the rows of the whole step
+    def _parts(self, step: int, documents: StepDocuments) -> list[Batch]:
+        """Return this process's rows of a step, in ``accumulate`` parts. Every process knows the whole step."""
+        rows, row_numbers, weights = documents.rows, self.batches.row_numbers(step), documents.weights
+        if self.weighting:
+            weights = weights * self.weighting.factors(documents)[documents.places]
         temperatures = self.settings.temperatures
         temperature = mx.array(temperatures[step % len(temperatures)])
-        processes, rank, parts = self.group.size(), self.group.rank(), self.settings.accumulate
         batches = []
-        for part in range(parts):
-            share = slice(rank * parts + part, None, processes * parts)
+        for part, share in enumerate(self._shares()):
             batches.append(
                 Batch(
                     mx.array(rows.ids[share]),
@@ -329,7 +373,7 @@ class Trainer:
                     mx.array(weights[share].astype("float32")),
                     self.teacher.load_rows(row_numbers[share]) if self.teacher else (),
                     temperature,
-                    mx.random.key(hash((self.settings.seed, step, rank, part)) % 2**63),
+                    mx.random.key(hash((self.settings.seed, step, self.group.rank(), part)) % 2**63),
                 )
             )
         return batches
@@ -364,7 +408,7 @@ class Trainer:
     def _save(self, done: int) -> None:
         if is_first_process():
             state = {"best": self.best, "evaluation": self.evaluation}
-            save_checkpoint(self.folder, done, self.drafter, self.optimizer, state)
+            save_checkpoint(self.folder, done, self.drafter, self.optimizer, state, self.weighting)
             steps = [read_state(path)["best"].get("step") for path in checkpoints(self.folder)]
             for best in {*self.folder.glob("best-*")} - {self._best_folder(int(step)) for step in steps if step}:
                 shutil.rmtree(best, ignore_errors=True)

@@ -36,6 +36,8 @@ def test_the_headline_names_task_and_temperature_of_the_lowest_block_efficiency(
     lowest = min(rows, key=lambda row: row["block_efficiency"])
     wanted = f"block efficiency is {lowest['block_efficiency']:.2f} on the worst task, stories at temperature "
     assert headline(rows).endswith(f"{wanted}{lowest['temperature']:g}.")
+    mean = sum(row["block_efficiency"] for row in rows) / len(rows)
+    assert f"; mean block efficiency is {mean:.2f}; " in headline(rows)
 
 
 @pytest.mark.parametrize(("ratios", "words"), [((1.2, 2), "is faster than"), ((0.5, 0.9), "is slower than"),

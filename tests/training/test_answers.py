@@ -6,6 +6,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlxspec.errors import MlxspecError, NumericalError
 from mlxspec.models.loading import DEMO, load
+from mlxspec.training.corpus import Prompt
 from mlxspec.training.responses import AnswerSettings, Group, answer_counts, answer_group, write_answers
 from mlxspec.training.shards import TokenShards
 
@@ -29,9 +30,11 @@ def test_an_answer_ends_with_the_eos_token_that_the_target_chose(greedy, tmp_pat
     chosen = next(token for i, token in enumerate(answer) if i > 4 and token not in answer[:i])
     tokenizer.eos_token_ids = {chosen, *others - {*answer}}
     settings = AnswerSettings((0.0,), max_tokens=12)
-    groups = [Group(0, [prompt, prompt[:2]], 0.0)]
+    groups = [Group(0, [Prompt(prompt, "stories"), Prompt(prompt[:2])], 0.0)]
     write_answers(target, tokenizer, 2048, "x", groups, settings, tmp_path / "out")
-    ids, mask = next(iter(TokenShards(tmp_path / "out").documents()))
+    shards = TokenShards(tmp_path / "out")
+    ids, mask = next(iter(shards.documents()))
+    assert shards.tasks == ["stories", tmp_path.name]
     assert ids[mask.astype(bool)].tolist() == answer[: answer.index(chosen) + 1]
 
 
@@ -41,8 +44,8 @@ def test_an_answer_that_ends_at_the_limit_with_any_eos_is_not_truncated(greedy, 
     last = max(i for i, token in enumerate(answer) if token not in answer[:i])
     tokenizer.eos_token_ids = {tokenizer.eos_token_id, answer[last]}
     for limit, truncated in ((last + 1, 0), (last, 1)):
-        settings = AnswerSettings((0.0,), max_tokens=limit)
-        write_answers(target, tokenizer, 2048, "x", [Group(0, [prompt], 0.0)], settings, tmp_path / str(limit))
+        settings, groups = AnswerSettings((0.0,), max_tokens=limit), [Group(0, [Prompt(prompt)], 0.0)]
+        write_answers(target, tokenizer, 2048, "x", groups, settings, tmp_path / str(limit))
         assert answer_counts(TokenShards(tmp_path / str(limit)))["truncated"] == truncated
 
 

@@ -212,3 +212,21 @@ def test_a_line_of_which_a_part_would_be_left_out_is_bad(line, reason):
 def test_fields_that_are_empty_or_no_content_do_not_matter():
     line = {"text": "a", "id": 3, "source": "web", "input": "", "messages_count": 2, "completion": None}
     assert corpus.parse_line(json.dumps(line).encode()) == "a"
+
+
+def test_the_task_of_a_document_is_that_of_its_line_or_the_name_of_its_file(tmp_path):
+    lines = [
+        {"text": "a", "task": "sums", "category": "numbers"},
+        {"text": "b", "category": "songs"},
+        {"text": "c", "task": 3},
+        {"text": "d", "task": ""},
+        {"text": "the task"},
+    ]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "stories.txt").write_text("once")
+    with gzip.open(tmp_path / "news.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": "e"}))
+    found = list(corpus.read_documents(corpus.corpus_files([tmp_path]), corpus.BadLines()))
+    assert {document.content: document.task for document in found} == {
+        "a": "sums", "b": "songs", "c": "mixed", "d": "mixed", "the task": "mixed", "once": "stories", "e": "news",
+    }  # fmt: skip

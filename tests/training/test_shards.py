@@ -37,7 +37,7 @@ def test_documents_come_back_as_they_were_added_over_many_shards(tmp_path, vocab
 def test_rows_hold_whole_documents_and_padding_that_is_not_learned(tmp_path):
     docs = documents()
     shards = written(tmp_path, docs)
-    ids, mask, _ = shards.rows(60, range(shards.count_rows(60)))
+    ids, mask, *_ = shards.rows(60, range(shards.count_rows(60)))
     assert ids.shape[1] == 61
     waiting = list(docs)
     for row, learned in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -171,3 +171,79 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path):
     content["learnt"] = content.pop("learned")
     file.write_text(json.dumps(content))
     assert TokenShards(tmp_path / "shards").index.learned == 2
+
+
+def with_tasks(folder, tasks):
+    with ShardWriter(folder / "tokens", 512, "tokens", shard_tokens=100) as writer:
+        for doc, task in zip(documents(), tasks, strict=True):
+            writer.add(doc, [1] * len(doc), task)
+        writer.finish()
+    return TokenShards(folder / "tokens", verify=True)
+
+
+def without_task_files(folder):
+    """Make the shards those of an earlier version."""
+    index = json.loads((folder / "index.json").read_text())
+    del index["tasks"]
+    for shard in index["shards"]:
+        shard["checksums"].pop("tasks", None)
+    (folder / "index.json").write_text(json.dumps(index))
+    for path in folder.glob("*.tasks"):
+        path.unlink()
+
+
+def test_each_token_of_a_batch_has_the_task_of_its_document(tmp_path):
+    tasks = ["sums", "songs", None, "sums", "lists"] * 10
+    one, other = with_tasks(tmp_path / "answers", tasks), with_tasks(tmp_path / "text", [None, "lists"] * 25)
+    batches = Batches([one, other], [1, 1], 60, 8, seed=0)
+    assert batches.tasks == ["sums", "songs", "answers", "lists", "text"]
+    named = {tuple(doc): task or "answers" for doc, task in zip(documents(), tasks, strict=True)}
+    also = {tuple(doc): task or "text" for doc, task in zip(documents(), [None, "lists"] * 25, strict=True)}
+    for step in range(4):
+        rows = batches(step)
+        for row, (source, _) in enumerate(batches.row_numbers(step)):
+            for number in range(rows.documents[row].max() + 1):
+                inside = rows.documents[row] == number
+                wanted = (also if source else named)[tuple(rows.ids[row][inside])]
+                assert {batches.tasks[task] for task in rows.tasks[row][inside]} == {wanted}
+
+
+def test_shards_of_earlier_versions_are_read_and_have_one_task(tmp_path):
+    new = with_tasks(tmp_path / "answers", ["sums", "songs"] * 25)
+    fingerprint, rows = new.fingerprint, new.rows(60, [0, 1])
+    without_task_files(new.folder)
+    old = TokenShards(new.folder, verify=True)
+    assert old.tasks == ["answers"]
+    assert old.fingerprint == fingerprint  # a stage that was trained on them is still complete
+    found = old.rows(60, [0, 1])
+    assert all(np.array_equal(one, other) for one, other in zip(rows[:3], found[:3], strict=True))
+    assert not found.tasks.any()
+
+
+def test_a_writer_goes_on_with_unfinished_shards_of_earlier_versions(tmp_path):
+    folder = tmp_path / "answers" / "tokens"
+    with ShardWriter(folder, 512, "tokens") as writer:
+        writer.add([1, 2, 3], [1, 1, 1])
+        writer.commit()
+    without_task_files(folder)
+    with ShardWriter(folder, 512, "tokens") as writer:
+        writer.add([4, 5], [1, 1], "sums")
+        writer.finish()
+    shards = TokenShards(folder, verify=True)
+    assert [doc.ids.tolist() for doc in shards.documents()] == [[1, 2, 3], [4, 5]]
+    assert shards.tasks == ["answers"]
+
+
+def test_a_resumed_writer_goes_on_with_the_tasks_of_its_last_commit(tmp_path):
+    folder = tmp_path / "tokens"
+    with ShardWriter(folder, 512, "tokens") as writer:
+        writer.add([1, 2], [1, 1], "sums")
+        writer.commit()
+        writer.add([3, 4], [1, 1], "songs")  # lost
+    with ShardWriter(folder, 512, "tokens") as writer:
+        writer.add([5, 6], [1, 1], "lists")
+        writer.add([7, 8], [1, 1], "sums")
+        writer.finish()
+    shards = TokenShards(folder, verify=True)
+    assert shards.tasks == ["sums", "lists"]
+    assert shards.rows(2, [0, 1, 2])[3].tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]

@@ -13,7 +13,7 @@ from mlxspec.training.batches import Batches
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.estimate import step_seconds
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import Batch, objective
+from mlxspec.training.objectives import Batch, objective, weighted_sums
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.stages import train
 from mlxspec.training.target import Target
@@ -43,7 +43,9 @@ def test_loss_and_acceptance_over_k_columns_are_those_of_the_formulas_in_float64
     inputs, following = ids[:, :-1], np.array(ids[:, 1:])
     weights = mx.full(inputs.shape, 1 / inputs.size)
     batch = Batch(ids, mx.zeros(inputs.shape, mx.int32), weights, (), mx.array(1.0), mx.random.key(0))
-    value, alpha = objective(Loss(name), OnlineTeacher(target) if name != "ce" else None)(drafter, batch)
+    value, values = objective(Loss(name), OnlineTeacher(target) if name != "ce" else None)(drafter, batch)
+    mean, alpha = weighted_sums(batch, values)
+    assert abs(mean.item() - value.item()) < 1e-6
 
     p = softmax(np.array(target(inputs), np.float64))[..., TOKENS]  # sums to less than 1
     q = softmax(np.array(drafter(inputs), np.float64)[..., TOKENS])
@@ -116,7 +118,9 @@ def test_stored_probabilities_of_the_teacher_give_the_loss_of_a_float64_formula_
         mx.array(1.0),
         mx.random.key(0),
     )
-    value, alpha = objective(Loss("kld"), teacher)(drafter, batch)
+    value, values = objective(Loss("kld"), teacher)(drafter, batch)
+    mean, alpha = weighted_sums(batch, values)
+    assert abs(mean.item() - value.item()) < 1e-6
 
     whole = softmax(np.array(target(inputs), np.float64)).reshape(-1, V)
     q = softmax(np.array(drafter(inputs), np.float64)[..., TOKENS]).reshape(-1, len(TOKENS))

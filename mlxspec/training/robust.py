@@ -1,0 +1,214 @@
+"""Worst-case training: documents on which the drafter does badly get a larger weight in the loss.
+
+Both methods give each document of a step a factor. The factors are computed before the step, from the state of the
+method, and multiply the weights of the document's positions. The losses of the step then update the state. So the
+adversary ascends and the drafter descends in the same step.
+
+All processes know all rows of a step and get the sums of its losses. So each computes the same state, in NumPy, since
+it is small: one number for each task, or one for each token of the vocabulary.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxspec.errors import InvalidRequestError
+from mlxspec.settings import option
+from mlxspec.training.batches import MOST_TASKS, StepDocuments
+from mlxspec.training.losses import Loss
+
+
+@dataclass(frozen=True)
+class Robust:
+    """Settings of worst-case training. Raises InvalidRequestError for a value outside its range."""
+
+    method: str | None = option(
+        None,
+        "Worst-case training: give more weight to tasks with a high loss (`groups`), or to documents whose tokens "
+        "predict a high loss (`likelihood-ratio`, needs no tasks).",
+        choices=lambda: list(METHODS),
+        key="robust",
+    )
+    rate: float | None = option(
+        None,
+        "For robust: step size of the weights of the tasks, by default 0.01, or of the adversary, by default 0.1.",
+        key="robust_rate",
+    )
+    penalty: float = option(
+        0.5,
+        "For likelihood-ratio: weight of the KL penalty. A larger value keeps the weights of the documents more equal.",
+        key="robust_penalty",
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in (None, *METHODS):
+            raise InvalidRequestError(f"robust is {self.method!r}; use one of {', '.join(METHODS)}, or leave it out")
+        for name, value in (("rate", self.step_size), ("penalty", self.penalty)):
+            if not 0 < value < math.inf:
+                raise InvalidRequestError(f"robust_{name} is {value}; use a positive number")
+
+    @property
+    def step_size(self) -> float:
+        """The rate, or its default for the method."""
+        return RATES.get(self.method, 1.0) if self.rate is None else self.rate
+
+    def check_tasks(self, tasks: Collection[str | None]) -> None:
+        """Raise InvalidRequestError if ``groups`` is the method and the documents do not belong to several tasks."""
+        if self.method == "groups" and not 1 < len(tasks) <= MOST_TASKS:
+            raise InvalidRequestError(
+                f"robust is groups, but the number of tasks is {len(tasks)}; give 2 to {MOST_TASKS} tasks with "
+                '"task" on each line or a file for each task, or use robust = "likelihood-ratio"'
+            )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The settings as inputs of a stage. Empty without a method."""
+        if not self.method:
+            return {}
+        return {"robust": self.method, "robust_rate": self.step_size, "robust_penalty": self.penalty}
+
+
+class GroupWeights:
+    """Group DRO: each task g has a weight w_g ∝ w_g·exp(η·loss_g). The objective is Σ w_g·loss_g.
+
+    loss_g is the mean loss of the task's tokens in a step. A task without tokens in a step keeps its weight relative to
+    others, and contributes nothing.
+
+    Args:
+        settings: The settings. Their rate is η.
+        tasks: Number of tasks.
+        vocab_size: Not used.
+        by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
+
+    Attributes:
+        state: Logarithm of each task's weight [tasks]. The weights sum to 1.
+
+    Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1.
+    """
+
+    def __init__(self, settings: Robust, tasks: int, vocab_size: int, by_rejection: bool = False):
+        self.settings, self.by_rejection = settings, by_rejection
+        self.state = np.full(tasks, -math.log(tasks), np.float32)
+
+    def factors(self, documents: StepDocuments) -> np.ndarray:
+        """Return the factor of each document of a step [D]: its task's weight over its task's share of the step."""
+        shares = documents.task_sums(documents.shares, len(self.state))
+        return (np.exp(self.state.astype(float)) / np.where(shares > 0, shares, 1))[documents.tasks]
+
+    def update(self, documents: StepDocuments, sums: np.ndarray) -> None:
+        """Raise the weights of the tasks with a high loss.
+
+        Args:
+            documents: The documents of the step.
+            sums: Weighted sums of the loss and the acceptance rates over each document, [D, 1 + rates].
+        """
+        losses = document_losses(documents, sums, self.by_rejection)
+        shares, losses = (documents.task_sums(values, len(self.state)) for values in (documents.shares, losses))
+        logs = self.state + self.settings.step_size * losses / np.where(shares > 0, shares, 1)
+        self.state = (logs - logs.max() - np.log(np.exp(logs - logs.max()).sum())).astype(np.float32)
+
+    def metrics(self, documents: StepDocuments, tasks: list[str]) -> dict[str, float]:
+        """Return the weight of each task by its name."""
+        return {f"weight/{task}": math.exp(log) for task, log in zip(tasks, self.state, strict=True)}
+
+
+class LikelihoodRatios:
+    """Parametric likelihood ratios: an adversary gives each document x a ratio r(x), without tasks.
+
+    The adversary is linear in the frequencies f(x) of the document's tokens, scaled to norm 1:
+    r(x) ∝ exp(ψ·f(x)). It is normalized within the step: Σ share·r = 1, where a document's share is that of its learned
+    tokens. For n documents of the same length, r is the softmax times n. The drafter minimizes
+    Σ share·r·loss − τ·KL and the adversary maximizes it by gradient ascent, with KL = Σ share·r·log r.
+
+    Args:
+        settings: The settings. Their rate is the step size of ψ, and their penalty is τ.
+        tasks: Not used.
+        vocab_size: Size of the vocabulary.
+        by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
+
+    Attributes:
+        state: The adversary's parameters ψ [V].
+
+    Source: Michel, Hashimoto and Neubig 2022, arXiv 2204.06340.
+    """
+
+    def __init__(self, settings: Robust, tasks: int, vocab_size: int, by_rejection: bool = False):
+        self.settings, self.by_rejection = settings, by_rejection
+        self.state = np.zeros(vocab_size, np.float32)
+
+    def factors(self, documents: StepDocuments) -> np.ndarray:
+        """Return the ratio r of each document of a step [D]."""
+        owners, tokens, frequencies = self._features(documents)
+        scores = np.bincount(owners, frequencies * self.state[tokens], len(documents.shares))
+        exponentials = np.exp(scores - scores.max())
+        return exponentials / max((documents.shares * exponentials).sum(), 1e-30)
+
+    def update(self, documents: StepDocuments, sums: np.ndarray) -> None:
+        """Take a step of gradient ascent.
+
+        Args:
+            documents: The documents of the step.
+            sums: Weighted sums of the loss and the acceptance rates over each document, [D, 1 + rates].
+        """
+        owners, tokens, frequencies = self._features(documents)
+        losses = document_losses(documents, sums, self.by_rejection)
+        shares, ratios = documents.shares, self.factors(documents)
+        gains = losses / np.where(shares > 0, shares, 1) - self.settings.penalty * np.log(np.maximum(ratios, 1e-30))
+        probs = shares * ratios
+        gradient = probs * (gains - (probs * gains).sum())  # of the scores
+        ascent = np.bincount(tokens, frequencies * gradient[owners], len(self.state))
+        self.state = (self.state + self.settings.step_size * ascent).astype(np.float32)
+
+    def metrics(self, documents: StepDocuments, tasks: list[str]) -> dict[str, float]:
+        """Return the KL divergence of the ratios from 1 in a step, and the largest ratio."""
+        ratios = self.factors(documents)[documents.shares > 0]
+        probs = documents.shares[documents.shares > 0] * ratios
+        divergence = (probs * np.log(np.maximum(ratios, 1e-30))).sum()
+        return {"ratio_kl": float(divergence), "largest_ratio": float(ratios.max(initial=0))}
+
+    def _features(self, documents: StepDocuments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the features that are not 0: document, token and frequency, each [features].
+
+        The first token of a document does not count, since the first token of a row has no position that predicts it.
+        """
+        rows, size = documents.rows, len(self.state)
+        inside = rows.documents[:, 1:] == rows.documents[:, :-1]
+        pairs = documents.places[inside] * size + rows.ids[:, 1:][inside]
+        pairs, counts = np.unique(pairs, return_counts=True)
+        owners, tokens = pairs // size, pairs % size
+        norms = np.sqrt(np.bincount(owners, counts**2, len(documents.shares)))
+        return owners, tokens, counts / norms[owners]
+
+
+Weighting = GroupWeights | LikelihoodRatios
+METHODS: dict[str, type[Weighting]] = {"groups": GroupWeights, "likelihood-ratio": LikelihoodRatios}
+RATES: dict[str | None, float] = {"groups": 0.01, "likelihood-ratio": 0.1}
+UNIFORM = Robust()  # all tokens have the same weight
+
+
+def new_weighting(settings: Robust, tasks: list[str], vocab_size: int, loss: Loss) -> Weighting | None:
+    """Return the state of worst-case training at the first step, or None without a method.
+
+    Args:
+        settings: The settings.
+        tasks: Names of the tasks.
+        vocab_size: Size of the vocabulary.
+        loss: The loss. If it is a surrogate, acceptance rates replace it.
+    """
+    if not settings.method:
+        return None
+    return METHODS[settings.method](settings, len(tasks), vocab_size, loss.is_surrogate)
+
+
+def document_losses(documents: StepDocuments, sums: np.ndarray, by_rejection: bool) -> np.ndarray:
+    """Return the weighted sum of each document's losses, [D].
+
+    Args:
+        documents: The documents of the step.
+        sums: Weighted sums of the loss and the acceptance rates over each document, [D, 1 + rates].
+        by_rejection: Whether to use 1 minus the acceptance rate, the mean over the draft steps, instead of the loss.
+    """
+    return documents.shares - sums[:, 1:].mean(-1) if by_rejection else sums[:, 0]
