@@ -17,8 +17,9 @@ from mlxspec.evaluation.curves import can_draw, draw_curves, metrics_files
 from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
 from mlxspec.settings import key_of
+from mlxspec.training import adapting, stages
 from mlxspec.training import recipe as recipes
-from mlxspec.training import stages
+from mlxspec.training.adapting import AdaptSettings
 from mlxspec.training.corpus import BadLines, Prompt
 from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
@@ -296,6 +297,35 @@ def finetune(
             known,
         )
     print_result(out / "drafter", result, out)
+
+
+@train.command(short_help="Finetune a drafter on answers that --record has kept.")
+@TARGET
+@click.option("--drafter", required=True, help="The drafter to adapt.")
+@click.option("--recorded", required=True, type=click.Path(path_type=Path), help="Folder that `--record` has written.")
+@click.option(
+    "--general",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder written by train distill: answers that stand for what the drafter can do already.",
+)
+@OUT
+@settings_options(AdaptSettings)
+def adapt(target: str, drafter: str, recorded: Path, general: Path, out: Path, **options: Any) -> None:
+    """Finetune a drafter on recorded answers, and keep the result only if it is better.
+
+    Every fifth recorded answer is held out. The new drafter is kept if its acceptance rate on those answers is higher,
+    and if its acceptance rate on the general answers falls by no more than the tolerance.
+    """
+    settings = take_settings(AdaptSettings, options)
+    recording, answers = Recording(recorded), TokenShards(general / "tokens", verify=True)
+    with Bars() as bars:
+        model = Target(target, bars.listener)
+        result = adapting.adapt(model, load_drafter(drafter, model), recording, answers, settings, out)
+    if is_first_process():
+        for name, (before, after) in (("recorded", result.recorded), ("general", result.general)):
+            click.echo(f"acceptance rate on {name} answers: {before:.4f} before, {after:.4f} after")
+        click.echo(f"{out / 'drafter'}" if result.kept else "the drafter was not kept, since it is not better")
 
 
 @train.command(short_help="Show or delete answers that --record has kept.")

@@ -1,5 +1,223 @@
 """Learning from use: finetune a drafter on recorded answers, and keep the result only if it is better.
 
-The target's probabilities were recorded with the answers, so the target does not run on them again. What the drafter
-can do already is protected by the co-natural gradient, and checked on other answers.
+The target's probabilities were recorded with the answers, so the target need not run on them again, except for the
+hidden states that an EAGLE head reads. The co-natural gradient protects what the drafter has learned before. Other
+answers show whether it did.
 """
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlxspec.errors import InvalidRequestError
+from mlxspec.models.eagle import Eagle
+from mlxspec.settings import option
+from mlxspec.training import stages
+from mlxspec.training.batches import Batches
+from mlxspec.training.documents import keeps_documents_apart
+from mlxspec.training.drafter_folders import write_drafter
+from mlxspec.training.losses import Loss
+from mlxspec.training.objectives import AnyDrafter, Batch, layers_read, objective_for, weighted_sums
+from mlxspec.training.recording import RecordedAnswer, Recording, target_fingerprint
+from mlxspec.training.retention import Retention
+from mlxspec.training.run_folder import broadcast, complete_stage, is_first_process, locked_for_all, start_stage
+from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.target import Target
+from mlxspec.training.teachers import CachedTeacher
+from mlxspec.training.trainer import TrainingSettings
+
+HELD_OUT_EVERY = 5  # recorded answers: this one is not trained on
+FEWEST_ANSWERS = 10
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """How a drafter is adapted to recorded answers. Raises InvalidRequestError for a value outside its range."""
+
+    steps: int = option(100, "Number of optimizer steps.")
+    batch: int = option(8, "Sequences in a step.")
+    length: int = option(512, "Tokens in a sequence.")
+    loss: str = option("kld", "Divergence between the drafter's and the target's distribution.")
+    learning_rate: float = option(1e-3, "Learning rate of the co-natural gradient.")
+    damping: float = option(1e-3, "α in the step (F + α)⁻¹ · gradient of the co-natural gradient.")
+    tolerance: float = option(
+        0.01, "How much the acceptance rate on the other answers may fall without the new drafter being discarded."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise InvalidRequestError(f"tolerance is {self.tolerance}; use a number in [0, 1)")
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The settings of the training."""
+        return TrainingSettings(
+            steps=self.steps,
+            batch=self.batch,
+            length=self.length,
+            learning_rate=self.learning_rate,
+            warmup=min(10, self.steps),
+            checkpoint_every=50,
+        )
+
+
+class Adaptation(NamedTuple):
+    """Acceptance rates of the drafter before and after, and whether the new one was kept."""
+
+    recorded: tuple[float, float]  # on the recorded answers that were not trained on
+    general: tuple[float, float]  # on the other answers
+    kept: bool
+
+
+def adapt(
+    target: Target,
+    drafter: AnyDrafter,
+    recording: Recording,
+    general: TokenShards,
+    settings: AdaptSettings,
+    folder: Path,
+) -> Adaptation:
+    """Finetune a drafter on recorded answers, and write it to ``folder/drafter`` if it is better.
+
+    Every fifth recorded answer is held out. The new drafter is kept if its acceptance rate on those is higher, and if
+    its acceptance rate on the other answers is not lower by more than the tolerance.
+
+    Args:
+        target: The target whose answers were recorded.
+        drafter: The drafter. It is trained in place.
+        recording: The recorded answers.
+        general: Other answers of the target, which stand for what the drafter can do already.
+        settings: The settings.
+        folder: The folder of the results. A repeated call resumes an interrupted one.
+
+    Returns:
+        The acceptance rates, and whether the new drafter was kept.
+
+    Raises:
+        TrainingError: The folder was created with other inputs.
+        InvalidRequestError: There are too few recorded answers, or they are another target's.
+    """
+    if recording.target != target_fingerprint(target.model):
+        raise InvalidRequestError(f"{recording.folder} holds answers of another target; name that one")
+    answers = list(recording.answers())
+    if len(answers) < FEWEST_ANSWERS:
+        raise InvalidRequestError(
+            f"{recording.folder} holds {len(answers)} answers; record at least {FEWEST_ANSWERS} to adapt a drafter to"
+        )
+    held_out = answers[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    learned = [answer for number, answer in enumerate(answers, 1) if number % HELD_OUT_EVERY]
+    top_k = answers[0].ids.shape[1]
+    single = not broadcast(keeps_documents_apart(target.model))
+    shards = recorded_shards(target, learned, folder / "recorded")
+    unseen = recorded_shards(target, held_out, folder / "held-out")
+    if not isinstance(drafter, Eagle):  # the hidden states that a head reads were not recorded
+        store_recorded(new_teacher(target, drafter, shards, settings, single, top_k), learned)
+        store_recorded(new_teacher(target, drafter, unseen, settings, single, top_k), held_out)
+
+    def rates() -> tuple[float, float]:
+        found = (
+            acceptance_rate(drafter, new_teacher(target, drafter, part, settings, single, top_k))
+            for part in (unseen, general)
+        )
+        return next(found), next(found)
+
+    before = rates()
+    drafter, _ = stages.train(
+        target,
+        drafter,
+        [(shards, 1.0)],
+        Loss(settings.loss),
+        settings.training,
+        folder / "training",
+        None,
+        top_k,
+        retention=Retention("co-natural", settings.damping),
+        text=general,
+    )
+    after = rates()
+    result = Adaptation(*zip(before, after, strict=True), False)
+    kept = after[0] > before[0] and after[1] >= before[1] - settings.tolerance
+    if kept and is_first_process():
+        record = {"recorded": result.recorded, "general": result.general}
+        write_drafter(drafter, folder / "drafter", target, asdict(settings), record)
+    return result._replace(kept=kept)
+
+
+def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path) -> TokenShards:
+    """Write recorded answers as shards to ``folder/tokens``.
+
+    Args:
+        target: The target.
+        answers: The answers.
+        folder: The folder.
+
+    Raises:
+        TrainingError: The folder was made from other answers.
+    """
+    inputs = {"answers": len(answers), "tokens": sum(len(answer.answer) for answer in answers)}
+    inputs["sum"] = int(sum(answer.answer.astype(np.int64).sum() for answer in answers))
+    with locked_for_all(folder):
+        if start_stage(folder, inputs):
+            if is_first_process():
+                shutil.rmtree(folder / "tokens", ignore_errors=True)
+                with ShardWriter(folder / "tokens", target.vocab_size, target.tokenizer_fingerprint) as writer:
+                    for prompt, answer, _, _ in answers:
+                        writer.add([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))
+                    writer.finish()
+            complete_stage(folder)
+        return TokenShards(folder / "tokens", verify=True)
+
+
+def new_teacher(
+    target: Target, drafter: AnyDrafter, shards: TokenShards, settings: AdaptSettings, single: bool, top_k: int
+) -> CachedTeacher:
+    """Return the teacher that training on these shards uses."""
+    batches = Batches([shards], [1.0], settings.length, settings.batch, 0, single)
+    layers = layers_read(drafter, target.model)
+    return CachedTeacher(target.model, batches, target.vocab_size, top_k, 1.0, target.fingerprint, not single, layers)
+
+
+def store_recorded(teacher: CachedTeacher, answers: list[RecordedAnswer]) -> None:
+    """Store the recorded probabilities where the teacher looks for them, so that it does not run the target.
+
+    Args:
+        teacher: The teacher of the answers' shards.
+        answers: The answers, in the order of the shards.
+    """
+    # Positions before the answers have weight 0. They get equal probabilities, since a stored row has no zeros.
+    ids = np.concatenate([shifted(answer, answer.ids, np.arange(teacher.k)) for answer in answers])
+    logprobs = np.concatenate([shifted(answer, answer.logprobs, np.log(1 / teacher.k)) for answer in answers])
+    (shards,), length = teacher.batches.shards, teacher.batches.length
+    for row, (start, end) in enumerate(shards.spans(length, teacher.batches.single)):
+        count = end - start - 1
+        padding = [(0, length - count), (0, 0)]
+        of_row = np.pad(ids[start : end - 1], padding), np.pad(logprobs[start : end - 1], padding)
+        of_row[0][count:], of_row[1][count:] = np.arange(teacher.k), np.log(1 / teacher.k)
+        teacher.store(0, row, *of_row)
+
+
+def shifted(recorded: RecordedAnswer, values: np.ndarray, others: np.ndarray | float) -> np.ndarray:
+    """Return the values [N, k] of an answer at the positions that predict its tokens, and ``others`` elsewhere."""
+    before, count = len(recorded.prompt), len(recorded.answer)
+    found = np.empty((before + count, values.shape[1]), values.dtype)
+    found[:] = others
+    found[before - 1 : before + count - 1] = values
+    return found
+
+
+def acceptance_rate(drafter: AnyDrafter, teacher: CachedTeacher) -> float:
+    """Return the mean acceptance rate Σ min(p, q) over the answers of a teacher's shards and the draft steps."""
+    goal, batches = objective_for(drafter, Loss("tvd"), teacher), teacher.batches
+    total = count = 0.0
+    for row in range(batches.count_rows(0)):
+        rows, stored = batches.read([(0, row)]), teacher.load_rows([(0, row)])
+        weights = mx.array(rows.mask[:, 1:].astype(np.float32))
+        documents = mx.array(rows.documents[:, :-1])
+        batch = Batch(mx.array(rows.ids), documents, weights, stored, mx.array(1.0), mx.random.key(0))
+        total += float(weighted_sums(batch, goal(drafter, batch)[1])[1:].mean())
+        count += float(weights.sum())
+    return total / max(count, 1)

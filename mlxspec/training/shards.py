@@ -312,7 +312,7 @@ class TokenShards:
 
     def count_rows(self, length: int, single: bool = False) -> int:
         """Return the number of rows of ``length`` positions. With ``single``, each row holds at most one document."""
-        return len(self._spans(length, single))
+        return len(self.spans(length, single))
 
     def rows(self, length: int, chosen: Sequence[int], single: bool = False) -> Rows:
         """Read rows by number.
@@ -332,7 +332,7 @@ class TokenShards:
         """
         ids, mask, tasks = (np.zeros((len(chosen), length + 1), dtype) for dtype in (np.int32, np.uint8, np.int32))
         documents = np.full((len(chosen), length + 1), -1, np.int32)
-        spans = self._spans(length, single)
+        spans = self.spans(length, single)
         for row, number in enumerate(chosen):
             start, end = (int(place) for place in spans[number])
             ids[row, : end - start] = self._read(self._ids, start, end - start)
@@ -355,7 +355,7 @@ class TokenShards:
         lengths = np.concatenate([np.asarray(part, np.int64) for part in self._documents])
         return np.cumsum(lengths) - lengths
 
-    def _spans(self, length: int, single: bool) -> np.ndarray:
+    def spans(self, length: int, single: bool) -> np.ndarray:
         """Return where each row starts and ends in the sequence of all tokens [rows, 2]."""
         if (length, single) not in self._known_spans:
             lengths = (length for documents in self._documents for length in documents.tolist())

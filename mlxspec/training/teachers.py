@@ -243,10 +243,25 @@ class CachedTeacher:
             _, log_p = teacher_probs((hidden[place],), self._log_q)  # [L, V], one row at a time
             ids = mx.argpartition(-log_p, self.k - 1, axis=-1)[:, : self.k]
             logprobs = mx.take_along_axis(log_p, ids, axis=-1)
-            store = self._stores[source]
-            if not store.has(row):
-                with explain_write_errors(store.folder):
-                    store.write(row, np.array(ids), np.array(logprobs), *(np.array(part[place]) for part in states))
+            self.store(source, row, np.array(ids), np.array(logprobs), *(np.array(part[place]) for part in states))
+
+    def store(self, source: int, row: int, ids: np.ndarray, logprobs: np.ndarray, *states: np.ndarray) -> None:
+        """Store a row, unless it is there already.
+
+        Args:
+            source: Number of the source.
+            row: Number of the row in the source.
+            ids: Token ids [L, k]. Those of a position differ.
+            logprobs: Log-probabilities [L, k].
+            states: Hidden states [L, F], for an EAGLE head.
+
+        Raises:
+            WriteError: The row cannot be written, for example because the disk is full.
+        """
+        store = self._stores[source]
+        if not store.has(row):
+            with explain_write_errors(store.folder):
+                store.write(row, ids, logprobs, *states)
 
     def states(self, inputs: mx.array, documents: mx.array, stored: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         """Return the arrays that ``load_rows`` read.

@@ -1,0 +1,114 @@
+"""Adapting a drafter to recorded answers: what it trains on, what it decides, and what an interruption leaves."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlxspec
+from mlxspec.models.loading import DEMO
+from mlxspec.training.adapting import AdaptSettings, new_teacher, recorded_shards, store_recorded
+from mlxspec.training.drafter_folders import load_drafter
+from mlxspec.training.recording import Recording
+from mlxspec.training.target import Target
+from mlxspec.training.teachers import OnlineTeacher
+from mlxspec.training.trainer import Trainer
+
+TARGET = str(DEMO / "target")
+FAST = ("--steps", "20", "--batch", "4", "--length", "64", "--learning-rate", "3e-3")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Twelve recorded stories about one girl, answers to other prompts, and a drafter that has learned nothing yet."""
+    folder = tmp_path_factory.mktemp("answers in use")
+    pair = mlxspec.load(TARGET, "none")
+    decoder = mlxspec.SpeculativeDecoder(pair, mlxspec.Sampling(0.8, seed=1), keep_top_k=64)
+    recording = Recording(folder / "recorded", pair.target)
+    for seed in range(12):
+        list(decoder.stream("Once upon a time there was a girl named Lily", max_tokens=40, seed=seed))
+        recording.add(*decoder.kept_probs())
+    return folder
+
+
+@pytest.fixture
+def general(answers, mlxspec_command):
+    out = answers / "general"
+    drawn = ("--samples", "12", "--temperatures", "1", "--max-tokens", "40", "--group", "12")
+    assert mlxspec_command("train", "distill", "--target", TARGET, *drawn, "--out", str(out)).status == 0
+    made = ("--layers", "0", "--vocabulary-size", "300", "--answers", str(out), "--out", str(answers / "start"))
+    assert mlxspec_command("train", "init", "--target", TARGET, *made).status == 0
+    return out
+
+
+def adapt(mlxspec_command, answers, general, out, *options):
+    return mlxspec_command(
+        "train", "adapt", "--target", TARGET, "--drafter", str(answers / "start" / "drafter"), "--recorded",
+        str(answers / "recorded"), "--general", str(general), "--out", str(out), *FAST, *options,
+    )  # fmt: skip
+
+
+def test_the_teacher_of_recorded_answers_is_the_target_where_they_were_recorded(answers, general, tmp_path):
+    target, recorded = Target(TARGET), list(Recording(answers / "recorded").answers())
+    shards = recorded_shards(target, recorded, tmp_path)
+    drafter = load_drafter(answers / "start" / "drafter", target)
+    for length, single in ((64, False), (30, True)):  # several documents in a row, and documents that are split
+        settings = AdaptSettings(length=length)
+        teacher = new_teacher(target, drafter, shards, settings, single, 64)
+        store_recorded(teacher, recorded)
+        teacher._online = None  # it does not run the target
+        for row in range(teacher.batches.count_rows(0)):
+            ids, logprobs = (np.array(part[0]) for part in teacher.load_rows([(0, row)]))
+            rows = teacher.batches.read([(0, row)])
+            online = OnlineTeacher(target.model, not single)
+            states = online.states(mx.array(rows.ids[:, :-1]), mx.array(rows.documents[:, :-1]), ())
+            _, log_p = online.probs(mx.array(1.0))((states[0][0],), mx.zeros((1, target.vocab_size)))
+            answered = rows.mask[0, 1:] > 0
+            if length == 64:  # a document that is split lacks the context of its first part
+                expected = np.take_along_axis(np.array(log_p), ids, -1)
+                np.testing.assert_allclose(logprobs[answered], expected[answered], atol=2e-2)
+
+
+def test_a_better_drafter_is_kept_and_drafts(answers, general, tmp_path, mlxspec_command):
+    outcome = adapt(mlxspec_command, answers, general, tmp_path, "--tolerance", "0.5")
+    assert outcome.status == 0, outcome.err
+    first, _, folder = outcome.out.splitlines()
+    before, after = (float(word) for word in first.replace(",", "").split() if word.startswith("0."))
+    assert first.startswith("acceptance rate on recorded answers: ")
+    assert after > before
+    assert folder == str(tmp_path / "drafter")
+    again = adapt(mlxspec_command, answers, general, tmp_path, "--tolerance", "0.5")
+    assert again.out == outcome.out
+    served = mlxspec_command("generate", "Once", "--target", TARGET, "--drafter", folder, "--max-tokens", "12")
+    assert served.status == 0, served.err
+
+
+def test_a_drafter_that_forgets_is_not_kept(answers, general, tmp_path, mlxspec_command):
+    outcome = adapt(mlxspec_command, answers, general, tmp_path, "--learning-rate", "1e-9", "--tolerance", "0")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == "the drafter was not kept, since it is not better"
+    assert not (tmp_path / "drafter").exists()
+
+
+def test_an_interrupted_adaptation_ends_as_one_that_was_not(answers, general, tmp_path, mlxspec_command, monkeypatch):
+    whole = adapt(mlxspec_command, answers, general, tmp_path / "whole", "--tolerance", "0.5")
+    original = Trainer._save
+
+    def interrupted(self, done):
+        original(self, done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", interrupted)
+    assert adapt(mlxspec_command, answers, general, tmp_path / "parts", "--tolerance", "0.5").status == 130
+    monkeypatch.setattr(Trainer, "_save", original)
+    resumed = adapt(mlxspec_command, answers, general, tmp_path / "parts", "--tolerance", "0.5")
+    assert resumed.out.replace("parts", "whole") == whole.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--tolerance", "2"), "tolerance is 2"), (("--loss", "best"), "best"), (("--steps", "0"), "steps")],
+)
+def test_a_wrong_setting_is_one_line(answers, general, tmp_path, mlxspec_command, options, words):
+    outcome = adapt(mlxspec_command, answers, general, tmp_path / "out", *options)
+    assert (outcome.status, len(outcome.err.splitlines())) == (2, 1), outcome.err
+    assert words in outcome.err
