@@ -114,18 +114,11 @@ def adapt(
     single = not broadcast(keeps_documents_apart(target.model))
     shards = recorded_shards(target, learned, folder / "recorded")
     unseen = recorded_shards(target, held_out, folder / "held-out")
+    teachers = [new_teacher(target, drafter, part, settings, single, top_k) for part in (shards, unseen, general)]
     if not isinstance(drafter, Eagle):  # the hidden states that a head reads were not recorded
-        store_recorded(new_teacher(target, drafter, shards, settings, single, top_k), learned)
-        store_recorded(new_teacher(target, drafter, unseen, settings, single, top_k), held_out)
-
-    def rates() -> tuple[float, float]:
-        found = (
-            acceptance_rate(drafter, new_teacher(target, drafter, part, settings, single, top_k))
-            for part in (unseen, general)
-        )
-        return next(found), next(found)
-
-    before = rates()
+        store_recorded(teachers[0], learned)
+        store_recorded(teachers[1], held_out)
+    before = [acceptance_rate(drafter, teacher) for teacher in teachers[1:]]
     drafter, _ = stages.train(
         target,
         drafter,
@@ -138,13 +131,12 @@ def adapt(
         retention=Retention("co-natural", settings.damping),
         text=general,
     )
-    after = rates()
-    result = Adaptation(*zip(before, after, strict=True), False)
+    after = [acceptance_rate(drafter, teacher) for teacher in teachers[1:]]
     kept = after[0] > before[0] and after[1] >= before[1] - settings.tolerance
     if kept and is_first_process():
-        record = {"recorded": result.recorded, "general": result.general}
-        write_drafter(drafter, folder / "drafter", target, asdict(settings), record)
-    return result._replace(kept=kept)
+        result = {"recorded": after[0], "recorded_before": before[0], "general": after[1], "general_before": before[1]}
+        write_drafter(drafter, folder / "drafter", target, asdict(settings), result)
+    return Adaptation((before[0], after[0]), (before[1], after[1]), kept)
 
 
 def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path) -> TokenShards:
