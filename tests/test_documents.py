@@ -86,7 +86,12 @@ def test_the_training_commands_of_the_readme_work_one_after_the_other(tmp_path, 
         "distill": "--max-tokens 8",
         "finetune": "--steps 2 --length 32 --batch 2",
     }
-    assert [command.split()[2] for command in TRAINING] == [*sizes, "run", "run", "plot"]
+    sizes["adapt"] = "--steps 2 --length 32 --batch 2"
+    names = ["pretrain", "distill", "finetune", "run", "run", "plot", "recorded", "adapt"]
+    assert [command.split()[2] for command in TRAINING] == names
+    record = ["--drafter", "none", "--max-tokens", "8", "--record", "use"]
+    for number in range(10):  # as the README's own command would, without a model of 7B
+        assert mlxspec_command("generate", f"Dog {number}", "--target", str(DEMO / "target"), *record).status == 0
     for command in TRAINING:
         arguments = [word.replace("llama2-7b-chat", str(DEMO / "target")) for word in command.split()[1:]]
         outcome = mlxspec_command(*arguments, *sizes.get(arguments[1], "").split())
