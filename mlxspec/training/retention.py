@@ -263,4 +263,6 @@ def diagonal_fisher(drafter: AnyDrafter, goal: Objective, batches: Batches, exam
     drafter.update(weights)
     if group.size() > 1:
         fisher, tokens = tree_map(lambda part: mx.distributed.all_sum(part, group=group), (fisher, tokens))
-    return tree_map(lambda part: part / mx.maximum(tokens, 1), fisher)
+    fisher = tree_map(lambda part: part / mx.maximum(tokens, 1), fisher)
+    mx.eval(fisher)  # in all processes, since the sums need all of them
+    return fisher

@@ -37,7 +37,7 @@ class Robust:
         "For robust: step size of the weights of the tasks, by default 0.01, or of the adversary, by default 0.1.",
         key="robust_rate",
     )
-    penalty: float = option(
+    kl_penalty: float = option(
         0.5,
         "For likelihood-ratio: weight of the KL penalty. A larger value keeps the weights of the documents more equal.",
         key="robust_penalty",
@@ -46,7 +46,7 @@ class Robust:
     def __post_init__(self) -> None:
         if self.method not in (None, *METHODS):
             raise InvalidRequestError(f"robust is {self.method!r}; use one of {', '.join(METHODS)}, or leave it out")
-        for name, value in (("rate", self.step_size), ("penalty", self.penalty)):
+        for name, value in (("rate", self.step_size), ("penalty", self.kl_penalty)):
             if not 0 < value < math.inf:
                 raise InvalidRequestError(f"robust_{name} is {value}; use a positive number")
 
@@ -68,7 +68,7 @@ class Robust:
         """The settings as inputs of a stage. Empty without a method."""
         if not self.method:
             return {}
-        return {"robust": self.method, "robust_rate": self.step_size, "robust_penalty": self.penalty}
+        return {"robust": self.method, "robust_rate": self.step_size, "robust_penalty": self.kl_penalty}
 
 
 class GroupWeights:
@@ -156,7 +156,7 @@ class LikelihoodRatios:
         owners, tokens, frequencies = self._features(documents)
         losses = document_losses(documents, sums, self.by_rejection)
         shares, ratios = documents.shares, self.factors(documents)
-        gains = losses / np.where(shares > 0, shares, 1) - self.settings.penalty * np.log(np.maximum(ratios, 1e-30))
+        gains = losses / np.where(shares > 0, shares, 1) - self.settings.kl_penalty * np.log(np.maximum(ratios, 1e-30))
         probs = shares * ratios
         gradient = probs * (gains - (probs * gains).sum())  # of the scores
         ascent = np.bincount(tokens, frequencies * gradient[owners], len(self.state))

@@ -90,6 +90,14 @@ def same_weights(one, other) -> bool:
     return one.keys() == other.keys() and all(mx.array_equal(one[name], other[name]).item() for name in one)
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_no_two_settings_of_a_table_have_the_same_name(table):
+    """The command line has one option for each field, and a recipe one key."""
+    settings = [field for cls in TABLES[table] for field in fields(cls)]
+    for names in ([field.name for field in settings], [key_of(field) for field in settings]):
+        assert len(names) == len(set(names))
+
+
 def test_three_stages_make_a_drafter_that_serves_and_a_second_run_skips_them(recipe, mlxspec_command, tmp_path):
     first = mlxspec_command("train", "run", str(recipe))
     assert first.status == 0

@@ -31,7 +31,7 @@ from tests.models.test_eagle import target as eagle_target
 V, LENGTH, BATCH = 32, 48, 4
 TASKS = ("sums", "songs", "lists")
 GROUPS = Robust("groups", rate=0.5)
-RATIOS = Robust("likelihood-ratio", rate=0.5, penalty=0.2)
+RATIOS = Robust("likelihood-ratio", rate=0.5, kl_penalty=0.2)
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -285,7 +285,7 @@ def test_ratios_are_normalized_in_the_step_and_the_softmax_times_the_number_of_e
 
 @pytest.mark.parametrize("penalty", [1e-6, 0.5, 100.0])
 def test_the_adversary_ascends_the_gradient_of_its_penalized_objective(shards, penalty):
-    settings = Robust("likelihood-ratio", rate=1e-3, penalty=penalty)
+    settings = Robust("likelihood-ratio", rate=1e-3, kl_penalty=penalty)
     weighting = LikelihoodRatios(settings, 0, V)
     weighting.state = before = np.random.default_rng(0).normal(size=V).astype(np.float32)
     documents = step_documents(shards, 0)
@@ -393,7 +393,7 @@ def test_group_weights_help_the_worst_task(tmp_path):
     [
         ({"method": "worst"}, "robust is 'worst'; use one of groups, likelihood-ratio, or leave it out"),
         ({"method": "groups", "rate": 0.0}, "robust_rate is 0.0; use a positive number"),
-        ({"method": "likelihood-ratio", "penalty": -1.0}, "robust_penalty is -1.0; use a positive number"),
+        ({"method": "likelihood-ratio", "kl_penalty": -1.0}, "robust_penalty is -1.0; use a positive number"),
         ({"rate": float("nan")}, "robust_rate is nan"),
     ],
 )
