@@ -4,7 +4,7 @@
 
 DATA_FOLDER holds text/dolly_no_context.jsonl, text/gsm8k_train.jsonl and tales/*.txt. The last 100 prompts of Dolly and
 of GSM8K go to dolly-test.jsonl and gsm8k-test.jsonl. No prompt for training equals one of them. The prompts for
-training go to prompts.jsonl in random order:
+training go to prompts.jsonl in random order. Each line names its task:
 
 - all other prompts of Dolly, and 3000 of GSM8K,
 - 3000 requests about a passage of a tale: to summarize, to translate a sentence, to answer a question, to rewrite,
@@ -21,13 +21,13 @@ import click
 HELD_OUT, GSM8K, PASSAGES, STORIES = 100, 3000, 3000, 4000
 LANGUAGES = ("German", "French", "Spanish", "Italian")
 REQUESTS = (
-    "Summarize: {passage}",
-    "Summarize the following text in two sentences.\n\n{passage}",
-    "Translate English to {language}: {sentence}",
-    "{passage}\n\nWho is this text about, and what happens?",
-    "Answer the question with the passage below.\n\nPassage: {passage}\n\nQuestion: What happens first?",
-    "Rewrite this in modern English: {sentence}",
-    "Explain to a child what this means: {sentence}",
+    ("summarization", "Summarize: {passage}"),
+    ("summarization", "Summarize the following text in two sentences.\n\n{passage}"),
+    ("translation", "Translate English to {language}: {sentence}"),
+    ("passages", "{passage}\n\nWho is this text about, and what happens?"),
+    ("passages", "Answer the question with the passage below.\n\nPassage: {passage}\n\nQuestion: What happens first?"),
+    ("passages", "Rewrite this in modern English: {sentence}"),
+    ("passages", "Explain to a child what this means: {sentence}"),
 )
 STORY = "Write a short story for a small child, in simple words. It is about a {adjective} {hero} who {event} {place}."
 ADJECTIVES = ["little", "brave", "shy", "happy", "lazy", "clever", "hungry", "kind", "curious", "sleepy", "funny",
@@ -45,14 +45,15 @@ def user_prompts(path: Path) -> list[str]:
     return [json.loads(line)["messages"][0]["content"] for line in path.open(encoding="utf-8")]
 
 
-def passage_prompts(tales: list[Path], rng: random.Random) -> list[str]:
+def passage_prompts(tales: list[Path], rng: random.Random) -> list[tuple[str, str]]:
+    """Return the task and the prompt of each request about a passage."""
     lines = [line.strip() for path in tales for line in path.read_text(encoding="utf-8").splitlines()]
     passages = rng.sample([line for line in lines if 300 < len(line) < 900], PASSAGES)
     prompts = []
     for number, passage in enumerate(passages):
         sentence = max(re.split(r"(?<=[.!?]) ", passage), key=len)[:300]
-        request = REQUESTS[number % len(REQUESTS)]
-        prompts.append(request.format(passage=passage, sentence=sentence, language=rng.choice(LANGUAGES)))
+        task, request = REQUESTS[number % len(REQUESTS)]
+        prompts.append((task, request.format(passage=passage, sentence=sentence, language=rng.choice(LANGUAGES))))
     return prompts
 
 
@@ -64,8 +65,9 @@ def story_prompts(rng: random.Random) -> list[str]:
     ]
 
 
-def write(prompts: list[str], path: Path) -> None:
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+def write(prompts: list[tuple[str, str]], path: Path) -> None:
+    lines = (json.dumps({"prompt": prompt, "task": task}) + "\n" for task, prompt in prompts)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @click.command()
@@ -77,13 +79,17 @@ def main(data: Path, out: Path) -> None:
     dolly, gsm8k = (user_prompts(data / "text" / f"{name}.jsonl") for name in ("dolly_no_context", "gsm8k_train"))
     tests = {"dolly": dolly[-HELD_OUT:], "gsm8k": gsm8k[-HELD_OUT:]}
     for name, prompts in tests.items():
-        write(prompts, out / f"{name}-test.jsonl")
+        write([(name, prompt) for prompt in prompts], out / f"{name}-test.jsonl")
     passages = passage_prompts(sorted((data / "tales").glob("*.txt")), rng)
     held_out = {prompt for prompts in tests.values() for prompt in prompts}
-    training = [*dolly, *rng.sample(gsm8k[:-HELD_OUT], GSM8K), *passages, *story_prompts(rng)]
-    training = [prompt for prompt in dict.fromkeys(training) if prompt not in held_out]
+    some = rng.sample(gsm8k[:-HELD_OUT], GSM8K)
+    lists = {"dolly": dolly, "gsm8k": some, "stories": story_prompts(rng)}
+    tasks = {prompt: task for task, prompts in lists.items() for prompt in prompts}
+    tasks |= {prompt: task for task, prompt in passages}
+    training = [p for p in dict.fromkeys([*dolly, *some, *(p for _, p in passages), *lists["stories"]])]
+    training = [prompt for prompt in training if prompt not in held_out]
     rng.shuffle(training)
-    write(training, out / "prompts.jsonl")
+    write([(tasks[prompt], prompt) for prompt in training], out / "prompts.jsonl")
     click.echo(f"{len(training)} prompts for training, {len(held_out)} held out, in {out}")
 
 
