@@ -469,6 +469,8 @@ def draft_logits(
     """Return the drafter's logits [N, V] at each token of an answer, as the first to the last token of a draft."""
     if not isinstance(drafter, Eagle):
         return [drafter(mx.array([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]] * length
+    if len(prompt) < 2:
+        raise click.UsageError("an EAGLE head drafts after two tokens; use longer prompts")
     parts, text = fitting_parts(drafter, target), mx.array([[*prompt, *answer[:-1]]])
     _, states = run_with_states(target, drafter.layers_read(len(target.layers)), lambda: target(text))
     # Row t reads the target's hidden states at token t and the embedding of token t + 1, and predicts token t + 2.
@@ -476,7 +478,7 @@ def draft_logits(
     found = []
     for _ in range(length):
         features = drafter(parts.embedding(text[:, 1:]), features, rows, rows.mask())
-        found.append(drafter.logits(features, parts.head)[0, len(prompt) - 2 :])
+        found.append(drafter.logits(features, parts.head)[0, -len(answer) :])
         features = mx.concatenate([features[:, :1], features[:, :-1]], axis=1)
     return found
 

@@ -86,8 +86,8 @@ def main(data: Path, out: Path) -> None:
     lists = {"dolly": dolly, "gsm8k": some, "stories": story_prompts(rng)}
     tasks = {prompt: task for task, prompts in lists.items() for prompt in prompts}
     tasks |= {prompt: task for task, prompt in passages}
-    training = [p for p in dict.fromkeys([*dolly, *some, *(p for _, p in passages), *lists["stories"]])]
-    training = [prompt for prompt in training if prompt not in held_out]
+    every = dict.fromkeys([*dolly, *some, *(prompt for _, prompt in passages), *lists["stories"]])
+    training = [prompt for prompt in every if prompt not in held_out]
     rng.shuffle(training)
     write([(tasks[prompt], prompt) for prompt in training], out / "prompts.jsonl")
     click.echo(f"{len(training)} prompts for training, {len(held_out)} held out, in {out}")

@@ -28,6 +28,7 @@ from mlxspec.training.target import Target
 from mlxspec.training.trainer import TrainingSettings
 
 TOP_K = 64
+MIX = ["dolly:480", "stories:60", "gsm8k:30", "summarization:30"]
 
 
 def write(documents: list, target: Target, task: str | None, folder: Path) -> TokenShards:
@@ -45,7 +46,7 @@ def write(documents: list, target: Target, task: str | None, folder: Path) -> To
 @click.argument("drafter", metavar="DRAFTER", type=click.Path(path_type=Path))
 @click.argument("answers", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--mix", multiple=True, default=["dolly:480", "stories:60", "gsm8k:30", "summarization:30"], show_default=True)
+@click.option("--mix", multiple=True, default=MIX, show_default=True)
 @click.option("--absent", multiple=True, default=["translation"], show_default=True)
 @click.option("--held-out", default=16, show_default=True, help="Answers of each task to measure on.")
 @click.option("--earlier", default=30, show_default=True, help="Answers of each task that were learned before.")

@@ -35,6 +35,7 @@ from mlxspec.models.parts import Parts, parts_of
 EAGLE1, EAGLE3 = "EAGLE-1", "EAGLE-3"
 LAYER_KEY = "eagle_aux_hidden_state_layer_ids"
 STATES = 3  # hidden states that an EAGLE-3 head reads by default
+GROUP_SIZES = (16, 32, 64, 128)  # of MLX's quantizations
 
 
 class Layer(nn.Module):
@@ -90,7 +91,7 @@ class Eagle(nn.Module):
             self.fc = nn.Linear(2 * size, size)
             self.layers = [Layer(args, size)]
             return
-        self.fc = nn.Linear((STATES if read_layers is None else len(read_layers)) * size, size, bias=False)
+        self.fc = nn.Linear(self.width_read, size, bias=False)
         self.midlayer = Layer(args, 2 * size)
         self.midlayer.input_layernorm = nn.RMSNorm(size, eps=args.rms_norm_eps)
         self.midlayer.hidden_norm = nn.RMSNorm(size, eps=args.rms_norm_eps)
@@ -113,6 +114,12 @@ class Eagle(nn.Module):
     def output_tokens(self) -> mx.array | None:
         """The token of each row of the output head, [K] int32. None if it has a row for every token."""
         return mx.arange(self.draft_vocab_size) + self.d2t.astype(mx.int32) if self.draft_vocab_size else None
+
+    @property
+    def width_read(self) -> int:
+        """Number of values F of the target's hidden states that the head reads at a position."""
+        count = 1 if self.layout == EAGLE1 else STATES if self.read_layers is None else len(self.read_layers)
+        return count * self.args.hidden_size
 
     def layers_read(self, layer_count: int) -> tuple[int, ...]:
         """Return the numbers of the target's layers whose inputs the head reads. None of them for EAGLE-1.
@@ -237,6 +244,8 @@ def read_eagle(folder: Path, config: dict[str, Any], files: Sequence[Path]) -> E
             bool(config.get("norm_before_residual")),
         )
         if "quantization" in config:
+            if config["quantization"]["group_size"] not in GROUP_SIZES:  # MLX would divide by 0
+                raise ValueError(f"group_size is {config['quantization']['group_size']}")
             nn.quantize(head, **config["quantization"], class_predicate=lambda path, _: f"{path}.scales" in weights)
         for name, module in head.named_modules():  # configs do not say reliably which of them have a bias
             if isinstance(module, nn.Linear | nn.QuantizedLinear):
@@ -244,6 +253,11 @@ def read_eagle(folder: Path, config: dict[str, Any], files: Sequence[Path]) -> E
                 if f"{name}.bias" in weights:
                     module.bias = mx.zeros(module.weight.shape[0])
         head.load_weights(list(weights.items()))
+        for name, weight in weights.items():
+            if name != "d2t" and weight.dtype != mx.uint32 and not mx.issubdtype(weight.dtype, mx.floating):
+                raise ValueError(f"{name} has the type {weight.dtype}")
+        some = mx.zeros((1, 1, args.hidden_size))
+        head(some, head.features(mx.zeros((1, 1, head.width_read))))  # not evaluated; fails where a draft would
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelLoadError(
             f"{folder} is not an {layout} head that mlxspec can read: {in_one_line(error)}; check config.json and the "
@@ -275,18 +289,22 @@ def layers_in(config: dict[str, Any]) -> list[int] | None:
     At the top of a config, the numbers are those of layers whose inputs are read, as in vLLM. In ``eagle_config``, they
     are those of layers whose outputs are read, as in SGLang.
     """
-    if config.get(LAYER_KEY):
-        return [int(layer) for layer in config[LAYER_KEY]]
     nested = config.get("eagle_config")
-    if isinstance(nested, dict) and nested.get(LAYER_KEY):
-        return [int(layer) + 1 for layer in nested[LAYER_KEY]]
-    return None
+    inputs, outputs = config.get(LAYER_KEY), nested.get(LAYER_KEY) if isinstance(nested, dict) else None
+    layers = inputs or outputs
+    if not layers:
+        return None
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"{LAYER_KEY} is {layers!r} instead of a list of layer numbers")
+    return layers if inputs else [layer + 1 for layer in layers]
 
 
 def checked_map(d2t: mx.array, vocab_size: int) -> mx.array:
     """Return the map from rows of the output head to tokens, int32. Raises ValueError if it is damaged."""
     if d2t.ndim != 1 or d2t.size == 0:
         raise ValueError(f"d2t has the shape {d2t.shape}, and should have one number for each row of the output head")
+    if not mx.issubdtype(d2t.dtype, mx.integer):
+        raise ValueError(f"d2t has the type {d2t.dtype} instead of integers")
     offsets = np.array(d2t).astype(np.int64)
     tokens = np.sort(offsets + np.arange(len(offsets)))
     if tokens[0] < 0 or tokens[-1] >= vocab_size:
@@ -317,7 +335,10 @@ def fitting_parts(head: Eagle, target: nn.Module) -> Parts:
     elif args.vocab_size != vocab_size:
         reason = f"it has a vocabulary of {args.vocab_size}, and the target of {vocab_size}"
     elif wrong is not None:
-        reason = f"it reads layer {wrong}, and the target has {layers} layers"
+        raise UnsupportedModelError(
+            f"the {head.layout} head reads layer {wrong}, and the target has {layers} layers; use a head for this "
+            "target, or set read_layers to train one"
+        )
     else:
         return parts
     raise UnsupportedModelError(f"the {head.layout} head is for another target: {reason}; use a head for this one")

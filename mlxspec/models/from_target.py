@@ -96,7 +96,7 @@ def eagle_from_target(
     check_layers(model, [layer])
     shape = {"num_hidden_layers": 1, "layer_types": None, "tie_word_embeddings": False}
     args = ModelArgs.from_dict({**vars(model.args), **shape})
-    head = Eagle(args, EAGLE3, read_layers, None if tokens is None else len(tokens))
+    head = Eagle(args, EAGLE3, read_layers or None, None if tokens is None else len(tokens))
     copied = dict(tree_flatten(model.layers[layer].parameters()))
     norm = copied.pop("input_layernorm.weight")
     for name in ("q_proj", "k_proj", "v_proj"):

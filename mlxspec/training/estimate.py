@@ -248,7 +248,7 @@ def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: Sco
         # For each token the ids and log-probabilities of the top k, and the hidden states that a head reads.
         stored = 0
         if top_k := stage.data.teacher_top_k:
-            states = drafter.fc.weight.shape[1] if isinstance(drafter, Eagle) else 0
+            states = drafter.width_read if isinstance(drafter, Eagle) else 0
             stored = top_k * (4 if target.vocab_size <= 2**16 else 6) + 2 * states
         cost = with_evaluations(cost, stage.training, evaluation)
         yield replace(cost, disk=round(available * stored) if stage.loss.needs_target else 0)

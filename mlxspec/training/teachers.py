@@ -91,15 +91,16 @@ class OnlineTeacher:
 
 
 @dataclass
-class TopKStore:
-    """Stores the k most likely tokens at each position for the rows of one folder of shards.
+class TeacherStore:
+    """Stores what a target computes for the rows of one folder of shards.
 
-    Two flat files hold the token ids and the float16 log-probabilities, each [rows, length, k]. For an EAGLE head, a
-    third file holds float16 hidden states [rows, length, F]. A position takes 4k + 2F bytes, or 6k + 2F for a
-    vocabulary beyond 65536. The files are sparse: a row takes space only once it is written.
+    Two flat files hold the k most likely tokens at each position and their float16 log-probabilities, each
+    [rows, length, k]. For an EAGLE head, a third file holds float16 hidden states [rows, length, F]. A position takes
+    4k + 2F bytes, or 6k + 2F for a vocabulary beyond 65536. The files are sparse: a row takes space only once it is
+    written.
 
     Args:
-        folder: Folder of the two files.
+        folder: Folder of the files.
         rows: Number of rows.
         length: Positions in a row.
         k: Number of tokens at each position.
@@ -130,11 +131,10 @@ class TopKStore:
     def has(self, row: int) -> bool:
         """Return whether a row was written.
 
-        The k token ids of a position differ. Two equal ids are therefore zeros of a sparse file. The ids are written
-        last.
+        A position that was not written has zeros. The k token ids of a position differ, so it has two equal ids.
         """
-        ids, logprobs = self._parts["ids"][row], self._parts["logprobs"][row]
-        return bool((ids[:, 0] != ids[:, 1]).all() and (logprobs != 0).any(-1).all())
+        ids, *others = (part[row] for part in self._parts.values())
+        return bool((ids[:, 0] != ids[:, 1]).all()) and all(bool(part.any(-1).all()) for part in others)
 
     def read(self, row: int) -> list[np.ndarray]:
         """Return the token ids and the log-probabilities of a row, each [length, k], then its states [length, F]."""
@@ -206,10 +206,11 @@ class CachedTeacher:
             some = mx.zeros((1, 2), mx.int32)
             width = self._online.states(some, some, ())[1].shape[-1]
         id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self._stores = [
-            TopKStore(shards.folder / name, batches.count_rows(number), batches.length, k, id_type, width)
-            for number, shards in enumerate(batches.shards)
-        ]
+        self._stores = []
+        for number, shards in enumerate(batches.shards):
+            folder, rows = shards.folder / name, batches.count_rows(number)
+            with explain_write_errors(folder):
+                self._stores.append(TeacherStore(folder, rows, batches.length, k, id_type, width))
 
     def load_rows(self, row_numbers: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
         """Read a batch from disk. If one of its rows is missing, run the target on the batch first.
@@ -237,7 +238,7 @@ class CachedTeacher:
         """
         rows = self.batches.read(row_numbers)
         hidden, *states = self._online.states(mx.array(rows.ids[:, :-1]), mx.array(rows.documents[:, :-1]), ())
-        states = [mx.clip(part, -LARGEST_STATE, LARGEST_STATE).astype(mx.float32) for part in states]
+        states = [mx.clip(part.astype(mx.float32), -LARGEST_STATE, LARGEST_STATE) for part in states]
         teacher_probs = self._online.probs(mx.array(self.temperature))
         for place, (source, row) in enumerate(row_numbers):
             _, log_p = teacher_probs((hidden[place],), self._log_q)  # [L, V], one row at a time

@@ -187,6 +187,8 @@ DAMAGE = {
     "a tensor of another shape": (lambda w, c: w.update({"fc.weight": mx.zeros((16, 48))}), "fc.weight"),
     "an unknown tensor": (lambda w, c: w.update({"layers.1.mlp.weight": mx.zeros(3)}), "layers.1.mlp.weight"),
     "a config without a width": (lambda w, c: c.pop("hidden_size"), "and the target's would have"),
+    "integers": (lambda w, c: w.update({"fc.weight": w["fc.weight"].astype(mx.int32)}), "fc.weight has the type"),
+    "a rope_theta of letters": (lambda w, c: c.update(rope_theta="x"), "rope"),
     "NaN": (lambda w, c: w.update({"fc.bias": mx.full(16, mx.nan)}), "NaN"),
 }
 
@@ -254,6 +256,22 @@ def test_a_head_that_reads_another_number_of_layers_than_its_weights_is_refused(
         read_model(tmp_path)
 
 
+@pytest.mark.parametrize("layers", ["123", 5, [1.5, 2, 3], [True, 2, 3]])
+def test_layers_that_are_not_a_list_of_numbers_are_refused(tmp_path, layers):
+    _, _, weights, config = public_files(tmp_path, EAGLE3)
+    write_files(tmp_path, weights, {**config, "eagle_aux_hidden_state_layer_ids": layers})
+    with pytest.raises(ModelLoadError, match="instead of a list of layer numbers"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [mx.float32, mx.bfloat16, mx.bool_])
+def test_a_vocabulary_map_of_other_numbers_than_integers_is_refused(tmp_path, kind):
+    _, _, weights, config = public_files(tmp_path, EAGLE3)
+    write_files(tmp_path, {**weights, "d2t": weights["d2t"].astype(kind)}, config)
+    with pytest.raises(ModelLoadError, match="instead of integers"):
+        read_model(tmp_path)
+
+
 @pytest.mark.parametrize(("row", "words"), [(VOCAB, "names token"), (-40, "names token"), (-3, "names a token twice")])
 def test_a_damaged_vocabulary_map_is_refused(tmp_path, row, words):
     _, _, weights, config = public_files(tmp_path, EAGLE3)
@@ -308,9 +326,15 @@ def test_a_quantized_head_is_saved_and_loads_with_the_same_weights(tmp_path, lay
     before, after = dict(tree_flatten(head.parameters())), dict(tree_flatten(loaded.parameters()))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[name], after[name]) for name in before)
-    weights = stored(tmp_path / "4")
+    weights, config = stored(tmp_path / "4"), json.loads((tmp_path / "4" / "config.json").read_text())
+    write_files(tmp_path / "4", weights, {**config, "quantization": {"group_size": 0, "bits": 4}})
+    with pytest.raises(ModelLoadError, match="group_size is 0"):
+        read_model(tmp_path / "4")
+    write_files(tmp_path / "4", {**weights, "fc.weight": weights["fc.scales"]}, config)
+    with pytest.raises(ModelLoadError, match="head that mlxspec can read"):
+        read_model(tmp_path / "4")
     weights.pop("fc.scales")
-    write_files(tmp_path / "4", weights, json.loads((tmp_path / "4" / "config.json").read_text()))
+    write_files(tmp_path / "4", weights, config)
     with pytest.raises(ModelLoadError, match=r"head that mlxspec can read: .*fc"):
         read_model(tmp_path / "4")
 

@@ -107,6 +107,38 @@ def test_heads_that_read_other_layers_have_stores_of_their_own(tmp_path):
     assert len(list(tmp_path.glob("teacher-t-*"))) == 4
 
 
+@pytest.mark.parametrize("part", ["ids", "logprobs", "states"])
+def test_a_store_that_lost_the_end_of_a_file_is_filled_again(tmp_path, part):
+    model = target()
+    with ShardWriter(tmp_path, VOCAB, "x") as writer:
+        for _ in range(3):
+            writer.add([1, 2, 3] * 5, [1] * 15)
+        writer.finish()
+    batches, rows = Batches([TokenShards(tmp_path)], [1.0], 14, 3, seed=0), [(0, 0), (0, 1), (0, 2)]
+
+    def stored_rows():
+        return CachedTeacher(model, batches, VOCAB, 4, 1.0, "t", True, (0, 3, 5)).load_rows(rows)
+
+    whole = stored_rows()
+    (file,) = tmp_path.glob(f"teacher-*/{part}")
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    for before, after in zip(whole, stored_rows(), strict=True):
+        assert mx.array_equal(before, after)
+
+
+def test_hidden_states_beyond_16_bits_are_stored_as_the_largest_number(tmp_path):
+    model = target()
+    model.model.embed_tokens.weight = model.model.embed_tokens.weight * 1e7
+    model.set_dtype(mx.bfloat16)
+    with ShardWriter(tmp_path, VOCAB, "x") as writer:
+        writer.add([1, 2, 3] * 5, [1] * 15)
+        writer.finish()
+    batches = Batches([TokenShards(tmp_path)], [1.0], 14, 1, seed=0)
+    *_, states = CachedTeacher(model, batches, VOCAB, 4, 1.0, "t", True, (0, 3, 5)).load_rows([(0, 0)])
+    assert mx.abs(states).max() == 65504
+
+
 RECIPE = f"""
 target = "{DEMO / "target"}"
 

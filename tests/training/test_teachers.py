@@ -7,7 +7,7 @@ import pytest
 from mlxspec.errors import InvalidRequestError, WriteError
 from mlxspec.training.batches import Batches
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.teachers import CachedTeacher, TopKStore
+from mlxspec.training.teachers import CachedTeacher, TeacherStore
 from tests.conftest import random_llama
 
 VOCAB, LENGTH, K = 96, 12, 8
@@ -71,7 +71,7 @@ def test_a_batch_of_which_some_rows_were_written_before_a_kill_is_filled_as_if_n
 
 
 def test_a_row_that_was_written_in_part_counts_as_not_written(tmp_path):
-    rows = TopKStore(tmp_path, 3, LENGTH, K, np.uint16)
+    rows = TeacherStore(tmp_path, 3, LENGTH, K, np.uint16)
     ids = np.tile(np.arange(K), (LENGTH, 1))
     logprobs = np.full((LENGTH, K), -3.0)
     rows.write(1, ids, logprobs)
@@ -90,6 +90,6 @@ def test_more_than_the_vocabulary_is_refused_and_a_full_disk_is_one_line(batches
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TopKStore, "write", full)
+    monkeypatch.setattr(TeacherStore, "write", full)
     with pytest.raises(WriteError, match="No space left on device"):
         CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, "f").load_rows([(0, 0)])
