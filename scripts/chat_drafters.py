@@ -37,6 +37,7 @@ from mlxspec.models.eagle import Eagle, fitting_parts
 from mlxspec.models.loading import read_config, read_lazily
 from mlxspec.models.parts import run_with_states
 from mlxspec.models.quantizing import dequantized, rounded
+from mlxspec.training import stages
 from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches
 from mlxspec.training.corpus import read_prompts
@@ -45,6 +46,7 @@ from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import (
     DRAFT_STEPS,
+    AnyDrafter,
     Batch,
     DraftRows,
     Objective,
@@ -287,43 +289,62 @@ def weighted_by_rejection(frozen: Drafter, share: float, goal: Objective, teache
 @click.argument("target_folder", metavar="TARGET")
 @click.argument("answers", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", default=150, show_default=True)
+@click.option(
+    "--start", "layers", default=(-1,), multiple=True, help="A layer of the target. Several make a draft model."
+)
+@click.option("--read", "read_layers", multiple=True, type=int, help="Layers whose inputs the head reads.")
+@click.option("--steps", default=150, show_default=True, help="Steps of kld.")
+@click.option("--more-steps", default=0, show_default=True, help="Steps of tvd++ after those.")
 @click.option("--batch", default=4, show_default=True)
 @click.option("--length", default=256, show_default=True)
-@click.option("--vocabulary", default=8192, show_default=True)
+@click.option("--vocabulary", default=4096, show_default=True)
+@click.option("--draft-steps", default=DRAFT_STEPS, show_default=True)
 @click.option("--held-out", default=96, show_default=True)
-@click.option("--layer", default=-1, show_default=True, help="The target's layer to copy.")
-@click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--learning-rate", default=1e-3, show_default=True, help="Of kld. Half of it for tvd++.")
 def heads(
-    target_folder: str, answers: Path, out: Path, steps: int, batch: int, length: int, vocabulary: int, held_out: int,
-    layer: int, learning_rate: float,
+    target_folder: str, answers: Path, out: Path, layers: tuple[int, ...], read_layers: tuple[int, ...], steps: int,
+    more_steps: int, batch: int, length: int, vocabulary: int, draft_steps: int, held_out: int, learning_rate: float,
 ) -> None:  # fmt: skip
-    """Train an EAGLE head with kld: acceptance rate of each draft step on the held-out answers."""
+    """Train an EAGLE head, or a draft model of several layers: acceptance rate of each draft step on held-out answers.
+
+    The target's probabilities and hidden states are stored in OUT.
+    """
     target = Target(target_folder)
     training, documents = split(answers, target, out, held_out)
-    head, _ = warm_start(target, EagleStart(layer=layer, vocabulary_size=vocabulary), training)
-    teacher = OnlineTeacher(target.model, True, layers_read(head, target.model))
-    batches = Batches([training], [1.0], length, batch, 0)
-    settings = TrainingSettings(
-        steps=steps, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=learning_rate,
-        checkpoint_every=steps,
-    )  # fmt: skip
-    click.echo(f"before: {rates(head, teacher, documents)}")
-    Trainer(head, eagle_objective(Loss("kld"), teacher), batches, settings, out / "kld", teacher=teacher).run()
-    head.save(out / "head")
-    click.echo(f"after: {rates(head, teacher, documents)}")
+    head: WarmStart | EagleStart = EagleStart("eagle", layers[0], read_layers, vocabulary)
+    if len(layers) > 1:
+        head = WarmStart(layers, vocabulary_size=vocabulary, share_embedding=True)
+    name = " ".join(map(str, [*layers, "reads", *read_layers] if read_layers else layers))
+    drafter, coverage = stages.start_drafter(target, head, training, out / name / "start")
+    click.echo(f"vocabulary: {coverage:.4f} of the answers' tokens")
+    click.echo(f"before: {held_out_rates(drafter, target, documents, draft_steps)}")
+    for loss, count, rate in (("kld", steps, learning_rate), ("tvd++", more_steps, learning_rate / 2)):
+        if not count:
+            continue
+        settings = TrainingSettings(
+            steps=count, batch=batch, length=length, warmup=15, final_rate=0.1, learning_rate=rate, checkpoint_every=100
+        )
+        drafter, _ = stages.train(
+            target, drafter, [(training, 1.0)], Loss(loss), settings, out / name / loss, None, TOP_K, draft_steps
+        )
+        click.echo(f"{count} steps of {loss}: {held_out_rates(drafter, target, documents, draft_steps)}")
 
 
-def rates(head: nn.Module, teacher: OnlineTeacher, documents: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-    """Return the acceptance rate of each draft step of a head, the mean over the tokens of answers."""
-    goal, total, count = eagle_objective(Loss("tvd"), teacher), mx.zeros(DRAFT_STEPS), 0.0
+def held_out_rates(
+    drafter: AnyDrafter, target: Target, documents: list[tuple[np.ndarray, np.ndarray]], draft_steps: int
+) -> list[float]:
+    """Return the acceptance rate of each draft step, the mean over the tokens of answers. A draft model has one."""
+    if not isinstance(drafter, Eagle):
+        return [round(HeldOut(target.model, documents, drafter.output_tokens).acceptance_rate(drafter), 4)]
+    teacher = OnlineTeacher(target.model, True, layers_read(drafter, target.model))
+    goal = eagle_objective(Loss("tvd"), teacher, draft_steps)
+    total, counts = mx.zeros(draft_steps), np.zeros(draft_steps)
     for ids, mask in documents:
-        weights = mx.array(mask[None, 1:].astype(np.float32))
-        one = mx.zeros((1, len(ids) - 1), mx.int32)
+        weights, one = mx.array(mask[None, 1:].astype(np.float32)), mx.zeros((1, len(ids) - 1), mx.int32)
         batch = Batch(mx.array(ids)[None], one, weights, (), mx.array(1.0), mx.random.key(0))
-        total = total + weighted_sums(batch, goal(head, batch)[1])[1:]
-        count += weights[:, 1:].sum().item()
-    return [round(rate, 3) for rate in (total / count).tolist()]
+        total = total + weighted_sums(batch, goal(drafter, batch)[1])[1:]
+        counts += [mask[2 + step :].sum() for step in range(draft_steps)]  # step j skips the first predictions
+    return [round(rate, 4) for rate in (np.array(total) / counts).tolist()]
 
 
 @main.command()

@@ -266,8 +266,14 @@ def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, ml
     assert len({rates[name] for name in names if name.startswith("tvd,") or name == "tvd"}) > 1  # the weights count
     head = ["--steps", 2, "--batch", 2, "--length", 32, "--vocabulary", 200, "--held-out", 4]
     printed = run_script("chat_drafters.py", "heads", target, answers, tmp_path / "heads", *head)
-    assert re.fullmatch(r"before: \[(0\.\d+, ){2}0\.\d+\]\nafter: \[(0\.\d+, ){2}0\.\d+\]\n", printed)
-    assert (tmp_path / "heads" / "head" / "model.safetensors").exists()
+    step_rates = r"\[(0\.\d+, ){2}0\.\d+\]"
+    assert re.search(rf"^before: {step_rates}\n2 steps of kld: {step_rates}\n$", printed, re.M)
+    assert (tmp_path / "heads" / "-1" / "kld" / "drafter" / "model.safetensors").exists()
+    more = ["--start", 0, "--start", 1, "--more-steps", 1]
+    printed = run_script("chat_drafters.py", "heads", target, answers, tmp_path / "heads", *head, *more)
+    assert re.search(
+        r"^before: \[0\.\d+\]\n2 steps of kld: \[0\.\d+\]\n1 steps of tvd\+\+: \[0\.\d+\]\n$", printed, re.M
+    )
     sizes = ["--vocabulary", 300, "--vocabulary", 100]
     printed = run_script("chat_drafters.py", "costs", target, answers, start, "--rounds", 1, "--held-out", 4, *sizes)
     assert "100 tokens: step / target step" in printed
@@ -276,7 +282,11 @@ def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, ml
     prompts.write_text('{"prompt": "A dog"}\n{"prompt": "A cat"}\n')
     monkeypatch.chdir(tmp_path)  # where a file of the task's name is
     options = ["--prompts", prompts, "--max-tokens", 8]
-    lines = [json.loads(line) for line in run_script("chat_drafters.py", "tasks", target, start, *options).splitlines()]
+    both = [start, tmp_path / "heads" / "-1" / "kld" / "drafter"]
+    options += ["--draft-length", 3, "--draft-length", 5]
+    lines = [json.loads(line) for line in run_script("chat_drafters.py", "tasks", target, *both, *options).splitlines()]
     assert [(line["task"], line["temperature"], line["prompts"]) for line in lines] == [("few", 0, 2), ("few", 1, 2)]
-    assert all(1 <= line["block_efficiency"][start.name] <= 4 for line in lines)
+    for line in lines:
+        for found in (line["block_efficiency"][str(drafter)] for drafter in both):
+            assert 1 <= found["3"] <= found["5"] <= 6
     assert prompts.exists()
