@@ -134,6 +134,25 @@ def test_a_loss_is_its_plain_formula_in_value_and_gradient(loss, chunk, temperat
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("loss", PLAIN, ids=describe)
+def test_the_values_at_each_position_are_those_of_the_formulas(loss, example):
+    example = batch_mean_counts_what_has_weight(example)
+    hidden, head, weights, teacher = (
+        mx.array(example[name].astype(np.float32)) for name in ("hidden", "head", "weights", "teacher")
+    )
+    positions = Positions(mx.array(example["tokens"]), weights, (teacher,), mx.array(0.6), mx.random.key(0))
+
+    def probs(states, log_q):
+        log_p, p = log_softmax(states[0] / 0.6)
+        return p, log_p
+
+    _, (values, rates) = weighted_loss(loss, hidden, head, positions, probs, 4)
+    p, q = softmax64(example["teacher"] / 0.6), softmax64(example["hidden"] @ example["head"].T / 0.6)
+    np.testing.assert_allclose(np.array(values), PLAIN[loss](p, q, q, example["tokens"]), rtol=1e-4, atol=2e-5)
+    alpha = np.minimum(p, q).sum(-1) if loss.needs_target else np.zeros(N)
+    np.testing.assert_allclose(np.array(rates), alpha, rtol=1e-4, atol=2e-5)
+
+
 def test_every_loss_has_its_plain_formula():
     assert {loss.name for loss in PLAIN} == set(LOSSES)
 
