@@ -180,6 +180,11 @@ def test_the_promises_of_the_automatic_draft_length_are_measured(stories_folder,
     assert words in run_script("measure_auto.py", *small, what, *options, "--rounds", 1)
 
 
+def test_the_cost_of_recording_is_measured(stories_folder):
+    out = run_script("measure_recording.py", stories_folder, "--tokens", 8, "--rounds", 1)
+    assert re.fullmatch(r"with / without recording: \d\.\d+.*\n", out)
+
+
 @pytest.mark.slow
 def test_the_cost_of_tracing_is_measured(stories_folder):
     out = run_script("measure_tracing.py", "--model", stories_folder, "--tokens", 400)
