@@ -1,4 +1,4 @@
-"""Which Metal kernels a block runs on: by the heads of public models, and by the arrays that the block really passes."""
+"""Which Metal kernels a block runs on: by the heads of public models, and by the arrays that it really passes."""
 
 from importlib.metadata import version
 from pathlib import Path
