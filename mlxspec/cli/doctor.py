@@ -142,8 +142,8 @@ def print_attention(found: Record, record: Record) -> None:
 
 def print_policy(found: Record, record: Record) -> None:
     """Print what the policy chose, and the speed."""
-    choice = (f"drafts {found['draft_length']} tokens by {found['drafter']}" if found["draft_length"] else
-              "drafts nothing")  # fmt: skip
+    count = found["draft_length"]
+    choice = f"drafts {count} token{'s' * (count > 1)} by {found['drafter']}" if count else "drafts nothing"
     measured = found["measured"]
     click.echo(f"At temperature 0 with target {record['target']['name']}, mlxspec {choice}.")
     click.echo(f"Speed relative to plain decoding: predicted {found['predicted']:.2f}, measured "
