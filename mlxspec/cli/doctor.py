@@ -11,6 +11,7 @@ import mlxspec
 from mlxspec.cli.bench import check_writable, print_table
 from mlxspec.cli.generate import INTERRUPTED
 from mlxspec.cli.options import DRAFTER, QUANTIZE, TARGET, advance, announce_compiling, check_pair, say_drafter
+from mlxspec.decoding.kernels import chip_of, has_tf32
 from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.doctor import DEFAULT_ROUNDS, Record, checks, new_record
 from mlxspec.files import write_json
@@ -97,6 +98,8 @@ def print_identity(found: Record, record: Record) -> None:
         if result["first_difference"] is not None:
             line += f"; the first difference comes after {result['first_difference']} tokens"
             line += ", which near-ties can cause" if dtype != "float32" else ": PLEASE REPORT THIS"
+            if dtype == "float32" and has_tf32(chip_of(record["machine"]["architecture"])):
+                line += " if MLX_ENABLE_TF32=0 does not change it"
         click.echo(line)
 
 

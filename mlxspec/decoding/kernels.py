@@ -71,6 +71,11 @@ def chip_of(architecture: object) -> Chip | None:
     return Chip(int(name[-3:-1]), name[-1]) if name.startswith("applegpu") and name[-3:-1].isdigit() else None
 
 
+def has_tf32(chip: Chip | None) -> bool:
+    """Return whether matrix kernels round float32 to TF32 on recent macOS: ``is_nax_available``, ``enable_tf32``."""
+    return chip is not None and chip.generation >= (18 if chip.size == "p" else 17)
+
+
 def attention_of(config: Mapping[str, Any]) -> Attention:
     """Return the heads of a model from its config, with the keys of config.json.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+import mlxspec
+from mlxspec.cli.doctor import print_kernels, print_machine
 from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import MODEL
 from mlxspec.decoding.policy import Automatic
@@ -67,6 +69,20 @@ def test_the_doctor_prints_every_check_and_writes_a_record_without_personal_data
     assert record["policy"]["measured"]["median"] > 0
     words = (getpass.getuser(), socket.gethostname(), str(Path.home()), str(folder.parent))
     assert [word for word in words if f'"{word}' in content or f"/{word}" in content] == []
+
+
+def test_on_metal_the_chip_and_the_kernels_are_printed(capsys):
+    machine = {"mlxspec": "1", "mlx": "2", "mlx_lm": "3", "python": "4", "system": "Darwin 24", "macos": "15.5"}
+    machine |= {"chip": "Apple M1", "blas": None, "architecture": "applegpu_g13g", "memory_bytes": 16e9}
+    print_machine({"machine": {**machine, "wired_limit_bytes": 11e9}})
+    print_kernels(doctor.kernels(mlxspec.load(quantize="none"), "applegpu_g13g"), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "mlxspec 1, mlx 2, mlx-lm 3, Python 4, macOS 15.5",
+        "Apple M1 (GPU applegpu_g13g), 16.0 GB of memory, of which 11.0 GB can be wired",
+        "Kernels of the target by rows, as MLX chooses them",
+        "  attention vector 1-8, full 9-17",
+        "  matmul    qmv 1-13, qmm 14-17",
+    ]
 
 
 def test_the_simulation_of_macs_reads_its_profiles(mlxspec_command, folder):

@@ -25,6 +25,7 @@ from mlxspec.decoding.kernels import (
     attention_of,
     chip_of,
     has_experts,
+    has_tf32,
     longest_vector_draft,
     matmul_kernel,
     matrix_limit,
@@ -288,6 +289,12 @@ def test_small_and_expert_matrices():
     assert has_experts(PUBLIC["Mixtral 8x7B"][1])
     assert not has_experts(PUBLIC["Llama 2 7B"][1])
     assert matrix_limit(2048, 2048, Chip(12, "p")) == 18  # before M1
+
+
+def test_tf32_is_of_m5_and_newer():
+    assert [has_tf32(chip) for chip in CHIPS.values()] == [False, False, False, False, True]
+    assert not has_tf32(Chip(17, "p"))
+    assert not has_tf32(None)
 
 
 def test_the_chip_is_read_as_mlx_reads_it():
