@@ -40,10 +40,12 @@ TRAINING = [
     command for command in commands(README) if command.startswith("mlxspec train ") and "recipes" not in command
 ]
 MEASURING = [command for command in commands(README) if command.startswith(("mlxspec bench", "mlxspec report"))]
+SLOW = ["mlxspec doctor"]  # its own test is in tests/cli/test_doctor.py
 
 
 @pytest.mark.parametrize(
-    "command", [one for one in commands(README) if " mlxspec " in f" {one}" and one not in (*TRAINING, *MEASURING)]
+    "command",
+    [one for one in commands(README) if " mlxspec " in f" {one}" and one not in (*TRAINING, *MEASURING, *SLOW)],
 )
 def test_a_command_of_the_readme_works(command, tmp_path):
     if run_by_ci(command):

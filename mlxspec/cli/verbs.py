@@ -23,6 +23,7 @@ VERBS = {
     "bench": ("mlxspec.cli.bench:bench", "Compare the speed of mlxspec with that of mlx-lm."),
     "cache": ("mlxspec.cli.cache:cache", "List or delete what mlxspec keeps on disk."),
     "chat": ("mlxspec.cli.chat:chat", "Talk to a chat model."),
+    "doctor": ("mlxspec.cli.doctor:doctor", "Check mlxspec on this machine."),
     "export": ("mlxspec.cli.share:export_command", "Write a drafter for other tools."),
     "generate": ("mlxspec.cli.generate:generate", "Answer a prompt."),
     "models": ("mlxspec.cli.models:models", "List the short names of targets and drafters."),
