@@ -208,9 +208,9 @@ class CachedTeacher:
         id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
         self._stores = []
         for number, shards in enumerate(batches.shards):
-            folder, rows = shards.folder / name, batches.count_rows(number)
+            folder = shards.folder / name
             with explain_write_errors(folder):
-                self._stores.append(TeacherStore(folder, rows, batches.length, k, id_type, width))
+                self._stores.append(TeacherStore(folder, batches.count_rows(number), batches.length, k, id_type, width))
 
     def load_rows(self, row_numbers: Sequence[tuple[int, int]]) -> tuple[mx.array, ...]:
         """Read a batch from disk. If one of its rows is missing, run the target on the batch first.
