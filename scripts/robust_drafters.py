@@ -21,7 +21,7 @@ from mlxspec.training import stages
 from mlxspec.training.adapting import AdaptSettings, acceptance_rate, new_teacher
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
-from mlxspec.training.retention import FORGETFUL, Retention
+from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
@@ -90,10 +90,10 @@ def main(
 
     # Name -> sources, worst-case training, retention, learning rate.
     methods = {
-        "plain": ([(mixed, 1.0)], UNIFORM, FORGETFUL, learning_rate),
-        "groups": ([(mixed, 1.0)], Robust("groups", robust_rate), FORGETFUL, learning_rate),
-        "ratios": ([(mixed, 1.0)], Robust("likelihood-ratio", None, robust_penalty), FORGETFUL, learning_rate),
-        "9:1": ([(mixed, 0.9), (old, 0.1)], UNIFORM, FORGETFUL, learning_rate),
+        "plain": ([(mixed, 1.0)], UNIFORM, NO_RETENTION, learning_rate),
+        "groups": ([(mixed, 1.0)], Robust("groups", robust_rate), NO_RETENTION, learning_rate),
+        "ratios": ([(mixed, 1.0)], Robust("likelihood-ratio", None, robust_penalty), NO_RETENTION, learning_rate),
+        "9:1": ([(mixed, 0.9), (old, 0.1)], UNIFORM, NO_RETENTION, learning_rate),
         "penalty": ([(mixed, 1.0)], UNIFORM, Retention(penalty=penalty), learning_rate),
         "co-natural": ([(mixed, 1.0)], UNIFORM, Retention("co-natural", damping), co_natural_rate),
     }

@@ -95,7 +95,7 @@ RECORD = click.option(
     "--record",
     type=click.Path(path_type=Path),
     help="Keep each prompt and answer in this folder, with the target's probabilities, to train the drafter on. Only "
-    "you can read the files. `mlxspec train recorded` shows and deletes them.",
+    "you can read the files. `mlxspec train recorded` counts and deletes them.",
 )
 CONTEXT = click.option(
     "--context",

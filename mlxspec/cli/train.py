@@ -328,19 +328,19 @@ def adapt(target: str, drafter: str, recorded: Path, general: Path, out: Path, *
         click.echo(f"{out / 'drafter'}" if result.kept else "the drafter was not kept, since it is not better")
 
 
-@train.command(short_help="Show or delete answers that --record has kept.")
+@train.command(short_help="Count or delete recorded answers.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--delete", is_flag=True, help="Delete all of them.")
 def recorded(folder: Path, delete: bool) -> None:
-    """Show or delete the answers that `generate --record` and `chat --record` have kept in FOLDER."""
+    """Count or delete the answers that `generate --record` and `chat --record` have kept in FOLDER."""
     recording = Recording(folder)
     count = len(recording.files())
     if delete:
         recording.delete()
-        click.echo(f"deleted {count} answers in {folder}")
+        click.echo(f"deleted in {folder}: {count}")
         return
     tokens = sum(len(recorded.answer) for recorded in recording.answers())
-    click.echo(f"{folder}: {count} answers, {tokens:,} tokens, {recording.bytes / 1e6:,.1f} MB")
+    click.echo(f"{folder}: answers: {count}, tokens: {tokens:,}, size: {recording.bytes / 1e6:,.1f} MB")
 
 
 def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[Prompt]) -> Scorer:

@@ -1,7 +1,7 @@
 """The Metal kernels that a block runs on: for attention, and for products with quantized weights.
 
 MLX chooses a kernel by the shapes, when it evaluates a graph. The functions here repeat its conditions. They explain
-why a pass over one row more can cost much more, or less. Nothing here is measured. ``README.md`` names the source.
+why one row more can make the cost of a pass jump up or down. Nothing here is measured. ``README.md`` names the source.
 """
 
 import math
@@ -13,12 +13,12 @@ MLX_VERSION = "0.32.4"  # the version whose conditions these are
 VECTOR, TWO_PASSES, FULL, UNFUSED = "vector", "vector, 2 passes", "full", "unfused"
 QMV, QMV_WIDE, QMV_QUAD, QMM = "qmv", "qmv_wide", "qmv_quad", "qmm"
 
-VECTOR_ROWS = 8  # the vector kernel takes at most so many rows
+VECTOR_ROWS = 8  # most rows of the vector kernel
 VECTOR_GROUP = 32  # and at most so many pairs of a row and a query head of one KV head
 # (query head size, value head size). A vector kernel for (192, 192) exists, but MLX prefers the unfused path.
 VECTOR_HEADS = {(64, 64), (96, 96), (96, 64), (128, 128), (192, 128), (256, 256)}
 FULL_HEADS = {(64, 64), (72, 72), (80, 80), (96, 96), (96, 64), (128, 128)}
-LARGE_CHIPS = "sd"  # Max and Ultra: 2 passes from fewer positions on
+LARGE_CHIPS = "sd"  # Max and Ultra: 2 passes at fewer positions
 ULTRA = "d"
 WIDE_ROWS = 5  # rows for which ``qmv_wide`` reads the weights once
 OWN_ATTENTION = {"gemma2"}  # mlx-lm's code for these types computes attention itself, without MLX's fused function
@@ -162,7 +162,7 @@ def matmul_kernel(
 
 
 def matrix_limit(inputs: int, outputs: int, chip: Chip) -> int:
-    """Return the number of rows from which on a product with quantized weights runs on the matrix kernel.
+    """Return the smallest number of rows for which a product with quantized weights runs on the matrix kernel.
 
     Args:
         inputs: Size of a row.

@@ -1,8 +1,8 @@
 """Learning from use: finetune a drafter on recorded answers, and keep the result only if it is better.
 
 The target's probabilities were recorded with the answers, so the target need not run on them again, except for the
-hidden states that an EAGLE head reads. The co-natural gradient protects what the drafter has learned before. Other
-answers show whether it did.
+hidden states that an EAGLE head reads. The co-natural gradient protects what the drafter has learned before. General
+answers show whether the drafter has forgotten anything.
 """
 
 import shutil
@@ -14,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
+from mlxspec.files import fingerprint, write_json
 from mlxspec.models.eagle import Eagle
+from mlxspec.models.export import RECORDING
 from mlxspec.settings import option
 from mlxspec.training import stages
 from mlxspec.training.batches import Batches
@@ -43,9 +45,13 @@ class AdaptSettings:
     length: int = option(512, "Tokens in a sequence.")
     loss: str = option("kld", "Divergence between the drafter's and the target's distribution.")
     learning_rate: float = option(1e-3, "Learning rate of the co-natural gradient.")
-    damping: float = option(1e-3, "α in the step (F + α)⁻¹ · gradient of the co-natural gradient.")
+    damping: float = option(
+        1e-3,
+        "The step is learning_rate · gradient / (F + damping). F is the Fisher information of a weight on the general "
+        "answers.",
+    )
     tolerance: float = option(
-        0.01, "How much the acceptance rate on the other answers may fall without the new drafter being discarded."
+        0.01, "Largest allowed drop of the acceptance rate on the general answers. 0.01 is one percentage point."
     )
 
     def __post_init__(self) -> None:
@@ -69,7 +75,7 @@ class Adaptation(NamedTuple):
     """Acceptance rates of the drafter before and after, and whether the new one was kept."""
 
     recorded: tuple[float, float]  # on the recorded answers that were not trained on
-    general: tuple[float, float]  # on the other answers
+    general: tuple[float, float]  # on the general answers
     kept: bool
 
 
@@ -84,13 +90,13 @@ def adapt(
     """Finetune a drafter on recorded answers, and write it to ``folder/drafter`` if it is better.
 
     Every fifth recorded answer is held out. The new drafter is kept if its acceptance rate on those is higher, and if
-    its acceptance rate on the other answers is not lower by more than the tolerance.
+    its acceptance rate on the general answers is not lower by more than the tolerance.
 
     Args:
         target: The target whose answers were recorded.
         drafter: The drafter. It is trained in place.
         recording: The recorded answers.
-        general: Other answers of the target, which stand for what the drafter can do already.
+        general: Answers of the target to other prompts, which represent what the drafter can do already.
         settings: The settings.
         folder: The folder of the results. A repeated call resumes an interrupted one.
 
@@ -102,7 +108,9 @@ def adapt(
         InvalidRequestError: There are too few recorded answers, or they are another target's.
     """
     if recording.target != target_fingerprint(target.model):
-        raise InvalidRequestError(f"{recording.folder} holds answers of another target; name that one")
+        raise InvalidRequestError(
+            f"{recording.folder} holds answers of another target; set target to the one that was recorded"
+        )
     answers = list(recording.answers())
     if len(answers) < FEWEST_ANSWERS:
         raise InvalidRequestError(
@@ -140,7 +148,7 @@ def adapt(
 
 
 def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path) -> TokenShards:
-    """Write recorded answers as shards to ``folder/tokens``.
+    """Write recorded answers as shards to ``folder/tokens``. The folder can be read by its owner alone.
 
     Args:
         target: The target.
@@ -150,9 +158,11 @@ def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path)
     Raises:
         TrainingError: The folder was made from other answers.
     """
-    inputs = {"answers": len(answers), "tokens": sum(len(answer.answer) for answer in answers)}
-    inputs["sum"] = int(sum(answer.answer.astype(np.int64).sum() for answer in answers))
+    inputs = {"answers": fingerprint(*(part.tobytes() for answer in answers for part in answer))}
     with locked_for_all(folder):
+        if is_first_process():
+            folder.chmod(0o700)
+            write_json(folder / RECORDING, {"copied": True})  # so that it is not pushed
         if start_stage(folder, inputs):
             if is_first_process():
                 shutil.rmtree(folder / "tokens", ignore_errors=True)

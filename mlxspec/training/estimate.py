@@ -51,7 +51,7 @@ from mlxspec.training.responses import (
     bos_groups,
     prompt_groups,
 )
-from mlxspec.training.retention import FISHER_EXAMPLES, FORGETFUL, Retention
+from mlxspec.training.retention import FISHER_EXAMPLES, NO_RETENTION, Retention
 from mlxspec.training.run_folder import is_complete
 from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
@@ -131,7 +131,7 @@ def step_bytes(
     loss: Loss,
     settings: TrainingSettings,
     draft_steps: int = 1,
-    retention: Retention = FORGETFUL,
+    retention: Retention = NO_RETENTION,
 ) -> int:
     """Return the peak memory of a step in this process, in bytes.
 
@@ -370,7 +370,7 @@ def estimate_training(
     target: Target,
     available: float,
     draft_steps: int = 1,
-    retention: Retention = FORGETFUL,
+    retention: Retention = NO_RETENTION,
 ) -> StageEstimate:
     """Estimate the cost of a training stage from a few of its steps.
 

@@ -33,7 +33,7 @@ from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
-from mlxspec.training.retention import FORGETFUL, Retention
+from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
@@ -323,7 +323,7 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
                     stage.robust.check_tasks(tasks)
     trainings = []
     if recipe.pretrain:
-        trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), UNIFORM, FORGETFUL, recipe.pretrain[1]))]
+        trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), UNIFORM, NO_RETENTION, recipe.pretrain[1]))]
     for name, stage in [*trainings, *zip(recipe.finetune_names, recipe.finetune, strict=True)]:
         assert drafter
         stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)

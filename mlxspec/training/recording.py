@@ -1,4 +1,4 @@
-"""Recorded answers: what a target said in use, with its distribution at each token, to train a drafter on.
+"""Recorded answers: the answers of a target to real prompts, with its distribution at each token.
 
 Each answer is a file of its own, written in one step. So several processes may record into one folder, and a process
 that is killed leaves only complete answers. The folder and its files can be read by their owner alone, since prompts
@@ -146,7 +146,7 @@ def stored_target(record: Path) -> str:
 
 
 def target_fingerprint(target: nn.Module) -> str:
-    """Return a fingerprint that a target has in every quantization: of its vectors, which are never quantized."""
+    """Return a fingerprint of a target's 1-D weights. Quantization does not change them."""
     weights: dict[str, Any] = dict(tree_flatten(target.parameters()))
     vectors = sorted((name, weight) for name, weight in weights.items() if weight.ndim == 1)
     return fingerprint(*(part for name, weight in vectors for part in (name, memoryview(weight.astype(mx.float32)))))

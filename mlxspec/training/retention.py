@@ -1,7 +1,8 @@
 """Training that keeps what was learned before: the co-natural gradient, and a quadratic penalty.
 
-Both weigh the directions of a step by the diagonal F of the empirical Fisher information of the drafter on text that
-stands for what it has learned. F is measured once, before the first step of a stage, and kept in the stage's folder.
+Both use F, the diagonal of the empirical Fisher information, measured on text that represents earlier training data.
+The co-natural gradient divides the gradient by F + α. The penalty grows with the changes of weights, in proportion to
+F. F is measured once, before the first step of a stage, and kept in the stage's folder.
 """
 
 import json
@@ -38,13 +39,13 @@ class Retention:
 
     optimizer: str = option(
         "adamw",
-        "`co-natural` is gradient descent that changes weights less if they matter for what was learned before.",
+        "`co-natural` moves the weights that matter for earlier data less. It is gradient descent without momentum.",
         choices=lambda: list(OPTIMIZERS),
     )
     damping: float = option(
         1e-3,
-        "For co-natural: α in the step (F + α)⁻¹ · gradient. A weight that does not matter moves by "
-        "learning_rate / damping times its gradient.",
+        "For co-natural: the step is learning_rate · gradient / (F + damping). F is the Fisher information of a weight "
+        "on the text of `remember`. A weight with F = 0 moves by learning_rate / damping times its gradient.",
     )
     penalty: float = option(
         0.0,
@@ -53,7 +54,7 @@ class Retention:
     )
     remember: tuple[str, ...] = option(
         (),
-        "For co-natural and penalty: text files that stand for what was learned before. By default, the pretraining "
+        "For co-natural and penalty: text files that represent earlier training data. By default, the pretraining "
         "text.",
     )
 
@@ -102,10 +103,10 @@ class Retention:
             )
 
 
-FORGETFUL = Retention()
+NO_RETENTION = Retention()
 
 
-class Memory(NamedTuple):
+class Protection(NamedTuple):
     """What a drafter learned before a stage.
 
     Attributes:
@@ -179,7 +180,7 @@ class CoNatural(optim.Optimizer):
         return parameter - self.learning_rate.astype(gradient.dtype) * gradient
 
 
-def remembered(
+def measured_fisher(
     target: Target,
     drafter: AnyDrafter,
     shards: TokenShards,
@@ -188,7 +189,7 @@ def remembered(
     length: int,
     seed: int,
     draft_steps: int = DRAFT_STEPS,
-) -> Memory:
+) -> Protection:
     """Measure what a drafter has learned, or read it if an interrupted run has measured it.
 
     Args:
@@ -225,7 +226,7 @@ def remembered(
         raise TrainingError(f"{path} cannot be read ({in_one_line(error)}); delete it to measure it again") from None
     anchor = tree_map(lambda weight: weight + 0, weights)  # mx.compile needs array objects of its own
     mx.eval(anchor)
-    return Memory(settings, fisher, anchor)
+    return Protection(settings, fisher, anchor)
 
 
 def diagonal_fisher(drafter: AnyDrafter, goal: Objective, batches: Batches, examples: int = FISHER_EXAMPLES) -> Any:

@@ -34,7 +34,7 @@ from mlxspec.training.responses import (
     prompt_groups,
     write_answers,
 )
-from mlxspec.training.retention import FORGETFUL, Retention, remembered
+from mlxspec.training.retention import NO_RETENTION, Retention, measured_fisher
 from mlxspec.training.robust import UNIFORM, Robust, new_weighting
 from mlxspec.training.run_folder import (
     Metrics,
@@ -185,7 +185,7 @@ def train(
     teacher_top_k: int = 0,
     draft_steps: int = DRAFT_STEPS,
     robust: Robust = UNIFORM,
-    retention: Retention = FORGETFUL,
+    retention: Retention = NO_RETENTION,
     text: TokenShards | None = None,
 ) -> tuple[AnyDrafter, Metrics]:
     """Train a drafter and write it to ``folder/drafter``.
@@ -262,7 +262,9 @@ def train(
         if retention.needs_fisher and text:
             check_tokenizer(text.index, target, text.folder)
             target.listener.stage(folder.name, "measuring which weights matter for what was learned before")
-            memory = remembered(target, drafter, text, retention, folder, settings.length, settings.seed, draft_steps)
+            memory = measured_fisher(
+                target, drafter, text, retention, folder, settings.length, settings.seed, draft_steps
+            )
             target.listener.stage(folder.name, f"their Fisher information F has a mean of {memory.mean_fisher:.2g}")
         trainer = Trainer(
             drafter,

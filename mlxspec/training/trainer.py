@@ -33,7 +33,7 @@ from mlxspec.training.checkpoint import (
     save_checkpoint,
 )
 from mlxspec.training.objectives import AnyDrafter, Batch, Objective
-from mlxspec.training.retention import CoNatural, Memory
+from mlxspec.training.retention import CoNatural, Protection
 from mlxspec.training.robust import Weighting
 from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
 from mlxspec.training.teachers import Teacher
@@ -164,7 +164,7 @@ class Trainer:
         report: Report = lambda step, metrics: None,
         evaluation: Any = None,
         weighting: Weighting | None = None,
-        memory: Memory | None = None,
+        memory: Protection | None = None,
     ):
         self.drafter, self.objective, self.batches, self.settings = drafter, objective, batches, settings
         self.folder, self.scorer, self.teacher, self.report = folder, scorer, teacher, report

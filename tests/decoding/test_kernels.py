@@ -117,7 +117,12 @@ def attention_table() -> str:
         [many] = {attention_kernel(found, rows).name for rows in range(9, 18)}
         shape = f"{name} ({found.heads}/{found.kv_heads}, {found.head_dim}{'' if found.fused else ', own code'})"
         groups.setdefault((vector, "".join(few) or "–", many), []).append(shape)
-    heading = ("vector kernel", "other rows up to 8", "9 rows and more", "models (query heads/KV heads, head size)")
+    heading = (
+        "rows on the vector kernel",
+        "other rows up to 8",
+        "9 rows and more",
+        "models (query heads/KV heads, head size)",
+    )
     rows = [(*kernels, ", ".join(models)) for kernels, models in groups.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ("---",) * 4, *rows)).replace(" --- ", "---")
 

@@ -78,6 +78,9 @@ def test_a_better_drafter_is_kept_and_drafts(answers, general, tmp_path, mlxspec
     assert folder == str(tmp_path / "drafter")
     again = adapt(mlxspec_command, answers, general, tmp_path, "--tolerance", "0.5")
     assert again.out == outcome.out
+    for copied in ("recorded", "held-out"):
+        assert (tmp_path / copied).stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / copied / "recording.json").exists()  # so that push refuses it
     served = mlxspec_command("generate", "Once", "--target", TARGET, "--drafter", folder, "--max-tokens", "12")
     assert served.status == 0, served.err
 

@@ -134,8 +134,8 @@ def test_generate_and_chat_record_what_they_answer(mlxspec_command, tmp_path):
     (answer,) = Recording(folder).answers()
     assert answer.answer.tolist() == json.loads(outcome.out)["tokens"]
     shown = mlxspec_command("train", "recorded", str(folder))
-    assert shown.out.startswith(f"{folder}: 1 answers, 20 tokens, 0.0 MB")
-    assert mlxspec_command("train", "recorded", str(folder), "--delete").out == f"deleted 1 answers in {folder}\n"
+    assert shown.out.startswith(f"{folder}: answers: 1, tokens: 20, size: 0.0 MB")
+    assert mlxspec_command("train", "recorded", str(folder), "--delete").out == f"deleted in {folder}: 1\n"
     assert not folder.exists()
     gone = mlxspec_command("train", "recorded", str(folder))
     assert (gone.status, len(gone.err.splitlines())) == (2, 1)

@@ -17,7 +17,7 @@ from mlxspec.models.loading import DEMO
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import objective
-from mlxspec.training.retention import CoNatural, Memory, Retention, diagonal_fisher, remembered
+from mlxspec.training.retention import CoNatural, Protection, Retention, diagonal_fisher, measured_fisher
 from mlxspec.training.robust import Robust, new_weighting
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.trainer import Trainer, TrainingSettings
@@ -143,7 +143,7 @@ def test_descent_with_the_penalty_ends_between_the_solution_and_the_first_weight
     curvature, solution, start, fisher = (random.uniform(0.5, 2, 6) for _ in range(4))
     weights, beta = {"weight": mx.array(start.astype(np.float32))}, 3.0
     first = {"weight": mx.array(start.astype(np.float32))}
-    memory = Memory(Retention(penalty=beta), {"weight": mx.array(fisher.astype(np.float32))}, first)
+    memory = Protection(Retention(penalty=beta), {"weight": mx.array(fisher.astype(np.float32))}, first)
     for _ in range(300):
         gradient = (np.array(weights["weight"]) - solution) * curvature
         gradients = memory.penalized({"weight": mx.array(gradient.astype(np.float32))}, weights)
@@ -158,7 +158,7 @@ def trained(shards, folder, retention=None, others=None, report=None, robust=Non
         **{"steps": 6, "batch": 4, "length": LENGTH, "log_every": 1, "checkpoint_every": 2, "warmup": 0, **given}
     )
     drafter, batches = drafter or new_drafter(), Batches([shards], [1], LENGTH, 4, seed=0)
-    memory = remembered(None, drafter, others, retention, folder, LENGTH, 0) if retention else None
+    memory = measured_fisher(None, drafter, others, retention, folder, LENGTH, 0) if retention else None
     options = {"report": report} if report else {}
     if robust:
         options["weighting"] = new_weighting(robust, batches.tasks, V, Loss("ce"))
