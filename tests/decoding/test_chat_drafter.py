@@ -1,4 +1,4 @@
-"""The drafter that was trained for a real chat model, as tests/data keeps it: 4 bits, 6.7 MB, without an embedding."""
+"""The drafters of a real chat model, a draft model and a head, as tests/data keeps them in 4 bits."""
 
 import json
 import os
@@ -13,25 +13,28 @@ from tests.conftest import SHARED, shared
 from tests.test_blas import needs_openblas
 
 ROOT = Path(__file__).parent.parent.parent
-DRAFTER = ROOT / "tests" / "data" / "smollm2-drafter"
+# Folder -> block efficiency at temperature 0 that it must exceed on ten prompts, which is less than it had.
+DRAFTERS = {"smollm2-drafter": 1.5, "smollm2-head": 1.3}
 
 
-def test_the_stored_drafter_takes_at_most_8_mb():
-    assert sum(file.stat().st_size for file in DRAFTER.iterdir()) <= 8e6
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_stored_drafter_takes_at_most_8_mb(name):
+    assert sum(file.stat().st_size for file in (ROOT / "tests" / "data" / name).iterdir()) <= 8e6
 
 
 @needs_openblas
 @pytest.mark.slow
-def test_the_stored_drafter_has_its_block_efficiency_on_held_out_prompts_of_dolly(tmp_path):
+@pytest.mark.parametrize(("name", "least"), DRAFTERS.items())
+def test_a_stored_drafter_has_its_block_efficiency_on_held_out_prompts_of_dolly(tmp_path, name, least):
     """Ten of the hundred prompts and short answers, since a pass of the target takes 20 to 100 ms."""
-    target = shared("models/SmolLM2-135M-Instruct-4bit")
+    target, drafter = shared("models/SmolLM2-135M-Instruct-4bit"), ROOT / "tests" / "data" / name
     scripts = ROOT / "scripts"
     subprocess.run(
         [sys.executable, scripts / "one_night_prompts.py", SHARED, tmp_path], check=True, stdout=subprocess.DEVNULL
     )
     words = [
         target,
-        DRAFTER,
+        drafter,
         tmp_path / "dolly-test.jsonl",
         "--count",
         "10",
@@ -47,4 +50,4 @@ def test_the_stored_drafter_has_its_block_efficiency_on_held_out_prompts_of_doll
         text=True,
         check=True,
     )
-    assert json.loads(result.stdout)["block_efficiency_at_0"] > 1.5  # 1.63 when it was stored
+    assert json.loads(result.stdout)["block_efficiency_at_0"] > least
