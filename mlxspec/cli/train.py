@@ -25,7 +25,7 @@ from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
 from mlxspec.training.recipe import FinetuneData, Recipe
-from mlxspec.training.recording import Recording
+from mlxspec.training.recording import Recording, delete_recording
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
 from mlxspec.training.retention import Retention
 from mlxspec.training.robust import Robust
@@ -333,14 +333,13 @@ def adapt(target: str, drafter: str, recorded: Path, general: Path, out: Path, *
 @click.option("--delete", is_flag=True, help="Delete all of them.")
 def recorded(folder: Path, delete: bool) -> None:
     """Count or delete the answers that `generate --record` and `chat --record` have kept in FOLDER."""
-    recording = Recording(folder)
-    count = len(recording.files())
     if delete:
-        recording.delete()
-        click.echo(f"deleted in {folder}: {count}")
+        click.echo(f"deleted in {folder}: {delete_recording(folder)}")
         return
-    tokens = sum(len(recorded.answer) for recorded in recording.answers())
-    click.echo(f"{folder}: answers: {count}, tokens: {tokens:,}, size: {recording.bytes / 1e6:,.1f} MB")
+    recording = Recording(folder)
+    lengths = [len(one.answer) for one in recording.answers()]
+    size = f"{recording.bytes / 1e6:,.1f} MB"
+    click.echo(f"{folder}: answers: {len(lengths)}, tokens: {sum(lengths):,}, size: {size}")
 
 
 def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[Prompt]) -> Scorer:

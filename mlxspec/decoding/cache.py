@@ -23,6 +23,8 @@ Buffers = list[tuple[mx.array, ...]]
 # Attention in a decoding block costs the capacity, not the length, and every new capacity is traced again.
 CAPACITY_STEP = 256
 
+LEAST_LOGPROB = -1e4  # instead of −∞
+
 PREFILL_STEP = 512  # tokens in one forward pass over a prompt
 
 
@@ -256,12 +258,12 @@ def written(
 def most_likely(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """Return the k most likely tokens [L, k] int32, in no order, and their log-probabilities, for logits [L, V].
 
-    There are V − 1 of them if k is larger.
+    There are V − 1 of them if k is larger. A token that the target excludes has ``LEAST_LOGPROB``.
     """
     k, logits = min(k, logits.shape[-1] - 1), logits.astype(mx.float32)
     tokens = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
     logprobs = mx.take_along_axis(logits, tokens, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return tokens.astype(mx.int32), logprobs
+    return tokens.astype(mx.int32), mx.maximum(logprobs, LEAST_LOGPROB)
 
 
 def raised_in_mlxspec(error: Exception) -> bool:

@@ -79,8 +79,8 @@ class SpeculativeDecoder:
         keep_top_k: int = 0,
     ):
         check_options(draft_length, verification)
-        if keep_top_k < 0 or keep_top_k == 1:
-            raise InvalidRequestError(f"keep_top_k is {keep_top_k}; use 2 or more, or 0 to keep nothing")
+        if type(keep_top_k) is not int or keep_top_k < 0 or keep_top_k == 1:
+            raise InvalidRequestError(f"keep_top_k is {keep_top_k!r}; use 2 or more, or 0 to keep nothing")
         self.pair = pair
         self.stats = DecodingStats()
         self.draft_length = draft_length

@@ -311,6 +311,6 @@ def files_to_push(folder: Path) -> list[Path]:
     missing = [name for name in ("config.json", "model.safetensors", "README.md") if not (folder / name).is_file()]
     if missing:
         raise ModelLoadError(f"{folder} has no {' and no '.join(missing)}; create it with `mlxspec export` first")
-    for record in folder.rglob(RECORDING):
+    for record in (*folder.rglob(RECORDING), *folder.rglob("[0-9]*-[0-9]*.npz")):
         raise InvalidRequestError(f"{record.parent} holds recorded answers, which are private; move it elsewhere")
     return sorted(path for path in folder.rglob("*") if path.is_file())

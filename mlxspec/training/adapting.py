@@ -24,16 +24,17 @@ from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import write_drafter
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import AnyDrafter, Batch, layers_read, objective_for, weighted_sums
-from mlxspec.training.recording import RecordedAnswer, Recording, target_fingerprint
+from mlxspec.training.recording import RecordedAnswer, Recording
 from mlxspec.training.retention import Retention
 from mlxspec.training.run_folder import broadcast, complete_stage, is_first_process, locked_for_all, start_stage
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher
-from mlxspec.training.trainer import TrainingSettings
+from mlxspec.training.trainer import TrainingSettings, check_batch
 
 HELD_OUT_EVERY = 5  # recorded answers: this one is not trained on
 FEWEST_ANSWERS = 10
+OTHER_TARGET = 0.5  # Σ |p − recorded p|, which is 2 for disjoint distributions; other bits change it by less
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class AdaptSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
             raise InvalidRequestError(f"tolerance is {self.tolerance}; use a number in [0, 1)")
+        if self.length < 2:
+            raise InvalidRequestError(f"length is {self.length}; use 2 or more")
+        check_batch(self.training)
+        Loss(self.loss)
+        Retention("co-natural", self.damping)
 
     @property
     def training(self) -> TrainingSettings:
@@ -105,17 +111,16 @@ def adapt(
 
     Raises:
         TrainingError: The folder was created with other inputs.
-        InvalidRequestError: There are too few recorded answers, or they are another target's.
+        InvalidRequestError: There are too few recorded answers, they are another target's, or the drafter does not fit.
     """
-    if recording.target != target_fingerprint(target.model):
-        raise InvalidRequestError(
-            f"{recording.folder} holds answers of another target; set target to the one that was recorded"
-        )
     answers = list(recording.answers())
     if len(answers) < FEWEST_ANSWERS:
         raise InvalidRequestError(
             f"{recording.folder} holds {len(answers)} answers; record at least {FEWEST_ANSWERS} to adapt a drafter to"
         )
+    check_answers(answers, target, recording.folder)
+    stages.check_tokenizer(general.index, target, general.folder)
+    stages.check_training(target, drafter, Loss(settings.loss), settings.training, answers[0].ids.shape[1])
     held_out = answers[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     learned = [answer for number, answer in enumerate(answers, 1) if number % HELD_OUT_EVERY]
     top_k = answers[0].ids.shape[1]
@@ -141,10 +146,36 @@ def adapt(
     )
     after = [acceptance_rate(drafter, teacher) for teacher in teachers[1:]]
     kept = after[0] > before[0] and after[1] >= before[1] - settings.tolerance
+    if is_first_process():
+        shutil.rmtree(folder / "drafter", ignore_errors=True)  # of a run with another tolerance
     if kept and is_first_process():
         result = {"recorded": after[0], "recorded_before": before[0], "general": after[1], "general_before": before[1]}
         write_drafter(drafter, folder / "drafter", target, asdict(settings), result)
     return Adaptation((before[0], after[0]), (before[1], after[1]), kept)
+
+
+def check_answers(answers: list[RecordedAnswer], target: Target, folder: Path) -> None:
+    """Raise InvalidRequestError if recorded answers are not a target's.
+
+    The first answer shows it: the target runs on it, and its probabilities are compared with those that were recorded.
+
+    Args:
+        answers: The answers.
+        target: The target.
+        folder: The folder of the recording, for the message.
+    """
+    if len({answer.ids.shape[1] for answer in answers}) > 1:
+        raise InvalidRequestError(f"{folder} has answers with different keep_top_k; record into a folder for each")
+    largest = max(int(part.max()) for answer in answers for part in (answer.prompt, answer.answer, answer.ids))
+    prompt, answer, ids, logprobs = answers[0]
+    if largest < target.vocab_size:
+        logits = target.model(mx.array(np.concatenate([prompt, answer]))[None])[0, len(prompt) - 1 : -1].astype(
+            mx.float32
+        )
+        p = mx.take_along_axis(mx.softmax(logits, axis=-1), mx.array(ids), axis=-1)
+        if float(mx.abs(p - mx.exp(mx.array(logprobs))).sum(-1).mean()) < OTHER_TARGET:
+            return
+    raise InvalidRequestError(f"{folder} holds answers of another target; set target to the one that was recorded")
 
 
 def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path) -> TokenShards:

@@ -1,29 +1,37 @@
 """Recorded answers: the answers of a target to real prompts, with its distribution at each token.
 
 Each answer is a file of its own, written in one step. So several processes may record into one folder, and a process
-that is killed leaves only complete answers. The folder and its files can be read by their owner alone, since prompts
-may hold secrets.
+that is killed leaves only complete answers. The folder can be read by its owner alone, since prompts may hold secrets.
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxspec.errors import InvalidRequestError, TrainingError, WriteError
-from mlxspec.files import fingerprint, read_json, write_atomically, write_json
+from mlxspec.errors import InvalidRequestError, TrainingError, WriteError, in_one_line
+from mlxspec.files import (
+    SCRATCH_PREFIX,
+    explain_write_errors,
+    fingerprint,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+)
 from mlxspec.models.export import RECORDING
 
 RECORDED_TOP_K = 64  # tokens kept at each position: 384 bytes, or 6 k
 RECORD_LIMIT = 10**9  # bytes
 FORMAT = 1
+ANSWER_FILE = re.compile(r"\d{20}-\d+\.npz")
 
 
 class RecordedAnswer(NamedTuple):
@@ -49,22 +57,30 @@ class Recording:
     """
 
     def __init__(self, folder: str | Path, target: nn.Module | None = None, limit: int = RECORD_LIMIT):
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit = Path(folder).resolve(), limit
         check_folder(self.folder)
-        record = self.folder / RECORDING
-        if target is None or record.exists():
-            self.target = stored_target(record)
+        self._record = self.folder / RECORDING
+        if target is None or self._record.exists():
+            self.target = stored_target(self._record)
         else:
             self.target = target_fingerprint(target)
-            write_json(record, {"format": FORMAT, "target": self.target})
-            self.folder.chmod(0o700)
-        if target is not None and self.target != target_fingerprint(target):
-            raise InvalidRequestError(f"{self.folder} holds answers of another target; record into another folder")
+        if target is not None:
+            if self.target != target_fingerprint(target):
+                raise InvalidRequestError(f"{self.folder} holds answers of another target; record into another folder")
+            self._open()
         self.bytes = sum(file.stat().st_size for file in self.files())
+
+    def _open(self) -> None:
+        """Create the folder for its owner alone, and its record."""
+        with explain_write_errors(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
+        if not self._record.exists():
+            write_json(self._record, {"format": FORMAT, "target": self.target})
 
     def files(self) -> list[Path]:
         """Return the file of each answer, the oldest first."""
-        return sorted(self.folder.glob("*.npz"))
+        return answer_files(self.folder)
 
     def add(self, prompt: list[int], answer: list[int], ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Record an answer. The arguments are the fields of a decoder's ``kept_probs``. An empty answer is left out.
@@ -82,10 +98,11 @@ class Recording:
             return
         if self.bytes >= self.limit:
             raise WriteError(
-                f"{self.folder} holds {self.bytes / 1e6:,.0f} MB of recorded answers, which is its limit; delete some, "
-                "or record into another folder"
+                f"{self.folder} has reached its limit of {self.limit / 1e6:g} MB; delete some answers, or record into "
+                "another folder"
             )
-        arrays: dict[str, Any] = {
+        self._open()  # it may have been deleted
+        arrays: dict[str, np.ndarray] = {
             "prompt": np.asarray(prompt, np.int32),
             "answer": np.asarray(answer, np.int32),
             "ids": ids.astype(np.int32),
@@ -94,11 +111,10 @@ class Recording:
 
         def write(path: Path) -> None:
             with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]
 
-        file = self.folder / f"{time.time_ns():020d}-{os.getpid()}.npz"
-        write_atomically(file, write)
-        self.bytes += file.stat().st_size
+        write_atomically(self.folder / f"{time.time_ns():020d}-{os.getpid()}.npz", write)
+        self.bytes += sum(array.nbytes for array in arrays.values())
 
     def answers(self) -> Iterator[RecordedAnswer]:
         """Yield the recorded answers, the oldest first. Raises TrainingError for a file that is damaged."""
@@ -106,28 +122,63 @@ class Recording:
             try:
                 with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
                     recorded = RecordedAnswer(*(arrays[name] for name in RecordedAnswer._fields))
-                if not len(recorded.answer) == len(recorded.ids) == len(recorded.logprobs) > 0:
-                    raise ValueError("its parts have different lengths")
+                    check_answer(recorded)
             except FileNotFoundError:  # deleted by another process
                 continue
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                raise TrainingError(f"{file} is damaged ({error}); delete it") from None
+            except Exception as error:  # NumPy and zipfile raise many kinds
+                raise TrainingError(f"{file} is damaged ({in_one_line(error)}); delete it") from None
             yield recorded
 
-    def delete(self) -> None:
-        """Delete all recorded answers, and the folder if nothing else is in it."""
-        for file in [*self.files(), self.folder / RECORDING]:
-            file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+
+def answer_files(folder: Path) -> list[Path]:
+    """Return the files of recorded answers in a folder, the oldest first."""
+    return sorted(file for file in folder.glob("*.npz") if ANSWER_FILE.fullmatch(file.name))
+
+
+def delete_recording(folder: Path) -> int:
+    """Delete all recorded answers of a folder, and the folder if nothing else is in it.
+
+    It works on a damaged recording too, and deletes what a killed process had started to write.
+
+    Returns:
+        The number of answers.
+
+    Raises:
+        InvalidRequestError: The folder holds no recorded answers.
+    """
+    folder = folder.resolve()
+    files = answer_files(folder)
+    if not files and not (folder / RECORDING).exists():
+        raise InvalidRequestError(f"{folder} holds no recorded answers; name a folder that --record has written")
+    for file in [*files, folder / RECORDING]:
+        file.unlink(missing_ok=True)
+    remove_leftovers(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return len(files)
+
+
+def check_answer(recorded: RecordedAnswer) -> None:
+    """Raise ValueError if the arrays of an answer do not belong together."""
+    prompt, answer, ids, logprobs = recorded
+    if prompt.ndim != 1 or answer.ndim != 1 or not len(prompt) or not len(answer):
+        raise ValueError("prompt and answer are not lists of tokens")
+    if any(part.dtype != np.int32 or part.min() < 0 for part in (prompt, answer, ids)) or logprobs.dtype != np.float16:
+        raise ValueError("its numbers are of another type")
+    if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != len(answer) or ids.shape[1] < 2:
+        raise ValueError("its parts have other shapes")
+    if (np.diff(np.sort(ids, axis=1)) == 0).any() or not (np.isfinite(logprobs) & (logprobs <= 0.01)).all():
+        raise ValueError("its probabilities are not those of different tokens")
 
 
 def check_folder(folder: Path) -> None:
     """Raise InvalidRequestError if answers cannot be recorded in a folder, because it holds something else."""
     if folder.exists() and not folder.is_dir():
         raise InvalidRequestError(f"{folder} is a file; name a folder for the recorded answers")
-    if folder.is_dir() and not (folder / RECORDING).exists() and any(folder.iterdir()):
-        raise InvalidRequestError(f"{folder} holds other files; record into a new folder")
+    if folder.is_dir() and not (folder / RECORDING).exists():
+        own = [path.name.startswith((SCRATCH_PREFIX, ".DS_Store")) for path in folder.iterdir()]
+        if not all(own):
+            raise InvalidRequestError(f"{folder} holds other files; record into a new folder")
 
 
 def stored_target(record: Path) -> str:
@@ -136,13 +187,12 @@ def stored_target(record: Path) -> str:
         raise InvalidRequestError(f"{record.parent} holds no recorded answers; name a folder that --record has written")
     try:
         content = read_json(record)
-        if content["format"] != FORMAT:
-            raise InvalidRequestError(f"{record.parent} has another format; record into a new folder")
-        return str(content["target"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InvalidRequestError):
-            raise
+        version, target = content["format"], str(content["target"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InvalidRequestError(f"{record} is damaged; record into a new folder") from None
+    if version != FORMAT:
+        raise InvalidRequestError(f"{record.parent} has another format; record into a new folder")
+    return target
 
 
 def target_fingerprint(target: nn.Module) -> str:

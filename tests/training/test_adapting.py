@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import mlxspec
+from mlxspec.errors import InvalidRequestError
 from mlxspec.models.loading import DEMO
-from mlxspec.training.adapting import AdaptSettings, new_teacher, recorded_shards, store_recorded
+from mlxspec.training.adapting import AdaptSettings, check_answers, new_teacher, recorded_shards, store_recorded
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.recording import Recording
 from mlxspec.training.target import Target
@@ -109,9 +110,31 @@ def test_an_interrupted_adaptation_ends_as_one_that_was_not(answers, general, tm
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(("--tolerance", "2"), "tolerance is 2"), (("--loss", "best"), "best"), (("--steps", "0"), "steps")],
+    [
+        (("--tolerance", "2"), "tolerance is 2"),
+        (("--loss", "best"), "best"),
+        (("--steps", "0"), "steps"),
+        (("--length", "0"), "length is 0"),
+        (("--batch", "0"), "batch"),
+        (("--damping", "0"), "damping is 0"),
+        (("--learning-rate", "-1"), "learning_rate"),
+    ],
 )
 def test_a_wrong_setting_is_one_line(answers, general, tmp_path, mlxspec_command, options, words):
     outcome = adapt(mlxspec_command, answers, general, tmp_path / "out", *options)
     assert (outcome.status, len(outcome.err.splitlines())) == (2, 1), outcome.err
     assert words in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_another_target_are_refused(answers, general, tmp_path):
+    target, recorded = Target(TARGET), list(Recording(answers / "recorded").answers())
+    check_answers(recorded, target, tmp_path)
+    others = [answer._replace(logprobs=np.roll(answer.logprobs, 7, axis=0)) for answer in recorded]
+    outside = [recorded[0]._replace(ids=recorded[0].ids + target.vocab_size)]
+    for wrong in (others, outside):
+        with pytest.raises(InvalidRequestError, match="answers of another target"):
+            check_answers(wrong, target, tmp_path)
+    narrow = recorded[1]._replace(ids=recorded[1].ids[:, :5], logprobs=recorded[1].logprobs[:, :5])
+    with pytest.raises(InvalidRequestError, match="different keep_top_k"):
+        check_answers([recorded[0], narrow], target, tmp_path)

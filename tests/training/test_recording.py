@@ -15,7 +15,7 @@ from mlxspec import InvalidRequestError, ModelPair, SpeculativeDecoder, Training
 from mlxspec.models.export import files_to_push
 from mlxspec.models.loading import DEMO, read_model
 from mlxspec.models.quantizing import dequantized
-from mlxspec.training.recording import Recording, target_fingerprint
+from mlxspec.training.recording import Recording, delete_recording, target_fingerprint
 from tests.conftest import decoded, random_llama
 from tests.test_full_disks import call, small_disk  # noqa: F401
 
@@ -58,7 +58,7 @@ def test_only_the_owner_can_read_what_is_recorded(tmp_path):
 def test_a_full_recording_refuses_the_next_answer_and_keeps_the_others(tmp_path):
     recording, _ = recorded(tmp_path / "answers", [1], [2])
     recording.limit = recording.bytes
-    with pytest.raises(WriteError, match="which is its limit"):
+    with pytest.raises(WriteError, match="has reached its limit"):
         recording.add([1], [2], np.array([[1, 2]]), np.array([[-1.0, -2.0]]))
     assert len(list(recording.answers())) == 2
 
@@ -83,12 +83,66 @@ def test_a_target_has_one_fingerprint_in_every_precision():
     assert target_fingerprint(stored) != target_fingerprint(target())
 
 
-def test_a_damaged_answer_is_named_in_one_line(tmp_path):
+def rewritten(**changes):
+    """A function that replaces arrays of a recorded file."""
+
+    def change(file):
+        with np.load(file) as arrays:
+            kept = dict(arrays)
+        np.savez(file, **{**kept, **{name: new(kept[name]) for name, new in changes.items()}})
+
+    return change
+
+
+DAMAGE = {
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-40]),
+    "an array instead of several": lambda file: file.write_bytes(b"\x93NUMPY" + file.read_bytes()),
+    "a pickle": rewritten(answer=lambda a: np.array([{"a": 1}], dtype=object)),
+    "a number instead of tokens": rewritten(answer=lambda a: a[0]),
+    "an empty prompt": rewritten(prompt=lambda p: p[:0]),
+    "a negative token": rewritten(ids=lambda ids: ids - 100),
+    "real numbers as tokens": rewritten(ids=lambda ids: ids + 0.5),
+    "a token twice": rewritten(ids=lambda ids: ids * 0),
+    "ids of another shape": rewritten(ids=lambda ids: ids[:, :3]),
+    "NaN": rewritten(logprobs=lambda p: p * np.float16("nan")),
+    "probabilities above 1": rewritten(logprobs=lambda p: -p),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_answer_is_named_in_one_line_and_can_be_deleted(tmp_path, damage):
     recording, _ = recorded(tmp_path / "answers", [1], [2])
     file = recording.files()[1]
-    file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(TrainingError, match=f"{file.name} is damaged"):
+    DAMAGE[damage](file)
+    with pytest.raises(TrainingError, match=rf"{file.name} is damaged \(.+\); delete it") as caught:
         list(recording.answers())
+    assert "\n" not in str(caught.value)
+    assert delete_recording(tmp_path / "answers") == 2
+
+
+def test_a_damaged_recording_is_refused_and_can_be_deleted(tmp_path):
+    recording, _ = recorded(tmp_path / "answers", [1])
+    (recording.folder / "recording.json").write_text("[" * 10_000)
+    with pytest.raises(InvalidRequestError, match=r"recording\.json is damaged"):
+        Recording(tmp_path / "answers")
+    (recording.folder / ".writing-abc").mkdir()  # of a process that was killed
+    assert delete_recording(tmp_path / "answers") == 1
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_recording_that_is_deleted_in_between_begins_again_for_its_owner_alone(tmp_path):
+    recording, _ = recorded(tmp_path / "answers", [1])
+    delete_recording(tmp_path / "answers")
+    recording.add([1], [2], np.array([[1, 2]]), np.array([[-1.0, -2.0]]))
+    assert recording.folder.stat().st_mode & 0o777 == 0o700
+    assert len(list(Recording(tmp_path / "answers").answers())) == 1
+
+
+def test_a_folder_that_others_could_read_is_closed_before_anything_is_recorded(tmp_path):
+    (tmp_path / "answers").mkdir(mode=0o777)
+    recording, _ = recorded(tmp_path / "answers", [1])
+    recording.folder.chmod(0o755)
+    assert Recording(tmp_path / "answers", target()).folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_recording_is_never_pushed(tmp_path):
@@ -101,11 +155,12 @@ def test_a_recording_is_never_pushed(tmp_path):
 
 def test_deleting_leaves_nothing_but_what_others_put_there(tmp_path):
     recording, _ = recorded(tmp_path / "answers", [1])
-    (tmp_path / "answers" / "mine").touch()
-    recording.delete()
-    assert os.listdir(tmp_path / "answers") == ["mine"]
-    recorded(tmp_path / "more", [1])[0].delete()
-    assert not (tmp_path / "more").exists()
+    np.savez(tmp_path / "answers" / "mine.npz", a=np.zeros(3))
+    (tmp_path / "link").symlink_to(tmp_path / "answers")
+    assert delete_recording(tmp_path / "link") == 1
+    assert os.listdir(recording.folder) == ["mine.npz"]
+    with pytest.raises(InvalidRequestError, match="holds no recorded answers"):
+        delete_recording(tmp_path / "answers")
 
 
 def test_a_process_that_is_killed_while_it_records_leaves_only_complete_answers(tmp_path):
@@ -114,7 +169,7 @@ from tests.training.test_recording import *
 recording, _ = recorded({str(tmp_path / "answers")!r}, [1])
 print("recording", flush=True)
 while True:
-    recording.add([1, 2], [3] * 200, np.zeros((200, 64), np.int32), np.zeros((200, 64)))
+    recording.add([1, 2], [3] * 200, np.tile(np.arange(64), (200, 1)), np.full((200, 64), -5.0))
 """
     for kills in range(3):
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
