@@ -112,9 +112,9 @@ class Recording:
         def write(path: Path) -> None:
             with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
+            self.bytes += path.stat().st_size
 
         write_atomically(self.folder / f"{time.time_ns():020d}-{os.getpid()}.npz", write)
-        self.bytes += sum(array.nbytes for array in arrays.values())
 
     def answers(self) -> Iterator[RecordedAnswer]:
         """Yield the recorded answers, the oldest first. Raises TrainingError for a file that is damaged."""
