@@ -72,7 +72,7 @@ def main(
     target = Target(target_folder)
     shards = TokenShards(answers / "tokens")
     by_task: dict[str, list] = {}
-    for document, task in zip(shards.documents(), (shards.tasks[n] for n in shards._document_tasks), strict=True):
+    for document, task in zip(shards.documents(), (shards.tasks[n] for n in shards.document_tasks), strict=True):
         by_task.setdefault(task, []).append((document, task))
     counts = {task: int(count) for task, _, count in (part.partition(":") for part in mix)}
     measured = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
@@ -19,6 +20,8 @@ from mlxspec import ModelPair, SpeculativeDecoder
 from mlxspec.models.eagle import EAGLE1, EAGLE3
 from mlxspec.models.loading import DEMO
 from mlxspec.training.recipe import Recipe
+from mlxspec.training.shards import ShardWriter
+from mlxspec.training.target import Target
 from tests.conftest import decoded, random_llama, shared
 from tests.models.test_eagle import random_head
 
@@ -250,6 +253,25 @@ def test_the_costs_of_training_are_measured(what, options):
     small = ["--length", 16, "--steps", 1] if what in ("throughput", "distill") else []
     out = run_script("compare_training.py", what, *options, *small, "--rounds", 1)
     assert re.search(r"ratio \d|over mlx-lm \d|costs \d|\d\) of its time", out)
+
+
+@pytest.mark.slow
+def test_worst_case_training_and_retention_are_compared(tmp_path, mlxspec_command):
+    target, answers = Target(str(DEMO / "target")), tmp_path / "answers"
+    with ShardWriter(answers / "tokens", target.vocab_size, target.tokenizer_fingerprint) as writer:
+        for number in range(36):
+            ids = np.random.default_rng(number).integers(3, 300, 20).tolist()
+            writer.add(ids, [0] * 5 + [1] * 15, "abc"[number % 3])
+        writer.finish()
+    start = ("--layers", "0", "--vocabulary-size", "300", "--answers", str(answers), "--out", str(tmp_path / "start"))
+    assert mlxspec_command("train", "init", "--target", str(DEMO / "target"), *start).status == 0
+    small = ["--held-out", 2, "--earlier", 3, "--steps", 2, "--batch", 2, "--length", 32, "--seeds", 1]
+    tasks = ["--mix", "a:6", "--mix", "b:2", "--absent", "c"]
+    command = [DEMO / "target", tmp_path / "start" / "drafter", answers, tmp_path / "out", *tasks, *small]
+    lines = [json.loads(line) for line in run_script("robust_drafters.py", *command).splitlines()]
+    names = ["before", "plain", "groups", "ratios", "9:1", "penalty", "co-natural"]
+    assert [line["method"] for line in lines] == names
+    assert all(0 < line[task] < 1 for line in lines for task in "abc")
 
 
 @pytest.mark.slow

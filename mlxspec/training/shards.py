@@ -340,12 +340,12 @@ class TokenShards:
             numbers = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
             documents[row, : end - start] = numbers - numbers[0]
             if self._tasks:
-                tasks[row, : end - start] = self._document_tasks[numbers - 1]
+                tasks[row, : end - start] = self.document_tasks[numbers - 1]
         mask[:, 1:][documents[:, 1:] != documents[:, :-1]] = 0
         return Rows(ids, mask, documents, tasks)
 
     @cached_property
-    def _document_tasks(self) -> np.ndarray:
+    def document_tasks(self) -> np.ndarray:
         """Number of the task of each document [documents]."""
         return np.concatenate(self._tasks)
 
