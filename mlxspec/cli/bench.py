@@ -35,7 +35,9 @@ from mlxspec.evaluation.benchmark import (
     run_benchmark,
     samplings,
     summaries,
+    throttled,
 )
+from mlxspec.evaluation.energy import needs_root
 from mlxspec.evaluation.profile import PARTS, calibrated, profile
 from mlxspec.evaluation.report import (
     ENGINE_HEADINGS,
@@ -47,6 +49,7 @@ from mlxspec.evaluation.report import (
     read_record,
     write_report,
 )
+from mlxspec.evaluation.rounds import PAUSE, default_pause
 from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
 
@@ -79,6 +82,8 @@ PROFILED = 4  # draft length of the block whose parts are timed
 )
 @click.option("--rounds", default=BenchmarkSettings.rounds, show_default=True,
               help="Measured rounds. A warm-up round comes first.")  # fmt: skip
+@click.option("--pause", type=float, default=default_pause, show_default=f"{PAUSE:g} on a GPU, 0 on the CPU",
+              help="Seconds to pause before each answer, so that the machine cools down.")  # fmt: skip
 @DRAFT_LENGTH
 @click.option("--peer-draft-length", default=BenchmarkSettings.peer_draft_length, show_default=True,
               help="Tokens that mlx-lm drafts for each pass of the target.")  # fmt: skip
@@ -104,6 +109,8 @@ def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, 
     if calibration and drafter == "none":
         raise InvalidRequestError("--calibrate needs a drafter; leave out --drafter none")
     check_writable(out)
+    if needs_root():
+        click.echo("power and energy are not measured: powermetrics needs root; to measure them, use sudo", err=True)
     pair = mlxspec.load(target, drafter, quantize=quantize, context_length=context, quantize_drafter=quantize_drafter)
     if target and drafter is None:
         say_drafter(pair)
@@ -196,6 +203,8 @@ def print_results(record: Record) -> None:
         print_table(ENGINE_HEADINGS, [line for row in rows for line in engine_cells(row)])
         click.echo(f"\n{LEGEND}\n\n{headline(rows)}")
         print_block(record.get("profile"))
+        if warning := throttled(record):
+            click.echo(warning, err=True)
 
 
 def print_block(found: Record | None) -> None:

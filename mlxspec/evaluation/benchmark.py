@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,7 @@ from mlxspec.evaluation.engines import (
     mlxspec_engine,
 )
 from mlxspec.evaluation.metrics import memory_bound_speedup, parameter_count, step_bytes
-from mlxspec.evaluation.rounds import interleaved, ratio
+from mlxspec.evaluation.rounds import default_pause, interleaved, ratio
 from mlxspec.evaluation.tasks import Task
 from mlxspec.files import write_json
 from mlxspec.models.eagle import Eagle
@@ -45,6 +45,8 @@ from mlxspec.models.pair import ModelPair
 
 Record = dict[str, Any]  # what is written as JSON
 FORMAT = 2
+THROTTLED = 0.1  # loss of speed, from the first round to the last, of every engine
+LONGEST_PAUSE = 3600  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class BenchmarkSettings:
         draft_length: Draft length γ of mlxspec, or "auto".
         peer_draft_length: Draft length γ of mlx-lm's speculative decoding.
         verification: The verification rule.
+        pause: Seconds without work before each answer, for the machine to cool down.
     """
 
     temperatures: tuple[float, ...] = ()
@@ -66,11 +69,14 @@ class BenchmarkSettings:
     draft_length: int | str = DEFAULT_DRAFT_LENGTH
     peer_draft_length: int = PEER_DRAFT_LENGTH
     verification: str = DEFAULT_RULE
+    pause: float = field(default_factory=default_pause)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "max_tokens", "peer_draft_length"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if not 0 <= self.pause <= LONGEST_PAUSE:
+            raise InvalidRequestError(f"pause is {self.pause:g} seconds; use 0 to {LONGEST_PAUSE}")
         check_options(self.draft_length, self.verification)
         for temperature in self.temperatures:
             Sampling(temperature)
@@ -135,8 +141,9 @@ def run_benchmark(
         def advanced(done: int, of_task: int, what: str = what, before: int = before) -> None:
             progress(what, before + done, total)
 
-        for answers in interleaved(runs, settings.rounds, progress=advanced):
+        for answers in interleaved(runs, settings.rounds, progress=advanced, pause=settings.pause):
             result["rounds"].append(round_of(answers, sampling))
+            result["slowdown"] = slowdown(result["rounds"])
             keep(record, out)
         before += len(task.prompts) * runs_per_prompt
     record["complete"] = True
@@ -199,6 +206,27 @@ def round_of(answers: dict[tuple[int, str], Answer], sampling: Sampling) -> Reco
         "blocks": blocks.to_dict(),
         "same_text": same if sampling.temperature == 0 else None,
     }
+
+
+def slowdown(rounds: list[Record]) -> float:
+    """Return the share of its tokens per second that every engine lost from the first round to the last.
+
+    It is that of the engine that lost least, and 0 if one did not lose any. A machine that heats up slows down all
+    engines, while the text of a round affects some.
+    """
+    lost = [1 - rate(rounds[-1]["engines"][name]) / rate(first) for name, first in rounds[0]["engines"].items()]
+    return max(0.0, min(lost))
+
+
+def throttled(record: Record) -> str:
+    """Return one line that says that the machine was throttled while it was measured, or "" if it was not."""
+    worst_loss = max((result.get("slowdown", 0.0) for result in record["results"]), default=0.0)
+    if worst_loss <= THROTTLED:
+        return ""
+    return (
+        f"The machine slowed down: in the last round every engine was at least {worst_loss:.0%} slower than in the "
+        "first; repeat with a longer --pause."
+    )
 
 
 def sizes(pair: ModelPair) -> Record:
@@ -276,6 +304,7 @@ def summary(record: Record, result: Record) -> Record:
         "decode_tokens_per_second": medians(rounds, decode_rate),
         "prefill_tokens_per_second": medians(rounds, lambda e: e["prompt_tokens"] / e["first_seconds"]),
         "peak_memory_bytes": medians(rounds, lambda e: e["peak_memory_bytes"]),
+        "watts": medians(rounds, lambda e: None if e["joules"] is None else e["joules"] / e["seconds"]),
         "joules_per_token": medians(rounds, lambda e: e["joules"] / e["tokens"] if e["joules"] else None),
         "ratio": {name: ratio(rates[OURS], rates[name]).to_dict() for name in (PLAIN, PEER) if name in rates},
     }

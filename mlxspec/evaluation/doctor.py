@@ -5,7 +5,6 @@ The record is meant to be sent to others. It has no user name, host name or path
 
 import platform
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from mlxspec.evaluation.benchmark import machine
 from mlxspec.evaluation.engines import mlx_lm_engine, mlxspec_engine
 from mlxspec.evaluation.metrics import parameter_count, step_bytes
 from mlxspec.evaluation.profile import answering, target_pass
-from mlxspec.evaluation.rounds import by_engine, interleaved, ratio, spread
+from mlxspec.evaluation.rounds import by_engine, default_pause, interleaved, ratio, spread
 from mlxspec.evaluation.tasks import read_tasks
 from mlxspec.models.attention import model_type
 from mlxspec.models.catalog import KNOWN_MODELS
@@ -38,7 +37,6 @@ Progress = Callable[[str, int, int], None]  # what is measured, runs done, numbe
 
 FORMAT = 1
 DEFAULT_ROUNDS = 3
-PAUSE = 0.1  # seconds without work before each timing on a GPU, so that the heat of one does not slow down the next
 
 DTYPES = {mx.float32: 64, mx.bfloat16: 24}  # precision -> tokens of an answer; the CPU back end is slow in 16 bits
 DRAFT_LENGTHS = (0, 1, 4, 8, 16)  # on Metal, passes over 1, 2, 5, 9 and 17 rows run on different kernels
@@ -73,7 +71,7 @@ def new_record(pair: ModelPair, target: str | None, rounds: int) -> Record:
         },
         "target": described(pair, target),
         "rounds": rounds,
-        "pause_seconds": pause(),
+        "pause_seconds": default_pause(),
         "profiles": [],
         "complete": False,
     }
@@ -182,27 +180,21 @@ def common(plain: tuple[int, ...], other: tuple[int, ...]) -> int | None:
 # ----------------------------------------------------------------------- time
 
 
-def rested(timer: Timer, wake: Timer) -> Callable[[int], float]:
-    """Return an engine that pauses, wakes the GPU with another timer, and returns the seconds of ``timer``."""
+def awake(timer: Timer, wake: Timer) -> Callable[[int], float]:
+    """Return an engine that wakes the GPU with another timer, and returns the seconds of ``timer``."""
 
     def run(number: int) -> float:
-        time.sleep(pause())
         wake()
         return timer()
 
     return run
 
 
-def pause() -> float:
-    """Return the seconds to pause before each timing."""
-    return 0.0 if mx.default_device().type == mx.cpu else PAUSE
-
-
 def medians(timers: Mapping[Any, Timer], rounds: int, progress: Callable[[int, int], None]) -> dict[Any, float]:
     """Return the median seconds of each timer, over interleaved rounds with pauses. The first timer wakes the GPU."""
     wake = next(iter(timers.values()))
-    engines = {name: rested(timer, wake) for name, timer in timers.items()}
-    found = by_engine(interleaved(engines, rounds, warm_up=0, progress=progress))
+    engines = {name: awake(timer, wake) for name, timer in timers.items()}
+    found = by_engine(interleaved(engines, rounds, warm_up=0, progress=progress, pause=default_pause()))
     return {name: spread(seconds).median for name, seconds in found.items()}
 
 

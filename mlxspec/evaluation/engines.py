@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,11 +13,11 @@ from mlx_lm.sample_utils import make_sampler
 from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
+from mlxspec.evaluation.energy import energy
 from mlxspec.models.pair import ModelPair
 
 PLAIN, PEER, OURS = "mlx-lm plain", "mlx-lm speculative", "mlxspec"
 PEER_DRAFT_LENGTH = 3  # mlx-lm's own default
-RAPL = Path("/sys/class/powercap")  # Linux counts the microjoules of each processor package here, usually for root only
 
 Engine = Callable[[list[int], int], "Answer"]  # prompt, seed
 
@@ -34,7 +33,7 @@ class Answer:
         seconds: Time of the whole answer in seconds, prefill included.
         first_seconds: Time until the first token or block in seconds.
         peak_memory_bytes: Peak of the memory that MLX allocated, in bytes.
-        joules: Energy of the processor packages. None where it cannot be read.
+        joules: Energy of the processor, on macOS with its GPU. None where it cannot be read.
         ids: Token ids of one answer. A sum has none.
         stats: mlxspec's statistics of one answer. A sum has none.
     """
@@ -80,16 +79,16 @@ def timed(
     """
     mx.synchronize()
     mx.reset_peak_memory()
-    energy, start = joules(), time.perf_counter()
-    ids: list[int] = []
-    first_seconds, first_tokens = 0.0, 0
-    for piece in stream():
-        if not ids:
-            first_seconds, first_tokens = time.perf_counter() - start, arrived()
-        ids += piece
-    seconds = time.perf_counter() - start
-    later = joules()
-    used = None if energy is None or later is None or later < energy else later - energy  # the counter wraps around
+    with energy() as joules:
+        start = time.perf_counter()
+        ids: list[int] = []
+        first_seconds, first_tokens = 0.0, 0
+        for piece in stream():
+            if not ids:
+                first_seconds, first_tokens = time.perf_counter() - start, arrived()
+            ids += piece
+        seconds = time.perf_counter() - start
+        used = joules(seconds)
     return Answer(len(ids), first_tokens, len(prompt), seconds, first_seconds, mx.get_peak_memory(), used, tuple(ids))
 
 
@@ -145,15 +144,3 @@ def mlxspec_engine(decoder: SpeculativeDecoder, max_tokens: int) -> Engine:
         return measured
 
     return answer
-
-
-def joules(folder: Path = RAPL) -> float | None:
-    """Return the energy counter of the processor packages, in joules.
-
-    It is None where the counter cannot be read, as on macOS or without the permission that Linux requires.
-    """
-    packages = [path for path in folder.glob("*:*") if path.name.count(":") == 1]
-    try:
-        return sum(int((path / "energy_uj").read_text()) for path in packages) / 1e6 if packages else None
-    except (OSError, ValueError):
-        return None

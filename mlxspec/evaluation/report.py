@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.evaluation.benchmark import FORMAT, Record, summaries, worst
+from mlxspec.evaluation.benchmark import FORMAT, Record, summaries, throttled, worst
 from mlxspec.evaluation.curves import can_draw, new_figure
 from mlxspec.evaluation.engines import OURS, PEER, PLAIN
 from mlxspec.evaluation.profile import PARTS
@@ -84,21 +84,22 @@ def page_of(record: Record, drawn: dict[str, bytes]) -> str:
         for name, content in drawn.items()
     )
     unfinished = "" if record["complete"] else "<p><strong>Interrupted: only finished rounds are shown.</strong></p>"
+    slow = f"<p><strong>{text(line)}</strong></p>" if (line := throttled(record)) else ""
     lowest = "Lowest τ: {task} at temperature {temperature:g}.".format(**worst(rows))
     engines = [line for row in rows for line in engine_cells(row)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{text(title)}</title><style>{STYLE}</style></head><body>
 <h1>{text(title)}</h1>
-<p>{text(headline(rows))}</p>{unfinished}
+<p>{text(headline(rows))}</p>{unfinished}{slow}
 <h2>By task</h2><div class="wide">{table(HEADINGS, [cells(row) for row in rows])}</div>
 <p>Ratios compare the tokens per second of whole answers within a round: the median, and in brackets the least and the
 most over the rounds. τ is block efficiency, the tokens per target pass. γ is the mean draft length. MBSU is the
 speed-up on a machine where a step costs what it reads, with the drafter's cost by parameters and by bytes. "Same text"
 says whether all engines gave the same text at temperature 0. {text(lowest)}</p>
 <h2>By engine</h2><div class="wide">{table(ENGINE_HEADINGS, engines)}</div>
-<p>Tokens per second of whole answers, of the prompt, and after the first token or block. Energy is shown where it can
-be read.</p>
+<p>Tokens per second of whole answers, of the prompt, and after the first token or block. Power and energy are
+shown where they can be read.</p>
 <h2>Pictures</h2>{figures}
 <h2>Measured on</h2><dl>{"".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in described(record))}</dl>
 </body></html>
@@ -136,15 +137,15 @@ def cells(row: Record) -> list[str]:
     ]
 
 
-ENGINE_HEADINGS = ("task", "T", "engine", "tokens/s", "prefill", "decode", "peak memory", "J/token")
+ENGINE_HEADINGS = ("task", "T", "engine", "tokens/s", "prefill", "decode", "peak memory", "W", "J/token")
 
 
 def engine_cells(row: Record) -> list[list[str]]:
     """Return the rows of the table by engine that belong to one row of the table by task."""
 
-    def energy(name: str) -> str:
-        joules = row["joules_per_token"][name]
-        return "-" if joules is None else f"{joules:.3g}"
+    def known(figure: str, name: str) -> str:
+        value = row[figure][name]
+        return "-" if value is None else f"{value:.3g}"
 
     return [
         [
@@ -155,7 +156,8 @@ def engine_cells(row: Record) -> list[list[str]]:
             f"{row['prefill_tokens_per_second'][name]:.0f}",
             f"{row['decode_tokens_per_second'][name]:.1f}",
             f"{row['peak_memory_bytes'][name] / 1e6:.0f} MB",
-            energy(name),
+            known("watts", name),
+            known("joules_per_token", name),
         ]
         for name in row["tokens_per_second"]
     ]

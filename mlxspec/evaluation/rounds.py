@@ -2,7 +2,8 @@
 
 Every engine runs once in each round, so a disturbance of the machine affects all engines alike. The first rounds
 compile and warm up, and their results are discarded. Ratios are taken within a round. Their median, minimum and maximum
-over the rounds are reported.
+over the rounds are reported. On a GPU, each run comes after a pause, so that the heat of one does not slow down the
+next.
 """
 
 import statistics
@@ -11,9 +12,17 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # runs done, number of all runs
+PAUSE = 0.1  # seconds of the default pause on a GPU
+
+
+def default_pause() -> float:
+    """Return the default pause before each run, in seconds: none on the CPU back end."""
+    return 0.0 if mx.default_device().type == mx.cpu else PAUSE
 
 
 def interleaved(
@@ -21,6 +30,7 @@ def interleaved(
     rounds: int,
     warm_up: int = 1,
     progress: Progress = lambda done, total: None,
+    pause: float = 0.0,
 ) -> Iterator[dict[Name, Result]]:
     """Yield the results of all engines, once for each counted round.
 
@@ -29,12 +39,14 @@ def interleaved(
         rounds: Number of rounds that count.
         warm_up: Number of earlier rounds, whose results are discarded.
         progress: Called before each run and after the last one, with the runs done and the number of all runs.
+        pause: Seconds without work before each run.
     """
     total = (warm_up + rounds) * len(engines)
     for number in range(warm_up + rounds):
         results = {}
         for place, (name, engine) in enumerate(engines.items()):
             progress(number * len(engines) + place, total)
+            time.sleep(pause)
             results[name] = engine(number)
         if number >= warm_up:
             yield results

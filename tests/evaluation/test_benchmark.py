@@ -15,8 +15,10 @@ from mlxspec.evaluation.benchmark import (
     machine,
     new_record,
     run_benchmark,
+    slowdown,
     summaries,
     summary,
+    throttled,
 )
 from mlxspec.evaluation.engines import OURS, PEER, PLAIN
 from mlxspec.evaluation.report import read_record
@@ -91,11 +93,37 @@ def test_a_pair_without_a_model_drafter_is_compared_with_plain_only(demo, names)
 
 @pytest.mark.parametrize("given", [
     {"rounds": 0}, {"max_tokens": 0}, {"peer_draft_length": 0}, {"temperatures": (-1,)}, {"temperatures": (1.0, 1.0)},
-    {"draft_length": 99}, {"verification": "nope"},
+    {"draft_length": 99}, {"verification": "nope"}, {"pause": -1.0}, {"pause": float("nan")},
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(given):
     with pytest.raises(InvalidRequestError, match=r"use|give each once"):
         BenchmarkSettings(**given)
+
+
+# ----------------------------------------------------------------------- throttling
+
+
+def rounds_of(*speeds):
+    """Rounds of two engines with these tokens per second."""
+    return [{"engines": {name: {"tokens": speed * 2, "seconds": 2.0} for name, speed in zip("ab", pair, strict=True)}}
+            for pair in speeds]  # fmt: skip
+
+
+@pytest.mark.parametrize(("speeds", "lost"), [
+    ([(100, 200), (10, 20), (80, 150)], 0.2),
+    ([(100, 200), (80, 210)], 0.0),  # the text of a round slowed down one engine
+    ([(100, 200)], 0.0),
+])  # fmt: skip
+def test_the_slowdown_is_what_every_engine_lost_from_the_first_round_to_the_last(speeds, lost):
+    assert slowdown(rounds_of(*speeds)) == pytest.approx(lost)
+
+
+def test_a_machine_that_was_throttled_is_named_in_one_line(record):
+    assert all(0 <= result["slowdown"] < 1 for result in record["results"])
+    steady, hot = ({"results": [{"slowdown": 0.0}, {"slowdown": loss}]} for loss in (0.1, 0.17))
+    assert throttled(steady) == ""
+    assert "every engine was at least 17% slower than in the first" in throttled(hot)
+    assert throttled({"results": [{"rounds": []}]}) == ""  # of an earlier version
 
 
 # ----------------------------------------------------------------------- sums

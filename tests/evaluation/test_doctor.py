@@ -6,7 +6,7 @@ import pytest
 
 from mlxspec import ModelPair, PromptLookup
 from mlxspec.decoding.calibration import Timer
-from mlxspec.evaluation import doctor
+from mlxspec.evaluation import doctor, rounds
 from mlxspec.evaluation.doctor import common, described, kernels, linear_stack, medians, profiles, without_paths
 from tests.conftest import random_llama
 
@@ -62,8 +62,8 @@ def test_the_stack_is_a_product_of_4_bit_matrices(monkeypatch):
 
 def test_rounds_are_interleaved_and_each_timing_comes_after_a_pause(monkeypatch):
     order = []
-    monkeypatch.setattr(doctor, "pause", lambda: 0.25)
-    monkeypatch.setattr(doctor.time, "sleep", lambda seconds: order.append(seconds))
+    monkeypatch.setattr(doctor, "default_pause", lambda: 0.25)
+    monkeypatch.setattr(rounds.time, "sleep", lambda seconds: order.append(seconds))
 
     class Named(Timer):
         def __init__(self, name, seconds):

@@ -5,7 +5,7 @@ import pytest
 from mlxspec import Sampling, SpeculativeDecoder
 from mlxspec.decoding.drafting import MODEL, Choice
 from mlxspec.decoding.policy import Fixed
-from mlxspec.evaluation.engines import Answer, joules, mlx_lm_engine, mlxspec_engine, timed
+from mlxspec.evaluation.engines import Answer, mlx_lm_engine, mlxspec_engine, timed
 
 
 def test_answers_add_up_and_energy_is_unknown_if_it_is_for_one():
@@ -34,13 +34,3 @@ def test_an_engine_repeats_a_sampled_answer_with_the_same_seed(demo, which):
 def test_the_tokens_of_the_first_block_are_those_that_came_with_the_first_piece():
     answer = timed([1, 2], lambda: iter([[7], [8], [9]]), arrived=lambda: 2)
     assert (answer.first_tokens, answer.tokens, answer.prompt_tokens, answer.ids) == (2, 3, 2, (7, 8, 9))
-
-
-def test_energy_is_summed_over_packages_where_it_can_be_read(tmp_path):
-    assert joules(tmp_path) is None
-    for name, count in [("intel-rapl:0", "2500000"), ("intel-rapl:1", "1500000"), ("intel-rapl:0:0", "7")]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(count)
-    assert joules(tmp_path) == 4.0
-    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
-    assert joules(tmp_path) is None
