@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from mlxspec.decoding.stats import DecodingStats
     from mlxspec.decoding.text import Segment
     from mlxspec.errors import (
+        DisagreementError,
         InvalidRequestError,
         MlxspecError,
         ModelLoadError,
         NumericalError,
+        ProcessError,
         TokenizerMismatchError,
         TrainingError,
         UnsupportedModelError,
@@ -44,10 +46,12 @@ MODULES = {
     "mlxspec.decoding.stats": ["DecodingStats"],
     "mlxspec.decoding.text": ["Segment"],
     "mlxspec.errors": [
+        "DisagreementError",
         "InvalidRequestError",
         "MlxspecError",
         "ModelLoadError",
         "NumericalError",
+        "ProcessError",
         "TokenizerMismatchError",
         "TrainingError",
         "UnsupportedModelError",
@@ -63,6 +67,7 @@ __all__ = [
     "Block",
     "Conversation",
     "DecodingStats",
+    "DisagreementError",
     "Drafter",
     "DrafterConfig",
     "Generation",
@@ -71,6 +76,7 @@ __all__ = [
     "ModelLoadError",
     "ModelPair",
     "NumericalError",
+    "ProcessError",
     "PromptLookup",
     "Sampling",
     "Segment",

@@ -34,6 +34,14 @@ class NumericalError(MlxspecError):
     """A model computes NaN or infinity where numbers are needed."""
 
 
+class DisagreementError(InvalidRequestError):
+    """The processes of ``mlx.launch`` have loaded different things, or one of them could not load something."""
+
+
+class ProcessError(MlxspecError):
+    """Another process of ``mlx.launch`` has stopped, so this one cannot continue."""
+
+
 class InUseError(InvalidRequestError):
     """Another process is using a folder."""
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 import mlxspec
 from mlxspec import SpeculativeDecoder
 from mlxspec.cli.generate import INTERRUPTED
+from mlxspec.cli.launched import one_speaker
 from mlxspec.cli.options import (
     CONTEXT,
     DRAFT_LENGTH,
@@ -52,6 +54,7 @@ from mlxspec.evaluation.report import (
 from mlxspec.evaluation.rounds import PAUSE, default_pause
 from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
+from mlxspec.models.sharding import broadcast, is_first
 
 LEGEND = (
     "τ: block efficiency, the tokens per pass of the target. γ: mean draft length. MBSU: the speed-up if a pass takes "
@@ -95,8 +98,14 @@ PROFILED = 4  # draft length of the block whose parts are timed
                    "from that, and compare it with the measured speed.")  # fmt: skip
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
               help="Compare two result files: print the figures of B relative to A.")  # fmt: skip
-def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, out, calibration, compare, **given):
-    """Compare the speed of mlxspec with that of plain and of speculative mlx-lm, for a target and its drafter."""
+@one_speaker
+def bench(
+    target, drafter, quantize, quantize_drafter, context, tasks, prompts, out, calibration, compare, group, **given
+):
+    """Compare the speed of mlxspec with that of plain and of speculative mlx-lm, for a target and its drafter.
+
+    Started by mlx.launch, the processes divide the target, and the first one prints.
+    """
     if compare:
         if others := [name for name in measuring_options() if name != "compare"]:
             raise InvalidRequestError(f"--{others[0].replace('_', '-')} has no effect with --compare; leave one out")
@@ -108,16 +117,25 @@ def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, 
     check_pair(target, drafter, quantize)
     if calibration and drafter == "none":
         raise InvalidRequestError("--calibrate needs a drafter; leave out --drafter none")
-    check_writable(out)
+    if is_first(group):
+        check_writable(out)
     if needs_root():
         click.echo("power and energy are not measured: powermetrics needs root; to measure them, use sudo", err=True)
-    pair = mlxspec.load(target, drafter, quantize=quantize, context_length=context, quantize_drafter=quantize_drafter)
+    pair = mlxspec.load(
+        target,
+        drafter,
+        quantize=quantize,
+        context_length=context,
+        quantize_drafter=quantize_drafter,
+        group=group,
+    )
     if target and drafter is None:
         say_drafter(pair)
     contexts = [pair.context_length, pair.drafter_context_length]  # mlx-lm asks a drafter beyond its own
     room = min((context for context in contexts if context), default=float("inf")) - settings.max_tokens
     names = [name for part in tasks for name in part.split(",") if name]
-    chosen = read_tasks(names, pair.tokenizer, prompts, room)
+    found = [asdict(task) for task in read_tasks(names, pair.tokenizer, prompts, room)] if is_first(group) else []
+    chosen = [Task(**task) for task in broadcast(found, group)]
     record = new_record(pair, settings, {"target": target_name(target), "drafter": pair.drafter_name})
     try:
         measure_blocks(pair, chosen, settings, calibration, record)
@@ -127,7 +145,7 @@ def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, 
                 bar.set_description(what, refresh=False)
                 advance(bar, done, total)
 
-            run_benchmark(pair, chosen, settings, record, out, progress)
+            run_benchmark(pair, chosen, settings, record, out if is_first(group) else None, progress)
     except KeyboardInterrupt:
         finished = any(result["rounds"] for result in record["results"])
         where = f"the finished rounds are in {out}" if finished else "no round was finished"

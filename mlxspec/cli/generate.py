@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mlxspec import InvalidRequestError, MlxspecError, Segment
+from mlxspec.cli.launched import one_speaker
 from mlxspec.cli.options import (
     AnswerRecord,
     calibrate,
@@ -36,8 +37,12 @@ BYTES_PER_TOKEN = 3  # of a prompt, for the check of memory that comes before th
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", "details", is_flag=True, help="Print all statistics.")
 @click.option("--show-drafted", is_flag=True, help="Show accepted drafted tokens in green.")
+@one_speaker
 def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_drafted, **decoder_settings):
-    """Answer PROMPT. Without PROMPT, or with "-", the prompt is read from standard input."""
+    """Answer PROMPT. Without PROMPT, or with "-", the prompt is read from standard input.
+
+    Started by mlx.launch, the processes divide the target, and the first one prints.
+    """
     if as_json and (details or show_drafted):
         other = "--stats" if details else "--show-drafted"
         raise InvalidRequestError(f"{other} has no effect with --json; leave one out")
@@ -124,7 +129,7 @@ class Answer:
                 self.finish_reason = segment.finish_reason or self.finish_reason
         except KeyboardInterrupt:
             pass
-        except MlxspecError:
+        except (MlxspecError, RuntimeError):
             if self.text and not quiet:
                 click.echo()  # the error starts a line of its own
             raise

@@ -18,6 +18,7 @@ from mlxspec import InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder
 from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, Progress, check_options
 from mlxspec.decoding.verification import DEFAULT_RULE, RULES
 from mlxspec.models.quantizing import DRAFTER_BITS, QUANTIZATIONS
+from mlxspec.models.sharding import Group
 from mlxspec.training.recording import RECORDED_TOP_K, Recording, check_folder
 
 LONG_PROMPT = 512  # tokens from which a progress bar is shown
@@ -135,6 +136,7 @@ def decoder_from(
     record: Path | None = None,
     quiet: bool = False,
     before_weights: Callable[[Any, int | None], None] = lambda tokenizer, context_length: None,
+    group: Group | None = None,
     **sampling: Any,
 ) -> SpeculativeDecoder:
     """Return the decoder that the options describe. Options that need no model are checked before one is loaded.
@@ -151,11 +153,14 @@ def decoder_from(
         record: Folder for the answers. The decoder keeps the target's probabilities for it.
         quiet: Print no messages.
         before_weights: As for ``mlxspec.load``.
+        group: As for ``mlxspec.load``.
         sampling: The fields of ``Sampling``.
     """
     drawn = Sampling(**sampling)
     check_options(draft_length, verification)
     check_pair(target, drafter, quantize)
+    if record and group is not None:
+        raise InvalidRequestError("--record needs a target that is whole; leave it out under mlx.launch")
     if record:
         check_folder(record)
     if drafter == "none" and draft_length not in ("auto", 0):
@@ -170,6 +175,7 @@ def decoder_from(
         context_length=context,
         before_weights=before_weights,
         quantize_drafter=quantize_drafter,
+        group=group,
     )
     decoder = SpeculativeDecoder(pair, drawn, draft_length, verification, keep_top_k=RECORDED_TOP_K if record else 0)
     if target and drafter is None and not quiet:

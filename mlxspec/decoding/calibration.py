@@ -45,6 +45,7 @@ from mlxspec.errors import WriteError
 from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder, has_home
+from mlxspec.models.sharding import Group, broadcast
 
 FORMAT = 5  # version of the file format; figures in another version are measured again
 FIRST_CAP = (2.0, 6)  # time limit of the first process: the longer of so many seconds and so many target passes
@@ -86,7 +87,7 @@ def calibrate(
             measure(compiled, figures, rounds, progress)
         finally:
             keep(compiled, figures, rounds, again)
-    return costs_of(figures)
+    return costs_of(broadcast(figures, compiled.pair.group))
 
 
 def costs_of(figures: Figures) -> BlockCosts:
@@ -148,6 +149,12 @@ def unfinished(compiled: CompiledBlocks, rounds: Rounds) -> list[str]:
 
 
 def stored(compiled: CompiledBlocks) -> tuple[Figures, Rounds]:
+    """Return the figures on disk and how often each was measured. Of several processes, the first one's count."""
+    figures, rounds = broadcast(stored_here(compiled), compiled.pair.group)
+    return figures, rounds
+
+
+def stored_here(compiled: CompiledBlocks) -> tuple[Figures, Rounds]:
     """Return the figures on disk and how often each was measured. Both are empty without a usable file."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         content = read_json(costs_file(compiled))
@@ -166,7 +173,7 @@ def keep(compiled: CompiledBlocks, figures: Figures, rounds: Rounds, again: bool
     """
     if not {"rows 1", "trace"} <= figures.keys():
         return  # interrupted before there was anything to keep
-    others, other_rounds = ({}, {}) if again else stored(compiled)
+    others, other_rounds = ({}, {}) if again else stored_here(compiled)
     figures |= {name: min(seconds, figures.get(name, seconds)) for name, seconds in others.items()}
     rounds |= {name: max(count, rounds.get(name, 0)) for name, count in other_rounds.items()}
     file = costs_file(compiled)
@@ -194,6 +201,8 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
         "verification": compiled.verification,
     }
+    if compiled.pair.group is not None:
+        described["processes"] = compiled.pair.group.size()
     if mx.default_device().type == mx.cpu:
         variables = [name for name in sorted(os.environ) if name.startswith(("OPENBLAS_", "OMP_", "LD_PRELOAD"))]
         described["blas"] = [blas_name(), *([name, os.environ[name]] for name in variables)]
@@ -266,10 +275,11 @@ class Timer:
     Args:
         step: The function to time.
         state: Creates the first state.
+        group: Processes that run the step together. The time of the first one counts.
     """
 
-    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any]):
-        self.step, self.state = step, state
+    def __init__(self, step: Callable[[Any], tuple[Any, Any]], state: Callable[[], Any], group: Group | None = None):
+        self.step, self.state, self.group = step, state, group
         self.count = 1  # steps that are timed together
         self.trace: float | None = None  # seconds that the first step took to trace, before it was evaluated
 
@@ -278,7 +288,7 @@ class Timer:
         if self.trace is None:
             start = time.perf_counter()
             result, state = self.step(self.state())
-            self.trace = time.perf_counter() - start
+            self.trace = broadcast(time.perf_counter() - start, self.group)
             mx.eval(result, state)
         state = self.state()
         mx.eval(state)
@@ -287,7 +297,7 @@ class Timer:
             result, state = self.step(state)
             mx.async_eval(result, state)
         mx.eval(result)
-        seconds = (time.perf_counter() - start) / self.count
+        seconds = broadcast((time.perf_counter() - start) / self.count, self.group)
         self.count = QUEUED if seconds < SHORT else 1
         return seconds
 
@@ -295,16 +305,17 @@ class Timer:
 def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     """Return the timer of a figure."""
     capacity, number, length = capacity_of(name), number_in(name), max(2, text_length(compiled, name))
+    group = compiled.pair.group
     if name == "read":
-        return Timer(reading(compiled), lambda: None)
+        return Timer(reading(compiled), lambda: None, group)
     if "draft" in name:
-        return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity, length))
+        return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity, length), group)
     choice = Choice(LOOKUP, number - 1) if number > 1 else PLAIN
     lookup = compiled.proposers.get(LOOKUP) or LookupProposer(PromptLookup(), compiled.target.vocab_size)
     proposer = lookup if number > 1 else compiled.proposers[NONE]
     known = choice.proposer in compiled.proposers  # then decoding uses what was traced here
     block = compiled[choice] if known else compiled.block(proposer, choice)
-    return Timer(block, lambda: block_state(compiled, proposer, capacity, length))
+    return Timer(block, lambda: block_state(compiled, proposer, capacity, length), group)
 
 
 def block_state(compiled: CompiledBlocks, proposer: Proposer, capacity: int, length: int | None = None) -> State:

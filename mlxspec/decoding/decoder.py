@@ -27,6 +27,7 @@ from mlxspec.decoding.text import AnswerText, Segment
 from mlxspec.decoding.verification import DEFAULT_RULE, FAILED, RULES
 from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.models.pair import ModelPair
+from mlxspec.models.sharding import broadcast
 from mlxspec.models.tokens import encode_prompt
 
 BLOCKS_IN_FLIGHT = 2
@@ -178,7 +179,9 @@ class SpeculativeDecoder:
         seed = self.sampling.seed if seed is None else seed
         if seed is not None:
             Sampling(seed=seed)  # checks its range
-        key = mx.random.key(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
+        seed = int.from_bytes(os.urandom(8), "big") if seed is None else seed
+        prompt, budget, seed = broadcast((prompt, budget, seed), self.pair.group)
+        key = mx.random.key(seed)
         self._stream += 1
         return self._run(prompt, budget, progress, key, self._stream)
 

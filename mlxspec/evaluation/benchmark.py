@@ -101,6 +101,7 @@ def new_record(pair: ModelPair, settings: BenchmarkSettings, names: dict[str, An
     return {
         "format": FORMAT,
         "machine": machine(),
+        "processes": pair.group.size() if pair.group is not None else 1,
         "pair": {**names, **sizes(pair)},
         "settings": asdict(settings),
         "results": [],

@@ -186,11 +186,13 @@ def profile(
     compiled, name = decoder.compiled, drafter_of(decoder.compiled)
     proposer, block = compiled.proposers[name], compiled[Choice(name, draft_length)]
     timers = {
-        "verification": Timer(*target_pass(compiled, draft_length + 1)),
-        "device": Timer(block, lambda: block_state(compiled, proposer, CAPACITY_STEP)),
+        "verification": Timer(*target_pass(compiled, draft_length + 1), pair.group),
+        "device": Timer(block, lambda: block_state(compiled, proposer, CAPACITY_STEP), pair.group),
     }
     if name == MODEL:
-        timers["drafting"] = Timer(drafting(compiled, draft_length), lambda: draft_state(compiled, CAPACITY_STEP))
+        timers["drafting"] = Timer(
+            drafting(compiled, draft_length), lambda: draft_state(compiled, CAPACITY_STEP), pair.group
+        )
     with compiled.weights.protected():
         runs: dict[str, Callable[[int], float]] = {part: timed(timer) for part, timer in timers.items()}
         runs["block"] = lambda number: seconds_per_block(decoder, draft_length)

@@ -18,9 +18,11 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxspec.blas import check_switch
 from mlxspec.errors import (
+    DisagreementError,
     InvalidRequestError,
     MlxspecError,
     ModelLoadError,
+    ProcessError,
     TokenizerMismatchError,
     UnsupportedModelError,
     in_one_line,
@@ -35,6 +37,7 @@ from mlxspec.models.checks import (
     check_folder,
     check_numbers,
     check_safetensors,
+    model_fingerprint,
     read_object,
     stored_weights,
 )
@@ -46,6 +49,7 @@ from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.quantizing import dequantized, faster_dequantized, quantize_in_memory, quantized_copy
 from mlxspec.models.sentencepiece_bpe import sentencepiece_tokenizer
+from mlxspec.models.sharding import Group, agree, shard
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 from mlxspec.models.torch_files import convert_to_safetensors
 
@@ -68,6 +72,7 @@ def load(
     context_length: int | None = None,
     before_weights: Callable[[Any, int | None], None] = lambda tokenizer, context_length: None,
     quantize_drafter: str | None = None,
+    group: Group | None = None,
 ) -> ModelPair:
     """Load a target and its drafter.
 
@@ -89,6 +94,8 @@ def load(
         before_weights: Called with the tokenizer and the context length before any weights are read. It may raise an
             error, for instance for a prompt that does not fit.
         quantize_drafter: "4" or "8" to quantize the draft model in memory. None for as stored.
+        group: Processes over which to divide the target, ``mx.distributed.init()`` under ``mlx.launch``. Each of them
+            must make the same calls. None, or a group of one, for a whole target.
 
     Returns:
         The models, evaluated, with the target's tokenizer.
@@ -98,9 +105,30 @@ def load(
         UnsupportedModelError: A model cannot be decoded speculatively.
         InvalidRequestError: An argument or the environment variable MLXSPEC_OPENBLAS is invalid.
         TokenizerMismatchError: Target and drafter have different tokenizers.
+        DisagreementError: Another process of the group cannot load this, or has other models.
+        ProcessError: Another process of the group has stopped.
     """
     check_switch()
-    options = (dtype, quantize, context, context_length, before_weights, quantize_drafter)
+    group = group if group is not None and group.size() > 1 else None
+    options = (dtype, quantize, context, context_length, before_weights, quantize_drafter, group)
+    try:
+        return load_best(target, drafter, options)
+    except (DisagreementError, ProcessError):
+        raise
+    except MlxspecError as error:
+        if group is not None:
+            agree(group, {}, error)
+        raise
+
+
+def load_best(target: str | Path | None, drafter: Any, options: tuple[Any, ...]) -> ModelPair:
+    """Load a target and the drafter that is named, or the first recommended one that can be used.
+
+    Args:
+        target: As for ``load``.
+        drafter: As for ``load``.
+        options: The last arguments of ``load_pair``.
+    """
     if drafter not in (None, "auto"):
         proposer, lookup = parse_drafter(drafter)
         return load_pair(target, proposer, lookup, *options)
@@ -131,6 +159,7 @@ def load_pair(
     context_length: int | None,
     before_weights: Callable[[Any, int | None], None],
     quantize_drafter: str | None,
+    group: Group | None,
 ) -> ModelPair:
     """Load a target and exactly this drafter. The other arguments are those of ``load``."""
     if context_length is not None and context_length < 2:
@@ -144,14 +173,15 @@ def load_pair(
         target_folder = quantized_copy(target_folder, kind, read_lazily)
     folders = [folder for folder in (target_folder, drafter_folder) if folder]
     widen = quantize is None
-    check_memory([(folder, read_config(folder)) for folder in folders], context, dtype, widen)
+    processes = group.size() if group is not None else 1
+    check_memory([(folder, read_config(folder)) for folder in folders], context, dtype, widen, processes)
 
     tokenizer = read_tokenizer(target_folder, str(target))
     if drafter_folder and any((drafter_folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(tokenizer, read_tokenizer(drafter_folder))
     context_length = context_length or declared_context(read_config(target_folder))
     before_weights(tokenizer, context_length)
-    target_model = read_model(target_folder, dtype, widen)
+    target_model = read_model(target_folder, dtype, widen, group=group)
     if isinstance(target_model, Eagle):
         raise ModelLoadError(f"{target_folder} is an EAGLE head, which only drafts; name it as the drafter")
     draft_model: Any = drafter
@@ -163,8 +193,12 @@ def load_pair(
             draft_model = dequantized(draft_model) if widen and faster_dequantized(draft_model) else draft_model
             mx.eval(draft_model.parameters())
     drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
-    pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context)
-    pair.drafter_name = name_of(drafter) + ("+lookup" if lookup else "")
+    name = name_of(drafter) + ("+lookup" if lookup else "")
+    if group is not None:
+        prints = [model_fingerprint(folder, read_config(folder)) for folder in folders]
+        agree(group, dict(zip(("target", "draft model"), prints, strict=False)) | {"drafter": name})
+    pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context, group=group)
+    pair.drafter_name = name
     return pair
 
 
@@ -249,7 +283,11 @@ def model_folder(name: str | Path) -> Path:
 
 
 def read_model(
-    folder: Path, dtype: mx.Dtype | None = None, widen: bool = False, embedding: nn.Module | None = None
+    folder: Path,
+    dtype: mx.Dtype | None = None,
+    widen: bool = False,
+    embedding: nn.Module | None = None,
+    group: Group | None = None,
 ) -> nn.Module:
     """Read the model of a folder into memory.
 
@@ -258,6 +296,7 @@ def read_model(
         dtype: Precision of the weights. None for ``preferred_dtype``.
         widen: Dequantize a quantized model where that is faster (``faster_dequantized``).
         embedding: The target's input embedding, for a drafter that shares it.
+        group: Processes over which the model is divided. None for a whole model.
 
     Raises:
         ModelLoadError: The model cannot be read or has NaN weights.
@@ -268,6 +307,8 @@ def read_model(
     model.set_dtype(dtype or preferred_dtype(model))
     if widen and (dtype is None or dtype == mx.float32) and faster_dequantized(model):
         model = dequantized(model)  # after the scales became float32, or else the weights are rounded to 16 bits
+    if group is not None:
+        shard(model, group)  # before anything is read, so that no process holds the whole model
     for name, weight in dict(tree_flatten(model.parameters())).items():
         try:
             has_nan = mx.issubdtype(weight.dtype, mx.floating) and mx.isnan(weight).any().item()

@@ -22,7 +22,11 @@ DEFAULT_CONTEXT = 4096  # tokens to count caches for if the caller gives no numb
 
 
 def check_memory(
-    models: list[tuple[Path, dict[str, Any]]], context: int | None, dtype: mx.Dtype | None, widen: bool
+    models: list[tuple[Path, dict[str, Any]]],
+    context: int | None,
+    dtype: mx.Dtype | None,
+    widen: bool,
+    processes: int = 1,
 ) -> None:
     """Refuse models whose weights and caches do not fit into the device's memory.
 
@@ -31,16 +35,19 @@ def check_memory(
         context: Number of tokens to count caches for, limited to what each config declares. None for 4096.
         dtype: Precision of the weights in memory. None for the device's default.
         widen: Whether quantized weights become float32 where that is faster.
+        processes: Number of processes over which the first model is divided.
 
     Raises:
         ModelLoadError: The models do not fit, or a folder is refused (``check_folder``).
     """
     for folder, _ in models:
         check_folder(folder)  # before a file is opened
-    weights = sum(weight_bytes(folder, config, dtype, widen) for folder, config in models)
+    parts = [processes, *(1 for _ in models[1:])]
+    weights = sum(weight_bytes(*model, dtype, widen, part) for model, part in zip(models, parts, strict=True))
     declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
     tokens = min(context or DEFAULT_CONTEXT, *declared)
-    caches = sum(cache_bytes_per_token(config, dtype) * tokens for _, config in models)
+    caches = sum(cache_bytes_per_token(config, dtype) * tokens // part
+                 for (_, config), part in zip(models, parts, strict=True))  # fmt: skip
     caches += sum(state_bytes_per_token(config, dtype) * tokens for _, config in models[1:])
     limit = device_limit()
     if weights + caches > limit:
@@ -52,7 +59,9 @@ def check_memory(
         )
 
 
-def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, widen: bool = False) -> int:
+def weight_bytes(
+    folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, widen: bool = False, processes: int = 1
+) -> int:
     """Return the memory of a model's weights, from the types and shapes in the headers of its files.
 
     Args:
@@ -60,9 +69,11 @@ def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, w
         config: The content of config.json.
         dtype: Precision of the weights in memory. None for the device's default.
         widen: Whether quantized weights become float32 where that is faster.
+        processes: Number of processes over which the layers are divided.
 
     Returns:
-        The size in bytes. Without headers, as in PyTorch's files, it is estimated from the size of the files.
+        The size in bytes, in each process. Without headers, as in PyTorch's files, it is estimated from the size of the
+        files, for a whole model.
     """
     number, files = bytes_per_number(dtype), stored_weights(folder)
     arrays: dict[str, mx.array] = {}
@@ -81,8 +92,11 @@ def weight_bytes(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None, w
     layers = [name.removesuffix(".scales") for name in arrays if name.endswith(".scales")]
     if widen and number == 4 and fits_widened(widened := widened_bytes(arrays, layers, config.get("quantization"))):
         packed = {f"{layer}.{part}" for layer in layers for part in ("weight", "scales", "biases")}
-        return widened + sum(size for name, size in sizes.items() if name not in packed)
-    return sum(sizes.values())
+        whole = widened + sum(size for name, size in sizes.items() if name not in packed)
+    else:
+        whole = sum(sizes.values())
+    layers_share = sum(size for name, size in sizes.items() if "layers." in name) / max(1, sum(sizes.values()))
+    return round(whole * (1 - layers_share * (1 - 1 / processes)))
 
 
 def widened_bytes(arrays: dict[str, mx.array], layers: list[str], quantization: Any) -> int:

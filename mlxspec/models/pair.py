@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxspec.models.attention import context_length, position_table
 from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.eagle import Eagle, fitting_parts
+from mlxspec.models.sharding import Group
 
 
 @dataclass
@@ -23,6 +24,7 @@ class ModelPair:
         lookup: A second drafter, which ``draft_length="auto"`` may choose for text that repeats itself.
         drafter_context_length: The same for the draft model. It does not draft beyond.
         drafter_name: What drafts, for users, such as "amd-135m+lookup". ``load`` sets it.
+        group: The processes of ``mlx.launch`` over which the target is divided. None for a whole target.
         drafter_note: Why ``load`` chose another drafter than the recommended one, "" if it did not.
 
     Raises:
@@ -37,6 +39,7 @@ class ModelPair:
     drafter_context_length: int | None = None
     drafter_name: str = ""
     drafter_note: str = ""
+    group: Group | None = None
 
     def __post_init__(self) -> None:
         if self.lookup and isinstance(self.drafter, PromptLookup):

@@ -19,7 +19,7 @@ def test_a_profile_has_the_parts_that_were_measured_and_they_add_up_to_the_block
     taken = iter([VERIFICATION, DEVICE, DRAFTING])
 
     class Timer:
-        def __init__(self, step, state):
+        def __init__(self, step, state, group=None):
             self.seconds = next(taken)
 
         def __call__(self):

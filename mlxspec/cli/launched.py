@@ -1,0 +1,51 @@
+"""Verbs that ``mlx.launch`` may start in several processes, which divide the target."""
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mlxspec.errors import MlxspecError, ProcessError
+from mlxspec.models.sharding import broadcast, is_first, launched_processes, lost
+
+GRACE = 1.0  # seconds for the first process to print an error that all have; mlx.launch ends all when one has ended
+
+
+def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the processes of ``mlx.launch`` as ``group``. Only the first of them prints.
+
+    An error is one that all processes have: ``load`` sees to it, and before and after it, all do the same. But if a
+    process stops, each of the others ends with one line.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        group = launched_processes()
+        try:
+            with contextlib.nullcontext() if is_first(group) else silence():
+                command(*args, group=group, **options)
+                broadcast(None, group)  # nothing ends before all are done
+        except (click.Abort, click.exceptions.Exit):  # RuntimeErrors too
+            raise
+        except (RuntimeError, MlxspecError) as error:
+            if not is_first(group):
+                time.sleep(GRACE)
+                if isinstance(error, MlxspecError) and not isinstance(error, ProcessError):
+                    sys.exit(2)
+            if group is not None and isinstance(error, RuntimeError):
+                raise lost(error) from None
+            raise
+
+    return run
+
+
+@contextlib.contextmanager
+def silence():
+    """Discard what is printed."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
