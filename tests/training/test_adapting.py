@@ -86,6 +86,7 @@ def test_a_better_drafter_is_kept_and_drafts(answers, general, tmp_path, mlxspec
     assert served.status == 0, served.err
 
 
+@pytest.mark.slow
 def test_a_drafter_that_forgets_is_not_kept(answers, general, tmp_path, mlxspec_command):
     outcome = adapt(mlxspec_command, answers, general, tmp_path, "--learning-rate", "1e-9", "--tolerance", "0")
     assert outcome.status == 0, outcome.err
@@ -93,6 +94,7 @@ def test_a_drafter_that_forgets_is_not_kept(answers, general, tmp_path, mlxspec_
     assert not (tmp_path / "drafter").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_adaptation_ends_as_one_that_was_not(answers, general, tmp_path, mlxspec_command, monkeypatch):
     whole = adapt(mlxspec_command, answers, general, tmp_path / "whole", "--tolerance", "0.5")
     original = Trainer._save
