@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.files import fingerprint, write_json
+from mlxspec.files import explain_write_errors, fingerprint, write_json
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.export import RECORDING
 from mlxspec.settings import option
@@ -169,9 +169,8 @@ def check_answers(answers: list[RecordedAnswer], target: Target, folder: Path) -
     largest = max(int(part.max()) for answer in answers for part in (answer.prompt, answer.answer, answer.ids))
     prompt, answer, ids, logprobs = answers[0]
     if largest < target.vocab_size:
-        logits = target.model(mx.array(np.concatenate([prompt, answer]))[None])[0, len(prompt) - 1 : -1].astype(
-            mx.float32
-        )
+        text = mx.array(np.concatenate([prompt, answer]))
+        logits = target.model(text[None])[0, len(prompt) - 1 : -1].astype(mx.float32)
         p = mx.take_along_axis(mx.softmax(logits, axis=-1), mx.array(ids), axis=-1)
         if float(mx.abs(p - mx.exp(mx.array(logprobs))).sum(-1).mean()) < OTHER_TARGET:
             return
@@ -192,7 +191,8 @@ def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path)
     inputs = {"answers": fingerprint(*(part.tobytes() for answer in answers for part in answer))}
     with locked_for_all(folder):
         if is_first_process():
-            folder.chmod(0o700)
+            with explain_write_errors(folder):
+                folder.chmod(0o700)
             write_json(folder / RECORDING, {"copied": True})  # so that it is not pushed
         if start_stage(folder, inputs):
             if is_first_process():

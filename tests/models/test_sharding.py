@@ -160,7 +160,7 @@ def test_a_killed_process_ends_the_other_with_one_line(stories_folder, tmp_path,
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        assert len(processes[0].stdout.read(20)) == 20  # it has begun to answer
+        assert len(processes[0].stdout.read(20)) == 20  # it is answering
         processes[killed].send_signal(signal.SIGKILL)
         start = time.perf_counter()
         out, err = processes[1 - killed].communicate(timeout=60)
