@@ -1,10 +1,12 @@
 """Finetune a drafter on an unbalanced mix of tasks, with and without worst-case training and retention.
 
-    python scripts/robust_drafters.py TARGET DRAFTER ANSWERS OUT --absent translation --seeds 3
+    python scripts/robust_drafters.py TARGET DRAFTER ANSWERS PROMPTS OUT --absent translation --seeds 3
 
 ANSWERS is a folder that `mlxspec train distill` wrote from prompts with tasks, such as those of one_night_prompts.py.
-The last answers of each task are held out. The first answers of each task are what the drafter has learned before. The
-others make the mix, without the absent tasks. OUT keeps what is finished, so a command that is repeated continues.
+The first answers of each task are what the drafter has learned before. The others make the mix, without the absent
+tasks. PROMPTS is a file of other prompts with tasks. The target answers the first of each task, once, and the block
+efficiency of each drafter on these answers is computed as `chat_drafters.py tasks` does. OUT keeps what is finished, so
+a command that is repeated continues.
 """
 
 import mlxspec  # noqa: F401  first, so that MLX uses OpenBLAS
@@ -12,13 +14,19 @@ import mlxspec  # noqa: F401  first, so that MLX uses OpenBLAS
 # isort: split
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from chat_drafters import expected_blocks
 
 from mlxspec.training import stages
-from mlxspec.training.adapting import AdaptSettings, acceptance_rate, new_teacher
+from mlxspec.training.batched_answers import sample_answers
+from mlxspec.training.corpus import read_prompts
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
 from mlxspec.training.retention import NO_RETENTION, Retention
@@ -31,24 +39,71 @@ TOP_K = 64
 MIX = ["dolly:480", "stories:60", "gsm8k:30", "summarization:30"]
 
 
-def write(documents: list, target: Target, task: str | None, folder: Path) -> TokenShards:
+def write(documents: list, target: Target, folder: Path) -> TokenShards:
     """Write documents as shards, unless they are there."""
     if not (folder / "index.json").exists():
         with ShardWriter(folder, target.vocab_size, target.tokenizer_fingerprint) as writer:
-            for (ids, mask), name in documents:
-                writer.add(ids.tolist(), mask.tolist(), task or name)
+            for (ids, mask), task in documents:
+                writer.add(ids.tolist(), mask.tolist(), task)
             writer.finish()
     return TokenShards(folder)
+
+
+class Answer(NamedTuple):
+    """An answer of the target, and its probability of each token."""
+
+    prompt: list[int]
+    tokens: mx.array  # [N]
+    probs: mx.array  # [N]
+
+
+def answered(target: Target, prompts: list[list[int]], temperature: int, max_tokens: int) -> list[Answer]:
+    """Let the target answer prompts at temperature 0 or 1."""
+    mx.random.seed(0)
+    sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)
+    answers = sample_answers(target.model, prompts, set(target.tokenizer.eos_token_ids), sampler, max_tokens)
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        p = probs_of(target.model, prompt, tokens := mx.array(answer))
+        mx.eval(p)
+        found.append(Answer(prompt, tokens, p))
+    return found
+
+
+def logits_of(model: nn.Module, prompt: list[int], tokens: mx.array) -> mx.array:
+    """Return a model's logits [N, V] at each token of an answer."""
+    text = mx.concatenate([mx.array(prompt), tokens[:-1]])
+    return model(text[None])[0, len(prompt) - 1 :].astype(mx.float32)
+
+
+def probs_of(model: nn.Module, prompt: list[int], tokens: mx.array) -> mx.array:
+    """Return a model's probability of each token of an answer, [N]."""
+    return mx.take_along_axis(mx.softmax(logits_of(model, prompt, tokens), -1), tokens[:, None], -1)[:, 0]
+
+
+def block_efficiency(drafter: nn.Module, answers: list[Answer], temperature: int, draft_length: int) -> float:
+    """Return the tokens of answers over the expected number of blocks, with the rule "token"."""
+    blocks = 0.0
+    for prompt, tokens, p in answers:
+        if temperature:
+            accepted = mx.minimum(1, probs_of(drafter, prompt, tokens) / p)
+        else:
+            accepted = logits_of(drafter, prompt, tokens).argmax(-1) == tokens
+        blocks += expected_blocks([accepted.tolist()] * draft_length)
+    return sum(answer.tokens.size for answer in answers) / blocks
 
 
 @click.command()
 @click.argument("target_folder", metavar="TARGET")
 @click.argument("drafter", metavar="DRAFTER", type=click.Path(path_type=Path))
 @click.argument("answers", type=click.Path(path_type=Path))
+@click.argument("prompts")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--mix", multiple=True, default=MIX, show_default=True)
 @click.option("--absent", multiple=True, default=["translation"], show_default=True)
-@click.option("--held-out", default=16, show_default=True, help="Answers of each task to measure on.")
+@click.option("--count", default=24, show_default=True, help="Prompts of each task to measure on.")
+@click.option("--max-tokens", default=64, show_default=True, help="Length of the answers to measure on.")
+@click.option("--draft-length", default=3, show_default=True)
 @click.option("--earlier", default=30, show_default=True, help="Answers of each task that were learned before.")
 @click.option("--steps", default=100, show_default=True)
 @click.option("--batch", default=4, show_default=True)
@@ -60,33 +115,45 @@ def write(documents: list, target: Target, task: str | None, folder: Path) -> To
 @click.option("--damping", default=1e-5, show_default=True)
 @click.option("--co-natural-rate", default=1e-5, show_default=True)
 @click.option("--penalty", default=1e3, show_default=True)
+@click.option("--first-seed", default=0, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--only", multiple=True, help="Methods to run. By default, all.")
 def main(
-    target_folder: str, drafter: Path, answers: Path, out: Path, mix: tuple[str, ...], absent: tuple[str, ...],
-    held_out: int, earlier: int, steps: int, batch: int, length: int, loss: str, learning_rate: float,
-    robust_rate: float, robust_penalty: float, damping: float, co_natural_rate: float, penalty: float, seeds: int,
-    only: tuple[str, ...],
+    target_folder: str, drafter: Path, answers: Path, prompts: str, out: Path, mix: tuple[str, ...],
+    absent: tuple[str, ...], count: int, max_tokens: int, draft_length: int, earlier: int, steps: int, batch: int,
+    length: int, loss: str, learning_rate: float, robust_rate: float, robust_penalty: float, damping: float,
+    co_natural_rate: float, penalty: float, first_seed: int, seeds: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Acceptance rate on held-out answers of each task, before and after each method."""
+    """Block efficiency on each task at T = 0 and 1, before and after each method."""
     target = Target(target_folder)
     shards = TokenShards(answers / "tokens")
     by_task: dict[str, list] = {}
     for document, task in zip(shards.documents(), (shards.tasks[n] for n in shards.document_tasks), strict=True):
         by_task.setdefault(task, []).append((document, task))
-    counts = {task: int(count) for task, _, count in (part.partition(":") for part in mix)}
-    measured = {
-        task: write(by_task[task][-held_out:], target, task, out / f"held-out {task}") for task in [*counts, *absent]
-    }
-    old = write([one for task in measured for one in by_task[task][:earlier]], target, None, out / "earlier")
-    chosen = [one for task, count in counts.items() for one in by_task[task][earlier:-held_out][:count]]
+    counts = {task: int(number) for task, _, number in (part.partition(":") for part in mix)}
+    tasks = [*counts, *absent]
+    old = write([one for task in tasks for one in by_task[task][:earlier]], target, out / "earlier")
+    chosen = [one for task, number in counts.items() for one in by_task[task][earlier:][:number]]
     order = np.random.default_rng(0).permutation(len(chosen))
-    mixed = write([chosen[i] for i in order], target, None, out / "mix")
+    mixed = write([chosen[i] for i in order], target, out / "mix")
+    read, _ = read_prompts([prompts], target.tokenizer, None)
+    measured = {
+        (temperature, task): answered(
+            target, [[*prompt] for prompt in read if prompt.task == task][:count], temperature, max_tokens
+        )
+        for temperature in (0, 1)
+        for task in tasks
+    }
 
-    def rates(model) -> dict[str, float]:
-        settings = AdaptSettings(length=length, batch=batch)
-        teachers = {task: new_teacher(target, model, part, settings, False, TOP_K) for task, part in measured.items()}
-        return {task: round(acceptance_rate(model, teacher), 4) for task, teacher in teachers.items()}
+    def report(model: nn.Module, **line: object) -> None:
+        for temperature in (0, 1):
+            found = {
+                task: round(block_efficiency(model, measured[temperature, task], temperature, draft_length), 3)
+                for task in tasks
+            }
+            present = [found[task] for task in counts]
+            summary = {"mean": round(float(np.mean(present)), 3), "worst": min(present)}
+            click.echo(json.dumps({**line, "temperature": temperature, **found, **summary}))
 
     # Name -> sources, worst-case training, retention, learning rate.
     methods = {
@@ -97,8 +164,8 @@ def main(
         "penalty": ([(mixed, 1.0)], UNIFORM, Retention(penalty=penalty), learning_rate),
         "co-natural": ([(mixed, 1.0)], UNIFORM, Retention("co-natural", damping), co_natural_rate),
     }
-    print(json.dumps({"method": "before", **rates(load_drafter(drafter, target))}), flush=True)
-    for seed in range(seeds):
+    report(load_drafter(drafter, target), method="before")
+    for seed in range(first_seed, first_seed + seeds):
         for name in only or methods:
             sources, robust, retention, rate = methods[name]
             settings = TrainingSettings(
@@ -109,10 +176,7 @@ def main(
                 target, load_drafter(drafter, target), sources, Loss(loss), settings, out / f"{name} {seed}", None,
                 TOP_K, robust=robust, retention=retention, text=old,
             )  # fmt: skip
-            found = rates(trained)
-            present = [found[task] for task in counts]
-            summary = {"mean": round(float(np.mean(present)), 4), "worst": min(present)}
-            print(json.dumps({"method": name, "seed": seed, **found, **summary}), flush=True)
+            report(trained, method=name, seed=seed)
 
 
 if __name__ == "__main__":
