@@ -24,6 +24,7 @@ import mlx.nn as nn
 import numpy as np
 from chat_drafters import expected_blocks
 
+from mlxspec.files import read_json, write_json
 from mlxspec.training import stages
 from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.corpus import read_prompts
@@ -50,35 +51,33 @@ def write(documents: list, target: Target, folder: Path) -> TokenShards:
 
 
 class Answer(NamedTuple):
-    """An answer of the target, and its probability of each token."""
+    """Token ids of a prompt and of the target's answer, and its probability of each token of the answer."""
 
     prompt: list[int]
-    tokens: mx.array  # [N]
-    probs: mx.array  # [N]
+    tokens: list[int]
+    probs: list[float]
 
 
-def answered(target: Target, prompts: list[list[int]], temperature: int, max_tokens: int) -> list[Answer]:
-    """Let the target answer prompts at temperature 0 or 1."""
-    mx.random.seed(0)
-    sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)
-    answers = sample_answers(target.model, prompts, set(target.tokenizer.eos_token_ids), sampler, max_tokens)
-    found = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        p = probs_of(target.model, prompt, tokens := mx.array(answer))
-        mx.eval(p)
-        found.append(Answer(prompt, tokens, p))
-    return found
+def answered(target: Target, prompts: list[list[int]], temperature: int, max_tokens: int, file: Path) -> list[Answer]:
+    """Let the target answer prompts at temperature 0 or 1, and keep the answers in a file. If it exists, read it."""
+    if not file.exists():
+        mx.random.seed(0)
+        sampler = mx.random.categorical if temperature else partial(mx.argmax, axis=-1)
+        answers = sample_answers(target.model, prompts, set(target.tokenizer.eos_token_ids), sampler, max_tokens)
+        pairs = zip(prompts, answers, strict=True)
+        write_json(file, [Answer(prompt, one, probs_of(target.model, prompt, one).tolist()) for prompt, one in pairs])
+    return [Answer(*fields) for fields in read_json(file)]
 
 
-def logits_of(model: nn.Module, prompt: list[int], tokens: mx.array) -> mx.array:
+def logits_of(model: nn.Module, prompt: list[int], tokens: list[int]) -> mx.array:
     """Return a model's logits [N, V] at each token of an answer."""
-    text = mx.concatenate([mx.array(prompt), tokens[:-1]])
-    return model(text[None])[0, len(prompt) - 1 :].astype(mx.float32)
+    return model(mx.array([[*prompt, *tokens[:-1]]]))[0, len(prompt) - 1 :].astype(mx.float32)
 
 
-def probs_of(model: nn.Module, prompt: list[int], tokens: mx.array) -> mx.array:
+def probs_of(model: nn.Module, prompt: list[int], tokens: list[int]) -> mx.array:
     """Return a model's probability of each token of an answer, [N]."""
-    return mx.take_along_axis(mx.softmax(logits_of(model, prompt, tokens), -1), tokens[:, None], -1)[:, 0]
+    probs = mx.softmax(logits_of(model, prompt, tokens), -1)
+    return mx.take_along_axis(probs, mx.array(tokens)[:, None], -1)[:, 0]
 
 
 def block_efficiency(drafter: nn.Module, answers: list[Answer], temperature: int, draft_length: int) -> float:
@@ -86,11 +85,11 @@ def block_efficiency(drafter: nn.Module, answers: list[Answer], temperature: int
     blocks = 0.0
     for prompt, tokens, p in answers:
         if temperature:
-            accepted = mx.minimum(1, probs_of(drafter, prompt, tokens) / p)
+            accepted = mx.minimum(1, probs_of(drafter, prompt, tokens) / mx.array(p))
         else:
-            accepted = logits_of(drafter, prompt, tokens).argmax(-1) == tokens
+            accepted = logits_of(drafter, prompt, tokens).argmax(-1) == mx.array(tokens)
         blocks += expected_blocks([accepted.tolist()] * draft_length)
-    return sum(answer.tokens.size for answer in answers) / blocks
+    return sum(len(answer.tokens) for answer in answers) / blocks
 
 
 @click.command()
@@ -139,7 +138,11 @@ def main(
     read, _ = read_prompts([prompts], target.tokenizer, None)
     measured = {
         (temperature, task): answered(
-            target, [[*prompt] for prompt in read if prompt.task == task][:count], temperature, max_tokens
+            target,
+            [[*prompt] for prompt in read if prompt.task == task][:count],
+            temperature,
+            max_tokens,
+            out / f"{task} {temperature}.json",
         )
         for temperature in (0, 1)
         for task in tasks
