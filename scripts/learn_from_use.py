@@ -90,7 +90,13 @@ def main(
     result = adapt(target, old, recording, TokenShards(general / "tokens"), settings, out / "adapted")
     seconds = round(time.perf_counter() - start)
     rates = {"recorded": result.recorded, "general": result.general}
-    report("after", old, adapting_seconds=seconds, kept=result.kept, acceptance_rates=rates)
+    report(
+        "after",
+        load_drafter(out / "adapted" / "training" / "drafter", target),
+        adapting_seconds=seconds,
+        kept=result.kept,
+        acceptance_rates=rates,
+    )
 
 
 if __name__ == "__main__":

@@ -277,6 +277,24 @@ def test_worst_case_training_and_retention_are_compared(tmp_path, mlxspec_comman
 
 
 @pytest.mark.slow
+def test_learning_from_use_is_measured_and_goes_on_where_it_was(tmp_path, mlxspec_command):
+    target, answers, prompts = DEMO / "target", tmp_path / "answers", tmp_path / "prompts.jsonl"
+    drawn = ("--samples", "8", "--temperatures", "1", "--max-tokens", "24", "--group", "8")
+    assert mlxspec_command("train", "distill", "--target", str(target), *drawn, "--out", str(answers)).status == 0
+    prompts.write_text("\n".join(json.dumps({"prompt": f"Tell me about {number}"}) for number in range(14)))
+    small = ["--answers", 10, "--answer-tokens", 12, "--count", 2, "--max-tokens", 8]
+    small += ["--steps", 2, "--batch", 2, "--length", 64]
+    command = [target, DEMO / "drafter", prompts, answers, prompts, tmp_path / "out", *small]
+    before, after = map(json.loads, run_script("learn_from_use.py", *command).splitlines())
+    assert len(list((tmp_path / "out" / "recorded").glob("*.npz"))) == 10
+    measured = ["topic, T = 0", "topic, T = 1", "general, T = 0", "general, T = 1"]
+    assert all(1 <= line[name] <= 4 for line in (before, after) for name in measured)
+    again = [json.loads(line) for line in run_script("learn_from_use.py", *command).splitlines()]
+    figures = [[line[name] for name in measured] for line in (before, after)]
+    assert [[line[name] for name in measured] for line in again] == figures
+
+
+@pytest.mark.slow
 def test_starts_losses_costs_and_tasks_of_a_chat_model_are_compared(tmp_path, mlxspec_command, monkeypatch):
     target, answers, out = DEMO / "target", tmp_path / "answers", tmp_path / "out"
     drawn = ("--samples", "16", "--temperatures", "1", "--max-tokens", "24", "--group", "8")

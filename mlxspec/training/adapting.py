@@ -100,7 +100,7 @@ def adapt(
 
     Args:
         target: The target whose answers were recorded.
-        drafter: The drafter. It is trained in place.
+        drafter: The drafter to start from. Its weights change.
         recording: The recorded answers.
         general: Answers of the target to other prompts, which represent what the drafter can do already.
         settings: The settings.
