@@ -72,6 +72,15 @@ class Batches:
         """Return the number of rows of a source."""
         return self.shards[source].count_rows(self.length, self.single)
 
+    def task_shares(self) -> np.ndarray:
+        """Return each task's share of the learned tokens, on average over steps [tasks]."""
+        found = np.zeros(len(self.tasks))
+        for number, source in enumerate(self.shards):
+            learned = [int(document.mask.sum()) for document in source.documents()]
+            tokens = np.bincount(self._task_numbers[number][source.document_tasks], learned, len(found))
+            found += np.diff(self._ends, prepend=0)[number] * tokens / self.count_rows(number)
+        return found / max(found.sum(), 1e-30)
+
     def _row_number(self, number: int) -> tuple[int, int]:
         """Return the ``number``-th row of training. After n rows, each source has supplied n times its share, ± 1."""
         start = 0.0

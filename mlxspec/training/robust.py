@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxspec.errors import InvalidRequestError
 from mlxspec.settings import option
-from mlxspec.training.batches import MOST_TASKS, StepDocuments
+from mlxspec.training.batches import MOST_TASKS, Batches, StepDocuments
 from mlxspec.training.losses import Loss
 
 
@@ -74,45 +74,57 @@ class Robust:
 class GroupWeights:
     """Group DRO: each task g has a weight w_g ∝ w_g·exp(η·loss_g). The objective is Σ w_g·loss_g.
 
-    loss_g is the mean loss of the task's tokens in a step. A task without tokens in a step keeps its weight relative to
-    others, and contributes nothing.
+    loss_g is the mean loss of the task's tokens in a step. A step may lack rare tasks. Then their last loss counts. If
+    it counted as 0, frequent tasks would gain weight only by being there. For the same reason, the factor of a task is
+    its weight over its share of all data, not of the step: the objective is right on average over steps.
 
     Args:
         settings: The settings. Their rate is η.
-        tasks: Number of tasks.
+        shares: Each task's share of the learned tokens, on average over steps [tasks].
         vocab_size: Not used.
         by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
 
     Attributes:
-        state: Logarithm of each task's weight [tasks]. The weights sum to 1.
+        state: Logarithm of each task's weight, and its last loss, NaN before the first: [2, tasks]. The weights sum to
+            1.
 
     Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1.
     """
 
-    def __init__(self, settings: Robust, tasks: int, vocab_size: int, by_rejection: bool = False):
+    def __init__(self, settings: Robust, shares: np.ndarray, vocab_size: int, by_rejection: bool = False):
         self.settings, self.by_rejection = settings, by_rejection
-        self.state = np.full(tasks, -math.log(tasks), np.float32)
+        self.shares = np.where(shares > 0, shares, 1)
+        self.state = np.full((2, len(shares)), [[-math.log(len(shares))], [math.nan]], np.float32)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Each task's weight [tasks]."""
+        return np.exp(self.state[0].astype(float))
 
     def factors(self, documents: StepDocuments) -> np.ndarray:
-        """Return the factor of each document of a step [D]: its task's weight over its task's share of the step."""
-        shares = documents.task_sums(documents.shares, len(self.state))
-        return (np.exp(self.state.astype(float)) / np.where(shares > 0, shares, 1))[documents.tasks]
+        """Return the factor of each document of a step [D]: its task's weight over its task's share of the data."""
+        return (self.weights / self.shares)[documents.tasks]
 
     def update(self, documents: StepDocuments, sums: np.ndarray) -> None:
-        """Raise the weights of the tasks with a high loss.
+        """Raise the weights of the tasks with a high loss. A task that no step has had counts with the mean loss.
 
         Args:
             documents: The documents of the step.
             sums: Weighted sums of the loss and the acceptance rates over each document, [D, 1 + rates].
         """
-        losses = document_losses(documents, sums, self.by_rejection)
-        shares, losses = (documents.task_sums(values, len(self.state)) for values in (documents.shares, losses))
-        logs = self.state + self.settings.step_size * losses / np.where(shares > 0, shares, 1)
-        self.state = (logs - logs.max() - np.log(np.exp(logs - logs.max()).sum())).astype(np.float32)
+        logs, losses = self.state.astype(float)
+        found = document_losses(documents, sums, self.by_rejection)
+        shares, found = (documents.task_sums(values, len(losses)) for values in (documents.shares, found))
+        losses = np.where(shares > 0, found / np.where(shares > 0, shares, 1), losses)
+        known = ~np.isnan(losses)
+        if known.any():
+            logs = logs + self.settings.step_size * np.where(known, losses, losses[known].mean())
+            logs = logs - logs.max() - np.log(np.exp(logs - logs.max()).sum())
+            self.state = np.stack([logs, losses]).astype(np.float32)
 
     def metrics(self, documents: StepDocuments, tasks: list[str]) -> dict[str, float]:
         """Return the weight of each task by its name."""
-        return {f"weight/{task}": math.exp(log) for task, log in zip(tasks, self.state, strict=True)}
+        return {f"weight/{task}": float(weight) for task, weight in zip(tasks, self.weights, strict=True)}
 
 
 class LikelihoodRatios:
@@ -125,7 +137,7 @@ class LikelihoodRatios:
 
     Args:
         settings: The settings. Their rate is the step size of ψ, and their penalty is τ.
-        tasks: Not used.
+        shares: Not used.
         vocab_size: Size of the vocabulary.
         by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
 
@@ -135,7 +147,7 @@ class LikelihoodRatios:
     Source: Michel, Hashimoto and Neubig 2022, arXiv 2204.06340.
     """
 
-    def __init__(self, settings: Robust, tasks: int, vocab_size: int, by_rejection: bool = False):
+    def __init__(self, settings: Robust, shares: np.ndarray, vocab_size: int, by_rejection: bool = False):
         self.settings, self.by_rejection = settings, by_rejection
         self.state = np.zeros(vocab_size, np.float32)
 
@@ -189,18 +201,18 @@ RATES: dict[str | None, float] = {"groups": 0.01, "likelihood-ratio": 0.1}
 UNIFORM = Robust()  # all tokens have the same weight
 
 
-def new_weighting(settings: Robust, tasks: list[str], vocab_size: int, loss: Loss) -> Weighting | None:
+def new_weighting(settings: Robust, batches: Batches, vocab_size: int, loss: Loss) -> Weighting | None:
     """Return the state of worst-case training at the first step, or None without a method.
 
     Args:
         settings: The settings.
-        tasks: Names of the tasks.
+        batches: The batches.
         vocab_size: Size of the vocabulary.
         loss: The loss. If it is a surrogate, acceptance rates replace it.
     """
     if not settings.method:
         return None
-    return METHODS[settings.method](settings, len(tasks), vocab_size, loss.is_surrogate)
+    return METHODS[settings.method](settings, batches.task_shares(), vocab_size, loss.is_surrogate)
 
 
 def document_losses(documents: StepDocuments, sums: np.ndarray, by_rejection: bool) -> np.ndarray:

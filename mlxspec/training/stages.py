@@ -276,7 +276,7 @@ def train(
             teacher,
             partial(target.listener.step, settings.steps),
             evaluation.inputs if evaluation else None,
-            new_weighting(robust, batches.tasks, target.vocab_size, loss),
+            new_weighting(robust, batches, target.vocab_size, loss),
             memory,
         )
         result = trainer.run()

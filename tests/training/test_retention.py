@@ -161,7 +161,7 @@ def trained(shards, folder, retention=None, others=None, report=None, robust=Non
     memory = measured_fisher(None, drafter, others, retention, folder, LENGTH, 0) if retention else None
     options = {"report": report} if report else {}
     if robust:
-        options["weighting"] = new_weighting(robust, batches.tasks, V, Loss("ce"))
+        options["weighting"] = new_weighting(robust, batches, V, Loss("ce"))
     Trainer(drafter, objective(Loss("ce")), batches, settings, folder, memory=memory, **options).run()
     return drafter
 

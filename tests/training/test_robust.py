@@ -69,7 +69,7 @@ def trained(shards, folder, loss="kld", robust=None, top_k=0, report=None, **giv
     if loss.needs_target:
         teacher = CachedTeacher(target, batches, V, top_k, 1.0, "random") if top_k else OnlineTeacher(target)
     drafter = new_drafter()
-    weighting = new_weighting(robust, batches.tasks, V, loss) if robust else None
+    weighting = new_weighting(robust, batches, V, loss) if robust else None
     options = {"report": report} if report else {}
     goal = objective(loss, teacher)
     Trainer(drafter, goal, batches, settings, folder, None, teacher, weighting=weighting, **options).run()
@@ -161,7 +161,7 @@ def test_an_eagle_head_reports_each_draft_step_for_each_task(tmp_path):
     settings = TrainingSettings(steps=2, batch=BATCH, length=LENGTH, log_every=1)
     Trainer(
         head, objective_for(head, loss, teacher), batches_of(shards), settings, tmp_path / "run", None, teacher,
-        weighting=new_weighting(GROUPS, list(TASKS), VOCAB, loss),
+        weighting=new_weighting(GROUPS, batches_of(shards), VOCAB, loss),
     ).run()  # fmt: skip
     for line in metrics(tmp_path / "run"):
         shares = batches_of(shards)
@@ -181,8 +181,12 @@ def step_documents(shards: TokenShards, step: int) -> StepDocuments:
 
 
 def test_the_weights_of_tasks_after_several_steps_are_those_of_the_formula(shards):
-    """w_g ∝ w_g · exp(η · loss_g), and the loss Σ w_g · loss_g."""
-    weighting, wanted = GroupWeights(GROUPS, 3, V), np.full(3, 1 / 3)
+    """w_g ∝ w_g · exp(η · loss_g), and the loss Σ w_g · loss_g, with each task's share of the step over its average."""
+    learned = [0, 0, 0]
+    for (_, mask), task in zip(shards.documents(), shards.document_tasks, strict=True):
+        learned[task] += mask.sum()
+    averages = np.array(learned) / sum(learned)
+    weighting, wanted = GroupWeights(GROUPS, batches_of(shards).task_shares(), V), np.full(3, 1 / 3)
     random = np.random.default_rng(0)
     for step in range(5):
         documents = step_documents(shards, step)
@@ -190,29 +194,58 @@ def test_the_weights_of_tasks_after_several_steps_are_those_of_the_formula(shard
         rows, learned = documents.rows, documents.weights > 0
         tasks = rows.tasks[:, 1:]
         losses = np.array([values[learned & (tasks == task)].mean() for task in range(3)])
+        shares = np.array([(learned & (tasks == task)).sum() / learned.sum() for task in range(3)])
         factors = weighting.factors(documents)[documents.places]
-        assert (documents.weights * factors * values).sum() == pytest.approx(wanted @ losses, rel=1e-5)
+        assert (documents.weights * factors * values).sum() == pytest.approx(wanted @ (losses * shares / averages))
         weighting.update(documents, documents.sums(values[None]))
         wanted = wanted * np.exp(0.5 * losses)
         wanted /= wanted.sum()
-        np.testing.assert_allclose(np.exp(weighting.state), wanted, rtol=1e-5)
+        np.testing.assert_allclose(weighting.weights, wanted, rtol=1e-5)
 
 
-def test_a_task_without_tokens_in_a_step_keeps_its_share_of_the_weight():
-    """Its factor exp(η · 0) is 1, as in the authors' own implementation."""
-    rows = Rows(*(np.array(part) for part in ([[1, 2, 3]], [[0, 1, 1]], [[0, 0, 0]], [[1, 1, 1]])))
-    weighting = GroupWeights(GROUPS, 3, V)
-    weighting.update(StepDocuments(rows), np.array([[2.0]]))
-    wanted = np.array([1, np.exp(0.5 * 2), 1])
-    np.testing.assert_allclose(np.exp(weighting.state), wanted / wanted.sum(), rtol=1e-6)
-    np.testing.assert_allclose(weighting.factors(StepDocuments(rows)), [wanted[1] / wanted.sum()], rtol=1e-6)
+def test_the_share_of_a_task_is_that_of_the_mix(shards, tmp_path):
+    others = written(tmp_path, ("songs", "letters"))
+    batches = Batches([shards, others], [3, 1], LENGTH, BATCH, seed=0)
+    assert batches.tasks == [*TASKS, "letters"]
+    seen = np.zeros(4)
+    for step in range(400):
+        documents = StepDocuments(batches(step))
+        seen += documents.task_sums(documents.shares, 4)
+    np.testing.assert_allclose(batches.task_shares(), seen / 400, atol=0.02)
+
+
+def step_of(*tasks: int) -> StepDocuments:
+    """A step of one document of two learned tokens for each task."""
+    rows = [([1, 2, 3], [0, 1, 1], [number] * 3, [task] * 3) for number, task in enumerate(tasks)]
+    return StepDocuments(Rows(*map(np.array, zip(*rows, strict=True))))
+
+
+def test_a_task_without_tokens_in_a_step_counts_with_its_last_loss_or_with_the_mean():
+    weighting = GroupWeights(GROUPS, np.full(3, 1 / 3), V)
+    weighting.update(step_of(1), np.array([[2.0]]))
+    np.testing.assert_allclose(weighting.weights, np.full(3, 1 / 3), rtol=1e-6)
+    weighting.update(step_of(0, 1), np.array([[1.0], [0.5]]))  # sums: losses 2 and 1
+    weighting.update(step_of(0), np.array([[3.0]]))
+    logs = 0.5 * np.array([2 + 3, 1 + 1, 1.5 + 2])
+    np.testing.assert_allclose(weighting.weights, np.exp(logs) / np.exp(logs).sum(), rtol=1e-6)
+
+
+def test_a_rare_task_with_the_same_loss_has_the_same_weight_in_the_end_and_in_the_objective():
+    """Task 1 is in one of eight steps. In those it has half of the tokens."""
+    weighting, objective = GroupWeights(GROUPS, np.array([15 / 16, 1 / 16]), V), np.zeros(2)
+    for step in range(80):
+        documents = step_of(0, 1) if step % 8 == 0 else step_of(0)
+        objective += documents.task_sums(documents.shares * weighting.factors(documents), 2) / 80
+        weighting.update(documents, documents.shares[:, None] * 2)
+    np.testing.assert_allclose(weighting.weights, [0.5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(objective, [0.5, 0.5], rtol=1e-5)
 
 
 def test_the_loss_of_a_task_is_its_rejection_rate_with_tvd_pp_whose_value_means_nothing(shards, tmp_path):
     _, weighting = trained(shards, tmp_path, "tvd++", GROUPS, steps=1)
     (line,) = metrics(tmp_path)
     wanted = np.exp(0.5 * (1 - np.array([line[f"acceptance_rate/{task}"] for task in TASKS])))
-    np.testing.assert_allclose(np.exp(weighting.state), wanted / wanted.sum(), rtol=1e-5)
+    np.testing.assert_allclose(weighting.weights, wanted / wanted.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("robust", [GROUPS, RATIOS], ids=["groups", "ratios"])
