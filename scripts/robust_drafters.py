@@ -109,7 +109,8 @@ def block_efficiency(drafter: nn.Module, answers: list[Answer], temperature: int
 @click.option("--length", default=256, show_default=True)
 @click.option("--loss", default="tvd", show_default=True)
 @click.option("--learning-rate", default=3e-4, show_default=True)
-@click.option("--robust-rate", default=0.2, show_default=True)
+@click.option("--robust-rate", default=0.1, show_default=True)
+@click.option("--ratio-rate", default=10.0, show_default=True)
 @click.option("--robust-penalty", default=0.1, show_default=True)
 @click.option("--damping", default=1e-5, show_default=True)
 @click.option("--co-natural-rate", default=1e-5, show_default=True)
@@ -120,7 +121,7 @@ def block_efficiency(drafter: nn.Module, answers: list[Answer], temperature: int
 def main(
     target_folder: str, drafter: Path, answers: Path, prompts: str, out: Path, mix: tuple[str, ...],
     absent: tuple[str, ...], count: int, max_tokens: int, draft_length: int, earlier: int, steps: int, batch: int,
-    length: int, loss: str, learning_rate: float, robust_rate: float, robust_penalty: float, damping: float,
+    length: int, loss: str, learning_rate: float, robust_rate: float, ratio_rate: float, robust_penalty: float, damping: float,
     co_natural_rate: float, penalty: float, first_seed: int, seeds: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Block efficiency on each task at T = 0 and 1, before and after each method."""
@@ -162,7 +163,7 @@ def main(
     methods = {
         "plain": ([(mixed, 1.0)], UNIFORM, NO_RETENTION, learning_rate),
         "groups": ([(mixed, 1.0)], Robust("groups", robust_rate), NO_RETENTION, learning_rate),
-        "ratios": ([(mixed, 1.0)], Robust("likelihood-ratio", None, robust_penalty), NO_RETENTION, learning_rate),
+        "ratios": ([(mixed, 1.0)], Robust("likelihood-ratio", ratio_rate, robust_penalty), NO_RETENTION, learning_rate),
         "9:1": ([(mixed, 0.9), (old, 0.1)], UNIFORM, NO_RETENTION, learning_rate),
         "penalty": ([(mixed, 1.0)], UNIFORM, Retention(penalty=penalty), learning_rate),
         "co-natural": ([(mixed, 1.0)], UNIFORM, Retention("co-natural", damping), co_natural_rate),
