@@ -121,8 +121,8 @@ def block_efficiency(drafter: nn.Module, answers: list[Answer], temperature: int
 def main(
     target_folder: str, drafter: Path, answers: Path, prompts: str, out: Path, mix: tuple[str, ...],
     absent: tuple[str, ...], count: int, max_tokens: int, draft_length: int, earlier: int, steps: int, batch: int,
-    length: int, loss: str, learning_rate: float, robust_rate: float, ratio_rate: float, robust_penalty: float, damping: float,
-    co_natural_rate: float, penalty: float, first_seed: int, seeds: int, only: tuple[str, ...],
+    length: int, loss: str, learning_rate: float, robust_rate: float, ratio_rate: float, robust_penalty: float,
+    damping: float, co_natural_rate: float, penalty: float, first_seed: int, seeds: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Block efficiency on each task at T = 0 and 1, before and after each method."""
     target = Target(target_folder)
