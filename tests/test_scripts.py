@@ -78,7 +78,7 @@ def test_the_usage_lines_of_a_script_are_commands_that_it_takes(script, monkeypa
 
 def test_the_usage_lines_name_every_subcommand(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    for name in ("measure_auto", "compare_training", "chat_drafters"):
+    for name in ("measure_auto", "measure_context", "compare_training", "chat_drafters"):
         words = {word for line in usage_lines(SCRIPTS / f"{name}.py") for word in line.split()}
         assert set(importlib.import_module(name).main.commands) <= words
 
