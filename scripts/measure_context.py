@@ -5,8 +5,9 @@
     python scripts/measure_context.py prefill TARGET DRAFTER OUT --text TEXT.txt --at 100 --at 3000
 
 All engines run in one process, in interleaved rounds. Each command prints tables of medians and writes each table as a
-JSON file and as a picture to OUT. TARGET and DRAFTER are folders, DRAFTER that of a draft model. The prompts are the
-first tokens of TEXT.txt. The contexts that the models declare are ignored. Beyond them, only the speed means anything.
+JSON file and as a picture to OUT. A † marks a median of fewer than five rounds. TARGET and DRAFTER are folders, DRAFTER
+that of a draft model. The prompts are the first tokens of TEXT.txt. The contexts that the models declare are ignored.
+Beyond them, only the speed means anything.
 
 Decoding is greedy and no token ends an answer. mlx-lm is measured with ``generate_step`` and
 ``speculative_generate_step``, which its ``stream_generate`` runs. In ``decode``, all models have read the prompt.
@@ -17,6 +18,7 @@ import mlxspec
 # isort: split
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -143,8 +145,15 @@ def rate_after_first(pieces: Pieces) -> float:
     return count / (time.perf_counter() - start)
 
 
-def measure(runs: Mapping[Key, Callable[[], float]], rounds: int) -> Figures:
-    """Return the figures of interleaved rounds."""
+def measure(runs: Mapping[Key, Callable[[], float]], rounds: int, limit: float = math.inf) -> Figures:
+    """Return the figures of interleaved rounds.
+
+    Args:
+        runs: Each engine runs once in each round.
+        rounds: Number of rounds after the first one, which is thrown away.
+        limit: Seconds for these rounds. There are fewer if they take longer, by the time of the first one. If not even
+            one fits, the first one counts.
+    """
 
     def engine(run: Callable[[], float]) -> Callable[[int], float]:
         def once(number: int) -> float:
@@ -156,9 +165,12 @@ def measure(runs: Mapping[Key, Callable[[], float]], rounds: int) -> Figures:
         return once
 
     engines = {key: engine(run) for key, run in runs.items()}
-    found = by_engine(interleaved(engines, rounds, pause=default_pause()))
+    start = time.perf_counter()
+    first = list(interleaved(engines, 1, warm_up=0, pause=default_pause()))
+    fitting = int(min(rounds, limit / (time.perf_counter() - start)))
+    found = by_engine(interleaved(engines, fitting, warm_up=0, pause=default_pause()) if fitting else first)
     for (name, at), figures in found.items():
-        click.echo(f"{at} positions, {name}: {spread(figures).median:.4g}", err=True)
+        click.echo(f"{at} positions, {name}: {spread(figures).median:.4g}, rounds: {len(figures)}", err=True)
     return found
 
 
@@ -178,7 +190,7 @@ def show(out: Path, name: str, label: str, found: Figures, over: str = "", **mor
     medians = {key: spread(figures).median for key, figures in found.items()}
     click.echo(f"\n| {label} | " + " | ".join(f"{at:,}" for at in places) + " |\n|" + "---|" * (len(places) + 1))
     for engine in names:
-        cells = [f"{medians[engine, at]:.3g}" for at in places]
+        cells = [f"{medians[engine, at]:.3g}" + "†" * (len(found[engine, at]) < 5) for at in places]
         if over and engine != over:
             cells = [
                 f"{cell}: {ratio(found[engine, at], found[over, at])}" for cell, at in zip(cells, places, strict=True)
@@ -213,6 +225,7 @@ def positions(*default: int) -> Callable[[Any], Any]:
 
 
 text = click.option("--text", type=click.Path(exists=True, path_type=Path), required=True, help="The prompt.")
+limit = click.option("--limit", default=150.0, show_default=True, help="Seconds for the rounds at one length.")
 draft_length = click.option("--draft-length", default=3, show_default=True, help="Of the fixed draft length.")
 
 
@@ -246,7 +259,7 @@ def costs(target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...]
         costs = table.at_length(capacity)
         values = costs.verify(1), costs.verify(5), costs.draft_once + 4 * costs.draft_step
         for name, value in zip(names, values, strict=True):
-            found[f"predicted {name}", capacity] = [value]
+            found[f"predicted {name}", capacity] = [value] * rounds
     show(out, "costs", "ms", found)
 
 
@@ -255,9 +268,18 @@ def costs(target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...]
 @positions(256, 1024, 2048, 4096, 8192, 16384)
 @text
 @draft_length
+@limit
 @click.option("--tokens", default=32, show_default=True, help="Tokens that an engine decodes in a round.")
 def decode(
-    target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...], text: Path, draft_length: int, tokens: int
+    target: str,
+    drafter: str,
+    out: Path,
+    rounds: int,
+    at: tuple[int, ...],
+    text: Path,
+    draft_length: int,
+    limit: float,
+    tokens: int,
 ) -> None:
     """Tokens per second of decoding after a prompt, and the ratio to mlx-lm plain."""
     pair, ids = read(target, drafter, text, max(at))
@@ -286,7 +308,7 @@ def decode(
         runs = {(name, length): partial(ours, name) for name in policies}
         runs[PEER_PLAIN, length] = partial(peer, engines.plain, target_cache)
         runs[PEER, length] = partial(peer, engines.peer, target_cache + drafter_cache)
-        found |= measure(runs, rounds)
+        found |= measure(runs, rounds, limit)
     show(out, "decode", "tokens/s", found, PEER_PLAIN, last_round=accepted)
     for name, last in accepted.items():
         click.echo(f"{name}: block efficiency {last['block_efficiency']:.2f}, blocks {last['blocks_by']}")
@@ -297,8 +319,9 @@ def decode(
 @positions(100, 300, 1000, 3000, 8000)
 @text
 @draft_length
+@limit
 def prefill(
-    target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...], text: Path, draft_length: int
+    target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...], text: Path, draft_length: int, limit: float
 ) -> None:
     """Tokens of a prompt per second until the first token, and the ratio to mlx-lm plain."""
     pair, ids = read(target, drafter, text, max(at))
@@ -327,7 +350,7 @@ def prefill(
         runs = {(name, length): partial(ours, name, *policy) for name, policy in policies.items()}
         runs[PEER_PLAIN, length] = partial(peer, engines.plain)
         runs[PEER, length] = partial(peer, engines.peer)
-        seconds |= measure(runs, rounds)
+        seconds |= measure(runs, rounds, limit)
     rates = {(name, length): [length / one for one in figures] for (name, length), figures in seconds.items()}
     show(out, "prefill", "prompt tokens/s", rates, PEER_PLAIN, drafter_has_read=drafts)
     show(out, "first_token", "seconds to the first token", seconds)
