@@ -34,7 +34,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxspec import ModelPair, PromptLookup, Sampling, SpeculativeDecoder
 from mlxspec.decoding import calibration
-from mlxspec.decoding.calibration import Timer, block_state, costs_of, draft_state, drafting
+from mlxspec.decoding.calibration import READ, Timer, block_state, costs_of, draft_state, drafting, read_state, reading
 from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import LOOKUP, MODEL, NONE, PLAIN, Choice, LookupProposer
 from mlxspec.decoding.policy import Automatic, DraftPolicy, Fixed
@@ -237,8 +237,14 @@ def main() -> None:
 @main.command()
 @models
 @positions(256, 1024, 2048, 4096, 8192, 16384)
-def costs(target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...]) -> None:
-    """Milliseconds of a block over the capacity of the caches, and what is predicted from the first two capacities."""
+@click.option("--from", "from_far", multiple=True, type=int, default=[1024, 4096], show_default=True,
+              help="Predict from the first capacity and this one.")  # fmt: skip
+def costs(target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...], from_far: tuple[int, ...]) -> None:
+    """Milliseconds of a block over the capacity of the caches, and what the cost table predicts.
+
+    "rows 5" is a block of five rows without drafting, "draft 4" a draft of four tokens by the draft model, and "read"
+    its reading of 128 tokens.
+    """
     compiled = SpeculativeDecoder(read(target, drafter)[0]).compiled
     lookup = LookupProposer(PromptLookup(), compiled.target.vocab_size)
     blocks = {"rows 1": (compiled[PLAIN], compiled.proposers[NONE]),
@@ -249,17 +255,24 @@ def costs(target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...]
             state = partial(block_state, compiled, proposer, capacity)
             timers[name, capacity] = Timer(block, state)
         timers["draft 4", capacity] = Timer(draft, partial(draft_state, compiled, capacity))
+        before = capacity - at[0]  # positions before the tokens that the draft model reads
+        timers["read", capacity] = Timer(reading(compiled, before), partial(read_state, compiled, before))
     with compiled.weights.protected():
         found = measure({key: lambda timer=timer: 1000 * timer() for key, timer in timers.items()}, rounds)
-    names = ("rows 1", "rows 5", "draft 4")
-    near, far = ({prefix + name: spread(found[name, capacity]).median for name in names}
-                 for prefix, capacity in (("", at[0]), ("long ", at[1])))  # fmt: skip
-    table = costs_of(near | far)
-    for capacity in at:
-        costs = table.at_length(capacity)
-        values = costs.verify(1), costs.verify(5), costs.draft_once + 4 * costs.draft_step
-        for name, value in zip(names, values, strict=True):
-            found[f"predicted {name}", capacity] = [value] * rounds
+    medians = {key: spread(figures).median for key, figures in found.items()}
+    first = {name: medians[name, at[0]] for name, _ in medians}
+    for far in from_far:
+        table = costs_of(first | {f"long {name}": medians[name, far] for name in first}, far, far)
+        for capacity in at:
+            there = table.at_length(capacity)
+            values = {
+                "rows 1": there.verify(1),
+                "rows 5": there.verify(5),
+                "draft 4": there.draft_once + 4 * there.draft_step,
+                "read": READ * (table.draft_read + (capacity - at[0]) * table.position_read),
+            }
+            for name, value in values.items():
+                found[f"predicted from {far:,}: {name}", capacity] = [value] * rounds
     show(out, "costs", "ms", found)
 
 

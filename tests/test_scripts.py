@@ -186,7 +186,7 @@ def test_the_promises_of_the_automatic_draft_length_are_measured(stories_folder,
 @pytest.mark.parametrize(
     ("what", "options", "pictures", "words"),
     [
-        ("costs", ["--at", 256, "--at", 512], ["costs"], "predicted rows 5"),
+        ("costs", ["--at", 256, "--at", 512, "--from", 512], ["costs"], "predicted from 512: rows 5"),
         ("decode", ["--at", 20, "--at", 300, "--tokens", 6], ["decode"], "mlxspec γ = 3, 300: block efficiency"),
         ("prefill", ["--at", 20, "--at", 300], ["prefill", "first_token"], "read the prompt"),
     ],
