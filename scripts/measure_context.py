@@ -200,9 +200,12 @@ def show(out: Path, name: str, label: str, found: Figures, over: str = "", **mor
     (out / f"{name}.json").write_text(json.dumps({"unit": label, "figures": figures, **more}, indent=1) + "\n")
     figure = new_figure((7, 4))
     axis = figure.subplots()
+    prefixes, kinds = (list(dict.fromkeys(engine.rpartition(": ")[part] for engine in names)) for part in (0, 2))
     for engine in names:
-        style = "--" if engine.startswith(("mlx-lm", "predicted")) else "-"
-        axis.plot(places, [medians[engine, at] for at in places], style, marker=".", label=engine)
+        prefix, _, kind = engine.rpartition(": ")
+        style = "--" if engine.startswith("mlx-lm") else ("-", ":", "--", "-.")[prefixes.index(prefix) % 4]
+        color = f"C{kinds.index(kind)}"
+        axis.plot(places, [medians[engine, at] for at in places], style, marker=".", color=color, label=engine)
     axis.set_xscale("log", base=2)
     axis.set_xticks(places, [f"{at:,}" for at in places])
     axis.set(xlabel="positions", ylabel=label, ylim=(0, None))
