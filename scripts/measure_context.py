@@ -5,9 +5,9 @@
     python scripts/measure_context.py prefill TARGET DRAFTER OUT --text TEXT.txt --at 100 --at 3000
 
 All engines run in one process, in interleaved rounds. Each command prints tables of medians and writes each table as a
-JSON file and as a picture to OUT. A † marks a median of fewer than five rounds. TARGET and DRAFTER are folders, DRAFTER
-that of a draft model. The prompts are the first tokens of TEXT.txt. The contexts that the models declare are ignored.
-Beyond them, only the speed means anything.
+JSON file and as a picture to OUT, after each length. A † marks a median of fewer than five rounds. TARGET and DRAFTER
+are folders, DRAFTER that of a draft model. The prompts are the first tokens of TEXT.txt. The contexts that the models
+declare are ignored. Beyond them, only the speed means anything.
 
 Decoding is greedy and no token ends an answer. mlx-lm is measured with ``generate_step`` and
 ``speculative_generate_step``, which its ``stream_generate`` runs. In ``decode``, all models have read the prompt.
@@ -174,28 +174,24 @@ def measure(runs: Mapping[Key, Callable[[], float]], rounds: int, limit: float =
     return found
 
 
-def show(out: Path, name: str, label: str, found: Figures, over: str = "", **more: Any) -> None:
-    """Print a table of medians, and write the figures as JSON and as a picture.
+def parts_of(found: Figures) -> tuple[list[str], list[int], dict[Key, float]]:
+    """Return the engines, the numbers of positions and the medians."""
+    names, places = (list(dict.fromkeys(key[part] for key in found)) for part in (0, 1))
+    return names, places, {key: spread(figures).median for key, figures in found.items()}
+
+
+def write(out: Path, name: str, label: str, found: Figures, **more: Any) -> None:
+    """Write the figures as JSON and as a picture.
 
     Args:
         out: The folder.
         name: Name of the files.
         label: What the figures are.
         found: The figures.
-        over: An engine to whose figures the others are compared, "" for none.
         more: More entries for the JSON file.
     """
     out.mkdir(parents=True, exist_ok=True)
-    names, places = (list(dict.fromkeys(key[part] for key in found)) for part in (0, 1))
-    medians = {key: spread(figures).median for key, figures in found.items()}
-    click.echo(f"\n| {label} | " + " | ".join(f"{at:,}" for at in places) + " |\n|" + "---|" * (len(places) + 1))
-    for engine in names:
-        cells = [f"{medians[engine, at]:.3g}" + "†" * (len(found[engine, at]) < 5) for at in places]
-        if over and engine != over:
-            cells = [
-                f"{cell}: {ratio(found[engine, at], found[over, at])}" for cell, at in zip(cells, places, strict=True)
-            ]
-        click.echo(f"| {engine} | " + " | ".join(cells) + " |")
+    names, places, medians = parts_of(found)
     figures = [{"engine": engine, "positions": at, "rounds": rounds} for (engine, at), rounds in found.items()]
     (out / f"{name}.json").write_text(json.dumps({"unit": label, "figures": figures, **more}, indent=1) + "\n")
     figure = new_figure((7, 4))
@@ -212,7 +208,25 @@ def show(out: Path, name: str, label: str, found: Figures, over: str = "", **mor
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figure.savefig(out / f"{name}.png", dpi=90)
-    click.echo(out / f"{name}.png")
+
+
+def table(label: str, found: Figures, over: str = "") -> None:
+    """Print a table of medians.
+
+    Args:
+        label: What the figures are.
+        found: The figures.
+        over: An engine to whose figures the others are compared, "" for none.
+    """
+    names, places, medians = parts_of(found)
+    click.echo(f"\n| {label} | " + " | ".join(f"{at:,}" for at in places) + " |\n|" + "---|" * (len(places) + 1))
+    for engine in names:
+        cells = [f"{medians[engine, at]:.3g}" + "†" * (len(found[engine, at]) < 5) for at in places]
+        if over and engine != over:
+            cells = [
+                f"{cell}: {ratio(found[engine, at], found[over, at])}" for cell, at in zip(cells, places, strict=True)
+            ]
+        click.echo(f"| {engine} | " + " | ".join(cells) + " |")
 
 
 def models(command: Callable[..., None]) -> Callable[..., None]:
@@ -265,18 +279,19 @@ def costs(target: str, drafter: str, out: Path, rounds: int, at: tuple[int, ...]
     medians = {key: spread(figures).median for key, figures in found.items()}
     first = {name: medians[name, at[0]] for name, _ in medians}
     for far in from_far:
-        table = costs_of(first | {f"long {name}": medians[name, far] for name in first}, far, far)
+        line = costs_of(first | {f"long {name}": medians[name, far] for name in first}, far, far)
         for capacity in at:
-            there = table.at_length(capacity)
+            there = line.at_length(capacity)
             values = {
                 "rows 1": there.verify(1),
                 "rows 5": there.verify(5),
                 "draft 4": there.draft_once + 4 * there.draft_step,
-                "read": READ * (table.draft_read + (capacity - at[0]) * table.position_read),
+                "read": READ * (line.draft_read + (capacity - at[0]) * line.position_read),
             }
             for name, value in values.items():
                 found[f"predicted from {far:,}: {name}", capacity] = [value] * rounds
-    show(out, "costs", "ms", found)
+    write(out, "costs", "ms", found)
+    table("ms", found)
 
 
 @main.command()
@@ -325,7 +340,8 @@ def decode(
         runs[PEER_PLAIN, length] = partial(peer, engines.plain, target_cache)
         runs[PEER, length] = partial(peer, engines.peer, target_cache + drafter_cache)
         found |= measure(runs, rounds, limit)
-    show(out, "decode", "tokens/s", found, PEER_PLAIN, last_round=accepted)
+        write(out, "decode", "tokens/s", found, last_round=accepted)
+    table("tokens/s", found, PEER_PLAIN)
     for name, last in accepted.items():
         click.echo(f"{name}: block efficiency {last['block_efficiency']:.2f}, blocks {last['blocks_by']}")
 
@@ -342,7 +358,7 @@ def prefill(
     """Tokens of a prompt per second until the first token, and the ratio to mlx-lm plain."""
     pair, ids = read(target, drafter, text, max(at))
     engines, seconds, drafts = Engines(pair, draft_length), Figures(), {}
-    table = engines.costs()
+    known = engines.costs()
     for length in at:
         prompt = ids[:length]
 
@@ -356,7 +372,7 @@ def prefill(
             engines.decoder.forget()
             return taken
 
-        auto = partial(Automatic, table, [MODEL])  # a new one for each run, as these answers end after one block
+        auto = partial(Automatic, known, [MODEL])  # a new one for each run, as these answers end after one block
         policies = {
             "mlxspec plain": (partial(Fixed, PLAIN), LONG),
             f"mlxspec γ = {draft_length}": (partial(Fixed, engines.fixed), LONG),
@@ -367,9 +383,11 @@ def prefill(
         runs[PEER_PLAIN, length] = partial(peer, engines.plain)
         runs[PEER, length] = partial(peer, engines.peer)
         seconds |= measure(runs, rounds, limit)
-    rates = {(name, length): [length / one for one in figures] for (name, length), figures in seconds.items()}
-    show(out, "prefill", "prompt tokens/s", rates, PEER_PLAIN, drafter_has_read=drafts)
-    show(out, "first_token", "seconds to the first token", seconds)
+        rates = {(name, at): [at / one for one in figures] for (name, at), figures in seconds.items()}
+        write(out, "prefill", "prompt tokens/s", rates, drafter_has_read=drafts)
+        write(out, "first_token", "seconds to the first token", seconds)
+    table("prompt tokens/s", rates, PEER_PLAIN)
+    table("seconds to the first token", seconds)
     for name, has_read in drafts.items():
         if "auto" in name:
             click.echo(f"{name}: the draft model has {'' if has_read else 'not '}read the prompt")
