@@ -78,7 +78,7 @@ def test_the_usage_lines_of_a_script_are_commands_that_it_takes(script, monkeypa
 
 def test_the_usage_lines_name_every_subcommand(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    for name in ("measure_auto", "compare_training", "chat_drafters"):
+    for name in ("measure_auto", "measure_context", "compare_training", "chat_drafters"):
         words = {word for line in usage_lines(SCRIPTS / f"{name}.py") for word in line.split()}
         assert set(importlib.import_module(name).main.commands) <= words
 
@@ -181,6 +181,27 @@ def test_the_speed_comparison_measures_all_four(tmp_path, stories_folder, temper
 def test_the_promises_of_the_automatic_draft_length_are_measured(stories_folder, what, options, words):
     small = ["--stories", stories_folder, "--pad-width", 16]
     assert words in run_script("measure_auto.py", *small, what, *options, "--rounds", 1)
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "pictures", "words"),
+    [
+        ("costs", ["--at", 256, "--at", 512, "--from", 512], ["costs"], "predicted from 512: rows 5"),
+        ("decode", ["--at", 20, "--at", 300, "--tokens", 6], ["decode"], "mlxspec γ = 3, 300: block efficiency"),
+        ("prefill", ["--at", 20, "--at", 300], ["prefill", "first_token"], "read the prompt"),
+    ],
+)
+def test_speed_over_the_length_of_the_text_is_measured(tmp_path, what, options, pictures, words):
+    words_of_text = [] if what == "costs" else ["--text", SCRIPTS.parent / "README.md"]
+    models = [DEMO / "target", DEMO / "drafter"]
+    out = run_script("measure_context.py", what, *models, tmp_path, *options, *words_of_text, "--rounds", 1)
+    assert words in out
+    for name in pictures:
+        assert (tmp_path / f"{name}.png").exists()
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert all(figure > 0 for entry in record["figures"] for figure in entry["rounds"])
+        for engine in {entry["engine"] for entry in record["figures"]}:
+            assert f"\n| {engine} | " in out
 
 
 def test_the_cost_of_recording_is_measured(stories_folder):

@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 
 from mlxspec.blas import blas_name
 from mlxspec.decoding.block import State
-from mlxspec.decoding.cache import CAPACITY_STEP, Buffers
+from mlxspec.decoding.cache import CAPACITY_STEP, Buffers, capacity_for
 from mlxspec.decoding.compiled import CompiledBlocks, CompiledGraph
 from mlxspec.decoding.costs import BlockCosts
 from mlxspec.decoding.drafting import (
@@ -47,18 +47,18 @@ from mlxspec.models.drafter import PromptLookup
 from mlxspec.models.quantizing import cache_folder, has_home
 from mlxspec.models.sharding import Group, broadcast
 
-FORMAT = 5  # version of the file format; figures in another version are measured again
+FORMAT = 6  # version of the file format; figures in another version are measured again
 FIRST_CAP = (2.0, 6)  # time limit of the first process: the longer of so many seconds and so many target passes
 LATER_CAP = (0.5, 3)  # time limit of a process that only repeats what was measured
 ROUNDS, ENOUGH = 6, 3  # rounds of a process, if the time allows; rounds after which a figure is final
 QUEUED, SHORT = 3, 0.03  # blocks queued at once, as in decoding, if a block takes less than SHORT seconds
-LONG = 4 * CAPACITY_STEP  # a capacity for measuring the cost of a longer text
+LONG = 16 * CAPACITY_STEP  # capacity for measuring what a longer text costs, at most that of the context
 ROOM = CAPACITY_STEP // 2  # free positions after the text on which blocks are timed
 READ = 128  # tokens that the draft model reads at once
 FEW, MORE = 1, 4  # draft lengths that give the cost of a drafted token
 # The figures that decide most come first. COARSE gets one round, and more within half of the time; FINE the rest.
 COARSE = ("rows 1", "draft 4", "rows 2", "rows 5", "rows 9", "rows 17", "draft 1", "read")
-FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "rows 13")
+FINE = ("rows 3", "rows 4", "rows 7", "long rows 1", "long rows 5", "long draft 4", "long read", "rows 13")
 
 Figures = dict[str, float]  # name -> seconds
 Rounds = dict[str, int]  # name -> how often the figure was measured
@@ -87,26 +87,34 @@ def calibrate(
             measure(compiled, figures, rounds, progress)
         finally:
             keep(compiled, figures, rounds, again)
-    return costs_of(broadcast(figures, compiled.pair.group))
+    return costs_of(broadcast(figures, compiled.pair.group), *long_capacities(compiled))
 
 
-def costs_of(figures: Figures) -> BlockCosts:
-    """Return the table of costs. Rows and drafts that were not measured are estimated from the others."""
+def costs_of(figures: Figures, target_capacity: int = LONG, drafter_capacity: int = LONG) -> BlockCosts:
+    """Return the table of costs. Rows and drafts that were not measured are estimated from the others.
+
+    Args:
+        figures: The figures.
+        target_capacity: Capacity at which the target's "long" figures were measured, in positions.
+        drafter_capacity: The same for the draft model.
+    """
     rows = {number_in(name): seconds for name, seconds in figures.items() if name.startswith("rows ")}
     more = figures.get("draft 4", MORE * rows[1])  # if unknown, as costly as the target
     few = min(figures.get("draft 1", more / MORE), more)
     step = (more - few) / (MORE - FEW) if more > few else more / MORE
-    positions = LONG - CAPACITY_STEP
-    one, five = (max(0.0, figures.get(f"long rows {m}", 0.0) - rows.get(m, math.inf)) / positions for m in (1, 5))
+    longer, drafter_longer = (max(1, capacity - CAPACITY_STEP) for capacity in (target_capacity, drafter_capacity))
+    one, five = (max(0.0, figures.get(f"long rows {m}", 0.0) - rows.get(m, math.inf)) / longer for m in (1, 5))
+    read = figures.get("read", 0.0)
     return BlockCosts(
         rows=rows,
         draft_once=max(0.0, more - MORE * step),
         draft_step=step,
-        draft_read=figures.get("read", 0.0) / READ,
+        draft_read=read / READ,
         trace=figures.get("trace", 0.0),
         position=one,
         position_row=max(0.0, five - one) / 4,
-        position_draft=max(0.0, figures.get("long draft 4", 0.0) - more) / MORE / positions,
+        position_draft=max(0.0, figures.get("long draft 4", 0.0) - more) / MORE / drafter_longer,
+        position_read=max(0.0, figures.get("long read", 0.0) - read) / READ / drafter_longer,
     )
 
 
@@ -119,9 +127,20 @@ def number_in(name: str) -> int:
 def names(compiled: CompiledBlocks) -> list[str]:
     """Return the names of the figures that a pair needs and can show. The ones that decide most come first."""
     model = MODEL in compiled.drafters
-    needed = [name for name in (*COARSE, *FINE) if model or not ("draft" in name or name == "read")]
+    needed = [name for name in (*COARSE, *FINE) if model or not of_drafter(name)]
+    needed = [name for name in needed if not (is_long(name) and capacity_of(compiled, name) == CAPACITY_STEP)]
     shortest = {"rows 1": -math.inf, "read": READ}  # a text needs the two recent tokens; "rows 1" is always needed
     return [name for name in needed if text_length(compiled, name) >= shortest.get(name, 2)]
+
+
+def of_drafter(name: str) -> bool:
+    """Return whether a figure is one of the draft model, not of the target."""
+    return "draft" in name or "read" in name
+
+
+def is_long(name: str) -> bool:
+    """Return whether a figure is measured after a longer text."""
+    return name.startswith("long ")
 
 
 def text_length(compiled: CompiledBlocks, name: str) -> int:
@@ -129,15 +148,25 @@ def text_length(compiled: CompiledBlocks, name: str) -> int:
 
     It leaves room for the steps that are timed together, in the capacity and in the context of the model that runs.
     """
-    drafter = "draft" in name or name == "read"
-    context = compiled.pair.drafter_context_length if drafter else compiled.pair.context_length
-    length = capacity_of(name) - ROOM
+    context, length = context_of(compiled, name), capacity_of(compiled, name) - ROOM
     return length if context is None else min(length, context - QUEUED * max(1, number_in(name)))
 
 
-def capacity_of(name: str) -> int:
+def capacity_of(compiled: CompiledBlocks, name: str) -> int:
     """Return the capacity of the caches, in positions, at which a figure is measured."""
-    return LONG if name.startswith("long ") else CAPACITY_STEP
+    context = context_of(compiled, name)
+    longest = LONG if context is None else min(LONG, capacity_for(context))
+    return longest if is_long(name) else CAPACITY_STEP
+
+
+def long_capacities(compiled: CompiledBlocks) -> tuple[int, int]:
+    """Return the capacities at which the "long" figures of the target and of the draft model are measured."""
+    return capacity_of(compiled, "long rows"), capacity_of(compiled, "long draft")
+
+
+def context_of(compiled: CompiledBlocks, name: str) -> int | None:
+    """Return the context of the model that a figure runs."""
+    return compiled.pair.drafter_context_length if of_drafter(name) else compiled.pair.context_length
 
 
 def unfinished(compiled: CompiledBlocks, rounds: Rounds) -> list[str]:
@@ -200,6 +229,7 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
         "drafter": shapes_of(drafter_of(compiled).model) if MODEL in compiled.drafters else None,
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
         "verification": compiled.verification,
+        "long": long_capacities(compiled),
     }
     if compiled.pair.group is not None:
         described["processes"] = compiled.pair.group.size()
@@ -304,10 +334,11 @@ class Timer:
 
 def timer_for(compiled: CompiledBlocks, name: str) -> Timer:
     """Return the timer of a figure."""
-    capacity, number, length = capacity_of(name), number_in(name), max(2, text_length(compiled, name))
+    capacity, number, length = capacity_of(compiled, name), number_in(name), max(2, text_length(compiled, name))
     group = compiled.pair.group
-    if name == "read":
-        return Timer(reading(compiled), lambda: None, group)
+    if "read" in name:
+        covered = length - READ + 1 if is_long(name) else 0  # + 1: then no buffer is resized
+        return Timer(reading(compiled, covered), lambda: read_state(compiled, covered), group)
     if "draft" in name:
         return Timer(drafting(compiled, number), lambda: draft_state(compiled, capacity, length), group)
     choice = Choice(LOOKUP, number - 1) if number > 1 else PLAIN
@@ -357,7 +388,18 @@ def draft_state(compiled: CompiledBlocks, capacity: int, length: int | None = No
     return mx.zeros(2, mx.int32), mx.array(length, mx.int32), state, mx.random.key(0), target
 
 
-def reading(compiled: CompiledBlocks) -> Callable[[Any], tuple[Any, Any]]:
-    """Return a step in which the draft model reads ``READ`` tokens."""
-    proposer, target = drafter_of(compiled), compiled.target.empty(READ + 2)
-    return lambda state: (proposer.start([], [0] * (READ + 2), 0, lambda count: None, target), None)
+def read_state(compiled: CompiledBlocks, covered: int) -> list[Any]:
+    """Return a list with the draft model's state for a text of ``covered`` zeros, or an empty list for no text."""
+    return [draft_state(compiled, capacity_for(covered), covered)[2]] if covered else []
+
+
+def reading(compiled: CompiledBlocks, covered: int) -> Callable[[Any], tuple[Any, Any]]:
+    """Return a step in which the draft model reads ``READ`` tokens after ``covered`` others."""
+    proposer, length = drafter_of(compiled), covered + READ + 2
+    target = compiled.target.empty(length)
+
+    def read(kept: list[Any]) -> tuple[Any, Any]:
+        state = proposer.start(kept, [0] * length, covered, lambda count: None, target)
+        return (), [state] if covered else []
+
+    return read

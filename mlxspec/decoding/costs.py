@@ -22,11 +22,12 @@ class BlockCosts:
             interpolated. Numbers beyond the largest are extrapolated with the last slope.
         draft_once: Seconds of each draft by the draft model, in addition to its tokens.
         draft_step: Seconds of each token that the draft model drafts.
-        draft_read: Seconds of each token of text that the draft model reads before it can draft.
+        draft_read: Seconds of each token that the draft model reads before it can draft, at the start of a text.
         trace: Seconds of tracing a block of a new draft length.
         position: Seconds that one more position of cache capacity adds to a pass over one row.
         position_row: Seconds that one more position adds for each further row.
         position_draft: Seconds that one more position adds to each token that the draft model drafts.
+        position_read: Seconds that each position before a token adds to reading it.
     """
 
     rows: Mapping[int, float]
@@ -37,6 +38,7 @@ class BlockCosts:
     position: float = 0.0
     position_row: float = 0.0
     position_draft: float = 0.0
+    position_read: float = 0.0
 
     def verify(self, rows: int) -> float:
         """Return the seconds of a block over ``rows`` rows, without drafting."""
@@ -52,6 +54,10 @@ class BlockCosts:
         """Return the seconds of a block, drafting included."""
         drafting = self.draft_once + choice.length * self.draft_step if choice.proposer == MODEL else 0.0
         return self.verify(choice.length + 1) + drafting
+
+    def reading(self, tokens: int, length: int) -> float:
+        """Return the seconds in which the draft model reads the last ``tokens`` tokens of a text of ``length``."""
+        return tokens * (self.draft_read + max(0.0, length - tokens / 2) * self.position_read)
 
     def at_length(self, tokens: int) -> "BlockCosts":
         """Return the costs for a text of ``tokens`` tokens. Attention covers the caches' whole capacity."""

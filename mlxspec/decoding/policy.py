@@ -165,7 +165,7 @@ class Automatic:
         if best != self.choice and self.regret >= self.price(best, rates, unread):
             self.switch(best)
         elif self.can_draft(MODEL) and self.choice.proposer != MODEL:
-            self.savings += PROBE_SHARE * spent + min(len(tokens) * self.costs.draft_read, READ_SHARE * spent)
+            self.savings += PROBE_SHARE * spent + min(self.costs.reading(len(tokens), self.length), READ_SHARE * spent)
             self.probe_if_affordable(rates, unread)
 
     def rates(self) -> dict[Choice, float]:
@@ -201,7 +201,7 @@ class Automatic:
 
     def reading(self, choice: Choice, unread: int) -> float:
         """Return the seconds that the draft model takes to read what it missed, if it is to draft."""
-        return unread * self.costs.draft_read if choice.proposer == MODEL else 0.0
+        return self.costs.reading(unread, self.length) if choice.proposer == MODEL else 0.0
 
     def probe_if_affordable(self, rates: dict[Choice, float], unread: int) -> None:
         """Start a probe of the idle draft model, if the savings cover its cost and it could be faster.

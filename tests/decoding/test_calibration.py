@@ -99,14 +99,31 @@ def test_a_drafted_token_costs_what_one_more_of_them_takes():
     assert (disturbed.draft_once, disturbed.draft_step) == (0.0, 8.0 / MORE)
 
 
-def test_what_a_position_adds_comes_from_two_capacities_and_is_never_less_than_nothing():
-    positions = LONG - calibration.CAPACITY_STEP
-    near = {"rows 1": 1.0, "rows 5": 2.0, "draft 4": 1.0, "draft 1": 0.25}
-    far = {"long rows 1": 1 + 2 * positions, "long rows 5": 2 + 14 * positions, "long draft 4": 1 + 12 * positions}
-    costs = costs_of(whole(near | far))
-    assert (costs.position, costs.position_row, costs.position_draft) == (2.0, 3.0, 3.0)
-    costs = costs_of(whole(near | dict.fromkeys(far, 0.5)))
-    assert (costs.position, costs.position_row, costs.position_draft) == (0.0, 0.0, 0.0)
+@pytest.mark.parametrize("capacities", [(LONG, LONG), (1024, 512)])
+def test_what_a_position_adds_comes_from_two_capacities_and_is_never_less_than_nothing(capacities):
+    positions, drafters = (capacity - calibration.CAPACITY_STEP for capacity in capacities)
+    near = {"rows 1": 1.0, "rows 5": 2.0, "draft 4": 1.0, "draft 1": 0.25, "read": 1.0}
+    far = {
+        "long rows 1": 1 + 2 * positions,
+        "long rows 5": 2 + 14 * positions,
+        "long draft 4": 1 + 12 * drafters,
+        "long read": 1 + 5 * calibration.READ * drafters,
+    }
+    costs = costs_of(whole(near | far), *capacities)
+    found = (costs.position, costs.position_row, costs.position_draft, costs.position_read)
+    assert found == (2.0, 3.0, 3.0, 5.0)
+    costs = costs_of(whole(near | dict.fromkeys(far, 0.5)), *capacities)
+    assert (costs.position, costs.position_row, costs.position_draft, costs.position_read) == (0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("context", "longest"), [(200, 256), (900, 1024), (10**6, LONG)])
+def test_a_longer_text_is_measured_within_the_context_of_the_model(context, longest):
+    compiled = SpeculativeDecoder(
+        ModelPair(random_llama(), random_llama(1), context_length=5000, drafter_context_length=context)
+    ).compiled
+    assert calibration.long_capacities(compiled) == (LONG, longest)
+    known = calibration.names(compiled)
+    assert ("long read" in known, "long draft 4" in known, "long rows 1" in known) == (*[longest > 256] * 2, True)
 
 
 def test_a_table_that_was_cut_short_is_cautious():

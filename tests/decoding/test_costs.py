@@ -37,3 +37,11 @@ def test_a_longer_text_costs_what_each_position_adds():
     assert far.rows == {m: TABLE.rows[m] + more * (0.25 + (m - 1) * 0.125) for m in TABLE.rows}
     assert far.draft_step == 0.5 + more * 0.5
     assert TABLE.at_length(5) == TABLE
+
+
+def test_reading_costs_more_after_a_longer_text():
+    table = replace(TABLE, draft_read=2.0, position_read=0.5)
+    assert table.reading(10, 10) == 10 * (2 + 0.5 * 5)
+    assert table.reading(10, 1000) == 10 * (2 + 0.5 * 995) == table.at_length(1000).reading(10, 1000)
+    in_parts = sum(table.reading(10, length) for length in range(10, 101, 10))
+    assert table.reading(100, 100) == in_parts

@@ -90,6 +90,36 @@ def test_a_long_prompt_is_not_read_by_the_drafter_for_a_short_answer():
     assert policy.choose(2000).proposer == MODEL
 
 
+def test_a_draft_model_reads_a_prompt_only_for_an_answer_that_is_expected_to_pay_for_it(
+    stories, stories_drafters, stories_greedy, monkeypatch
+):
+    read, original = [], ModelProposer.start
+
+    def start(self, kept, tokens, covered, *others):
+        read.append(len(tokens) - covered)
+        return original(self, kept, tokens, covered, *others)
+
+    monkeypatch.setattr(ModelProposer, "start", start)
+    policy = Automatic(replace(costs(0.02), draft_read=0.06), [MODEL])
+    decoder = SpeculativeDecoder(ModelPair(stories, stories_drafters["a noised copy"]), policy=policy)
+    prompt, answer = stories_greedy[:300], stories_greedy[300:]
+    assert decoded(decoder, prompt, 8) == answer[:8]
+    assert read == []
+    decoder.forget()
+    assert decoded(decoder, prompt, 150) == answer[:150]
+    assert read == [300]
+    for _ in range(5):  # answers that end early, although they may be long
+        decoder.forget()
+        stream, tokens = decoder.blocks(prompt, 150), []
+        while len(tokens) < 8:
+            tokens += next(stream).tokens
+        stream.close()
+    read.clear()
+    decoder.forget()
+    assert next(decoder.blocks(prompt, 150)).tokens == answer[:1]
+    assert read == []
+
+
 def test_a_change_is_made_when_staying_has_lost_as_much_as_it_costs():
     """Ski rental: the first choice is left when its regret has reached the price of tracing the best one."""
     policy = Automatic(costs(0.1, trace=20.0), [LOOKUP])
