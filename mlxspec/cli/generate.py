@@ -18,7 +18,7 @@ from mlxspec.cli.options import (
     target_name,
 )
 from mlxspec.cli.statistics import detailed, summary
-from mlxspec.decoding.decoder import DEFAULT_MAX_TOKENS, answer_budget
+from mlxspec.decoding.requests import DEFAULT_MAX_TOKENS, answer_budget
 from mlxspec.decoding.text import StopStrings
 from mlxspec.models.tokens import check_unicode, encode_prompt
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import mlxspec
 from mlxspec import InvalidRequestError, ModelPair, Sampling, SpeculativeDecoder, WriteError
-from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, Progress, check_options
+from mlxspec.decoding.decoder import Progress
+from mlxspec.decoding.requests import DEFAULT_DRAFT_LENGTH, check_options
 from mlxspec.decoding.verification import DEFAULT_RULE, RULES
 from mlxspec.models.quantizing import DRAFTER_BITS, QUANTIZATIONS
 from mlxspec.models.sharding import Group

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, DEFAULT_MAX_TOKENS, Progress, SpeculativeDecoder
+from mlxspec.decoding.decoder import Progress, SpeculativeDecoder
+from mlxspec.decoding.requests import DEFAULT_DRAFT_LENGTH, DEFAULT_MAX_TOKENS
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.verification import DEFAULT_RULE

@@ -20,8 +20,9 @@ import mlx.nn as nn
 
 from mlxspec import __version__
 from mlxspec.blas import blas_name
-from mlxspec.decoding.decoder import DEFAULT_DRAFT_LENGTH, SpeculativeDecoder, check_options
+from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.drafting import MODEL
+from mlxspec.decoding.requests import DEFAULT_DRAFT_LENGTH, check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.stats import DecodingStats
 from mlxspec.decoding.verification import DEFAULT_RULE
