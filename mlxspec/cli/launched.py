@@ -3,14 +3,13 @@
 import contextlib
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from mlxspec.errors import MlxspecError, ProcessError
+from mlxspec.errors import MlxspecError
 from mlxspec.models.sharding import broadcast, is_first, launched_processes, lost
 
 GRACE = 1.0  # seconds for the first process to print an error that all have; mlx.launch ends all when one has ended
@@ -19,8 +18,8 @@ GRACE = 1.0  # seconds for the first process to print an error that all have; ml
 def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the processes of ``mlx.launch`` as ``group``. Only the first of them prints.
 
-    An error is one that all processes have: ``load`` sees to it, and before and after it, all do the same. But if a
-    process stops, each of the others ends with one line.
+    The other processes print an error only if they still run after a while: ``mlx.launch`` ends them when the first
+    one has printed the same error. If a process stops, each of the others ends with one line.
     """
 
     @functools.wraps(command)
@@ -35,8 +34,6 @@ def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
         except (RuntimeError, MlxspecError) as error:
             if not is_first(group):
                 time.sleep(GRACE)
-                if isinstance(error, MlxspecError) and not isinstance(error, ProcessError):
-                    sys.exit(2)
             if group is not None and isinstance(error, RuntimeError):
                 raise lost(error) from None
             raise
