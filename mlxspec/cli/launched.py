@@ -1,18 +1,19 @@
-"""Verbs that ``mlx.launch`` may start in several processes, which divide the target."""
+"""Verbs that ``mlx.launch`` may start in several processes."""
 
 import contextlib
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from mlxspec.errors import MlxspecError
+from mlxspec.errors import DisagreementError, MlxspecError
 from mlxspec.models.sharding import broadcast, is_first, launched_processes, lost
 
-GRACE = 1.0  # seconds for the first process to print an error that all have; mlx.launch ends all when one has ended
+GRACE = 2.0  # seconds for the first process to print an error that all have; mlx.launch ends all when one has ended
 
 
 def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
@@ -34,6 +35,8 @@ def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
         except (RuntimeError, MlxspecError) as error:
             if not is_first(group):
                 time.sleep(GRACE)
+                if isinstance(error, DisagreementError):  # all processes have it
+                    sys.exit(2)
             if group is not None and isinstance(error, RuntimeError):
                 raise lost(error) from None
             raise
