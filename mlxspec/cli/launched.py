@@ -17,7 +17,7 @@ GRACE = 2.0  # seconds for the first process to print an error that all have; ml
 
 
 def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the processes of ``mlx.launch`` as ``group``. Only the first of them prints.
+    """Let only the first process of ``mlx.launch`` print what a command prints.
 
     The other processes print an error only if they still run after a while: ``mlx.launch`` ends them when the first
     one has printed the same error. If a process stops, each of the others ends with one line.
@@ -28,7 +28,7 @@ def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
         group = launched_processes()
         try:
             with contextlib.nullcontext() if is_first(group) else silence():
-                command(*args, group=group, **options)
+                command(*args, **options)
                 broadcast(None, group)  # nothing ends before all are done
         except (click.Abort, click.exceptions.Exit):  # RuntimeErrors too
             raise

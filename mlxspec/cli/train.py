@@ -16,7 +16,7 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.curves import can_draw, draw_curves, metrics_files
 from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
-from mlxspec.models.sharding import Group, agree
+from mlxspec.models.sharding import agree, launched_processes
 from mlxspec.settings import key_of
 from mlxspec.training import adapting, stages
 from mlxspec.training import recipe as recipes
@@ -143,7 +143,7 @@ def recipe_keys() -> str:
     help="Estimate the tokens, memory and time of each stage. This loads the models and times a few steps.",
 )
 @one_speaker
-def run(recipe: Path, out: Path | None, dry_run: bool, group: Group | None) -> None:
+def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
     """Run the stages of RECIPE, a TOML file or a name that `train recipes` lists. Complete stages are skipped.
 
     Paths in a recipe are relative to its file. In a recipe that comes with mlxspec, they are relative to the current
@@ -151,7 +151,7 @@ def run(recipe: Path, out: Path | None, dry_run: bool, group: Group | None) -> N
     """
     parsed, folder = Recipe.read(recipe), out or recipe.with_suffix("")
     with Bars() as bars:
-        target = open_target(parsed.target, parsed.divide_target, group, bars.listener, parsed)
+        target = open_target(parsed.target, parsed.divide_target, bars.listener, parsed)
         if dry_run:
             print_estimate(parsed, folder, target)
             return
@@ -184,22 +184,19 @@ def plot(folder: Path, out: Path | None) -> None:
     click.echo(draw_curves(folder, out))
 
 
-def open_target(
-    name: str, divide: bool, group: Group | None, listener: Listener, recipe: Recipe | None = None
-) -> Target:
+def open_target(name: str, divide: bool, listener: Listener, recipe: Recipe | None = None) -> Target:
     """Return a target. Its files are read when they are first needed.
 
     Args:
         name: Folder, hub id or short name.
-        divide: Whether to divide it over the processes.
-        group: The processes of ``mlx.launch``. None without it.
+        divide: Whether to divide it over the processes of ``mlx.launch``.
         listener: Callbacks for the progress of the stages.
         recipe: The recipe that the command runs, if it runs one.
 
     Raises:
         DisagreementError: The processes that divide the target have other options, or another recipe.
     """
-    if group is not None:
+    if (group := launched_processes()) is not None:
         options = asdict(recipe) if recipe else click.get_current_context().params
         asked: dict[str, Any] = tree_flatten(options, destination={}) if divide else {}  # type: ignore[assignment]
         agree(group, {"divide_target": divide} | {key: str(value) for key, value in asked.items()})
@@ -241,13 +238,12 @@ def pretrain(
     drafter: str | None,
     prompts: tuple[str, ...],
     divide_target: bool,
-    group: Group | None,
     **options: Any,
 ) -> None:
     """Train a drafter to predict the next token of text."""
     settings, shape = take_settings(TrainingSettings, options), take_settings(DrafterShape, options)
     with Bars() as bars, locked_for_all(out):
-        model = open_target(target, divide_target, group, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
         if drafter:
             start = load_drafter(drafter, model)
@@ -265,11 +261,11 @@ def pretrain(
 @settings_options(DistillData, AnswerSettings)
 @click.option("--validate", is_flag=True, help="Count duplicate, empty and truncated answers.")
 @one_speaker
-def distill(target: str, out: Path, divide_target: bool, validate: bool, group: Group | None, **options: Any) -> None:
+def distill(target: str, out: Path, divide_target: bool, validate: bool, **options: Any) -> None:
     """Generate the target's answers, as training data for finetune."""
     data, settings = take_settings(DistillData, options), take_settings(AnswerSettings, options)
     with Bars() as bars:
-        model = open_target(target, divide_target, group, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         shards = stages.distill(model, data.prompts, data.system, settings, out)
     click.echo(f"{len(shards)} tokens in {shards.folder}", err=True)
     if validate:
@@ -287,9 +283,7 @@ def distill(target: str, out: Path, divide_target: bool, validate: bool, group: 
 @OUT
 @DIVIDE
 @one_speaker
-def init(
-    target: str, answers: Path | None, out: Path, divide_target: bool, group: Group | None, **options: Any
-) -> None:
+def init(target: str, answers: Path | None, out: Path, divide_target: bool, **options: Any) -> None:
     """Make a warm start: a drafter from some of the target's layers, as a start for pretrain or finetune."""
     start = take_settings(WarmStart, options)
     if start.needs_answers and not answers:
@@ -297,7 +291,7 @@ def init(
             "--vocabulary-size, --hidden-size and --intermediate-size need --answers, a folder written by train distill"
         )
     shards = TokenShards(answers / "tokens", verify=True) if answers else None
-    model = open_target(target, divide_target, group, Listener())
+    model = open_target(target, divide_target, Listener())
     drafter, coverage = stages.start_drafter(model, start, shards, out)
     click.echo(f"{out / 'drafter'}: {describe(drafter, coverage)}")
 
@@ -324,7 +318,6 @@ def finetune(
     prompts: tuple[str, ...],
     out: Path,
     divide_target: bool,
-    group: Group | None,
     **options: Any,
 ) -> None:
     """Train a drafter to match the target's distribution on the target's answers."""
@@ -332,7 +325,7 @@ def finetune(
     robust, retention = take_settings(Robust, options), take_settings(Retention, options)
     settings = take_settings(TrainingSettings, options)
     with Bars() as bars:
-        model = open_target(target, divide_target, group, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
         if text:
             known = TokenShards(text / "tokens", verify=True)
@@ -377,7 +370,6 @@ def adapt(
     general: Path,
     out: Path,
     divide_target: bool,
-    group: Group | None,
     **options: Any,
 ) -> None:
     """Finetune a drafter on recorded answers, and keep the result only if it is better.
@@ -388,7 +380,7 @@ def adapt(
     settings = take_settings(AdaptSettings, options)
     recording, answers = Recording(recorded), TokenShards(general / "tokens", verify=True)
     with Bars() as bars:
-        model = open_target(target, divide_target, group, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         result = adapting.adapt(model, load_drafter(drafter, model), recording, answers, settings, out)
     for name, (before, after) in (("recorded", result.recorded), ("general", result.general)):
         click.echo(f"acceptance rate on {name} answers: {before:.4f} before, {after:.4f} after")
