@@ -214,7 +214,7 @@ class CachedTeacher:
         group: Group | None = None,
     ):
         check_top_k(k, vocab_size)
-        self.batches, self.temperature, self.k = batches, temperature, k
+        self.batches, self.temperature, self.k, self.group = batches, temperature, k, group
         self._online = OnlineTeacher(target, apart, read_layers, group)
         self.parts = self._online.parts
         self._log_q = mx.zeros((1, vocab_size))  # only its shape is used, for the size of the vocabulary
@@ -244,8 +244,8 @@ class CachedTeacher:
         Raises:
             WriteError: A row cannot be stored, for example because the disk is full.
         """
-        missing, group = not all(self._stores[source].has(row) for source, row in row_numbers), self._online.group
-        if missing if group is None else any(gathered(missing, group)):
+        missing = not all(self._stores[source].has(row) for source, row in row_numbers)
+        if missing if self.group is None else any(gathered(missing, self.group)):
             self._fill(row_numbers)
         parts = zip(*(self._stores[source].read(row) for source, row in row_numbers), strict=True)
         ids, *others = (np.stack(part) for part in parts)
