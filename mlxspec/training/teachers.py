@@ -75,7 +75,11 @@ class OnlineTeacher:
         """
         count = len(inputs)
         if self.group is not None:
-            inputs, documents = (mx.distributed.all_gather(part, group=self.group) for part in (inputs, documents))
+            # A sum, since all_gather may wait for ever for a killed process.
+            others = [(count * self.group.rank(), count * (self.group.size() - 1 - self.group.rank())), (0, 0)]
+            inputs, documents = (
+                mx.distributed.all_sum(mx.pad(part, others), group=self.group) for part in (inputs, documents)
+            )
         model: Any = self.parts.body if self.parts else self.target
         options = {"cache": document_masks(self._windows, documents)} if self.apart else {}
         if self.read_layers is None:
