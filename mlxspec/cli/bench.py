@@ -54,7 +54,7 @@ from mlxspec.evaluation.report import (
 from mlxspec.evaluation.rounds import PAUSE, default_pause
 from mlxspec.evaluation.tasks import TASK_NAMES, Task, read_tasks
 from mlxspec.models.pair import ModelPair
-from mlxspec.models.sharding import broadcast, is_first
+from mlxspec.models.sharding import broadcast, is_first, launched_processes
 
 LEGEND = (
     "τ: block efficiency, the tokens per pass of the target. γ: mean draft length. MBSU: the speed-up if a pass takes "
@@ -99,9 +99,7 @@ PROFILED = 4  # draft length of the block whose parts are timed
 @click.option("--compare", type=(click.Path(path_type=Path), click.Path(path_type=Path)), metavar="A.json B.json",
               help="Compare two result files: print the figures of B relative to A.")  # fmt: skip
 @one_speaker
-def bench(
-    target, drafter, quantize, quantize_drafter, context, tasks, prompts, out, calibration, compare, group, **given
-):
+def bench(target, drafter, quantize, quantize_drafter, context, tasks, prompts, out, calibration, compare, **given):
     """Compare the speed of mlxspec with that of plain and of speculative mlx-lm, for a target and its drafter.
 
     Started by mlx.launch, the processes divide the target, and the first one prints.
@@ -117,6 +115,7 @@ def bench(
     check_pair(target, drafter, quantize)
     if calibration and drafter == "none":
         raise InvalidRequestError("--calibrate needs a drafter; leave out --drafter none")
+    group = launched_processes()
     if is_first(group):
         check_writable(out)
     if needs_root():

@@ -20,6 +20,7 @@ from mlxspec.cli.options import (
 from mlxspec.cli.statistics import detailed, summary
 from mlxspec.decoding.requests import DEFAULT_MAX_TOKENS, answer_budget
 from mlxspec.decoding.text import StopStrings
+from mlxspec.models.sharding import launched_processes
 from mlxspec.models.tokens import check_unicode, encode_prompt
 
 INTERRUPTED = 130
@@ -61,7 +62,8 @@ def generate(prompt, max_tokens, system, raw, stop, as_json, details, show_draft
         answer_budget(encoded, max_tokens, context)
 
     tokens = len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN + max_tokens if max_tokens >= 0 else None
-    decoder = decoder_from(tokens, quiet=as_json, before_weights=encode, **decoder_settings)
+    group = launched_processes()
+    decoder = decoder_from(tokens, quiet=as_json, before_weights=encode, group=group, **decoder_settings)
     record = AnswerRecord(decoder, decoder_settings["record"])
     with prefill_bar(quiet=as_json) as progress:
         segments = decoder.stream(encoded, max_tokens, stop, progress=progress)

@@ -1,4 +1,4 @@
-"""Verbs that ``mlx.launch`` may start in several processes, which divide the target."""
+"""Verbs that ``mlx.launch`` may start in several processes."""
 
 import contextlib
 import functools
@@ -10,17 +10,17 @@ from typing import Any
 
 import click
 
-from mlxspec.errors import MlxspecError, ProcessError
+from mlxspec.errors import DisagreementError, MlxspecError
 from mlxspec.models.sharding import broadcast, is_first, launched_processes, lost
 
-GRACE = 1.0  # seconds for the first process to print an error that all have; mlx.launch ends all when one has ended
+GRACE = 2.0  # seconds for the first process to print an error that all have; mlx.launch ends all when one has ended
 
 
 def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the processes of ``mlx.launch`` as ``group``. Only the first of them prints.
+    """Let only the first process of ``mlx.launch`` print what a command prints.
 
-    An error is one that all processes have: ``load`` sees to it, and before and after it, all do the same. But if a
-    process stops, each of the others ends with one line.
+    The other processes print an error only if they still run after a while: ``mlx.launch`` ends them when the first
+    one has printed the same error. If a process stops, each of the others ends with one line.
     """
 
     @functools.wraps(command)
@@ -28,14 +28,14 @@ def one_speaker(command: Callable[..., None]) -> Callable[..., None]:
         group = launched_processes()
         try:
             with contextlib.nullcontext() if is_first(group) else silence():
-                command(*args, group=group, **options)
+                command(*args, **options)
                 broadcast(None, group)  # nothing ends before all are done
         except (click.Abort, click.exceptions.Exit):  # RuntimeErrors too
             raise
         except (RuntimeError, MlxspecError) as error:
             if not is_first(group):
                 time.sleep(GRACE)
-                if isinstance(error, MlxspecError) and not isinstance(error, ProcessError):
+                if isinstance(error, DisagreementError):  # all processes have it
                     sys.exit(2)
             if group is not None and isinstance(error, RuntimeError):
                 raise lost(error) from None

@@ -1,26 +1,27 @@
 """``mlxspec train``: make a drafter. Progress goes to standard error, the result to standard output."""
 
 import json
-import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from textwrap import wrap
-from types import TracebackType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
-from tqdm import tqdm
+from mlx.utils import tree_flatten
 
+from mlxspec.cli.bars import Bars
+from mlxspec.cli.launched import one_speaker
 from mlxspec.errors import InvalidRequestError
 from mlxspec.evaluation.curves import can_draw, draw_curves, metrics_files
 from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
+from mlxspec.models.sharding import agree, launched_processes
 from mlxspec.settings import key_of
 from mlxspec.training import adapting, stages
 from mlxspec.training import recipe as recipes
 from mlxspec.training.adapting import AdaptSettings
-from mlxspec.training.corpus import BadLines, Prompt
+from mlxspec.training.corpus import Prompt
 from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
@@ -44,7 +45,6 @@ TABLE_TITLES = {
     "drafter with kind": "[drafter] with kind, an EAGLE head",
     "finetune": "[[finetune]], once or several times",
 }
-SHOWN_METRICS = ("loss", "acceptance_rate", "worst_acceptance_rate", "block_efficiency")
 
 TARGET = click.option("--target", required=True, help="Folder, hub id or short name of the target.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
@@ -52,6 +52,12 @@ PROMPTS = click.option(
     "--prompts",
     multiple=True,
     help="Files with prompts. The block efficiency (tokens per pass of the target) is measured on them.",
+)
+DIVIDE = click.option(
+    "--divide-target",
+    is_flag=True,
+    help="Divide the target over the processes of mlx.launch. By default, each process has all of it. Without "
+    "mlx.launch, this has no effect.",
 )
 START = click.option("--drafter", help="Start from this drafter. By default, a new one with the sizes below.")
 
@@ -107,6 +113,9 @@ def recipe_keys() -> str:
     lines += [
         "  drafter",
         "    Folder, hub id or short name of an existing drafter. Use this key or the table drafter.",
+        "  divide_target = false",
+        "    Divide the target over the processes of mlx.launch. By default, each process has all",
+        "    of it. Without mlx.launch, this has no effect.",
     ]
     for name, classes in recipes.TABLES.items():
         several = TABLE_TITLES.get(name, f"[{name}]")
@@ -133,6 +142,7 @@ def recipe_keys() -> str:
     is_flag=True,
     help="Estimate the tokens, memory and time of each stage. This loads the models and times a few steps.",
 )
+@one_speaker
 def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
     """Run the stages of RECIPE, a TOML file or a name that `train recipes` lists. Complete stages are skipped.
 
@@ -140,11 +150,11 @@ def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
     folder.
     """
     parsed, folder = Recipe.read(recipe), out or recipe.with_suffix("")
-    if dry_run:
-        print_estimate(parsed, folder)
-        return
     with Bars() as bars:
-        target = Target(parsed.target, bars.listener)
+        target = open_target(parsed.target, parsed.divide_target, bars.listener, parsed)
+        if dry_run:
+            print_estimate(parsed, folder, target)
+            return
         drafter, result = recipes.run(parsed, folder, target, new_scorer)
     print_result(drafter, result, folder)
 
@@ -174,9 +184,27 @@ def plot(folder: Path, out: Path | None) -> None:
     click.echo(draw_curves(folder, out))
 
 
-def print_estimate(recipe: Recipe, folder: Path) -> None:
+def open_target(name: str, divide: bool, listener: Listener, recipe: Recipe | None = None) -> Target:
+    """Return a target. Its files are read when they are first needed.
+
+    Args:
+        name: Folder, hub id or short name.
+        divide: Whether to divide it over the processes of ``mlx.launch``.
+        listener: Callbacks for the progress of the stages.
+        recipe: The recipe that the command runs, if it runs one.
+
+    Raises:
+        DisagreementError: The processes that divide the target have other options, or another recipe.
+    """
+    if (group := launched_processes()) is not None:
+        options = asdict(recipe) if recipe else click.get_current_context().params
+        asked: dict[str, Any] = tree_flatten(options, destination={}) if divide else {}  # type: ignore[assignment]
+        agree(group, {"divide_target": divide} | {key: str(value) for key, value in asked.items()})
+    return Target(name, listener, group if divide else None)
+
+
+def print_estimate(recipe: Recipe, folder: Path, target: Target) -> None:
     """Print what each stage of a recipe will cost."""
-    target = Target(recipe.target)
     drafter = recipe.first_drafter(target) if recipe.trainings else None
     recipes.check(recipe, folder, target, drafter)
     click.echo(f"target     {recipe.target}, vocabulary of {target.vocab_size}")
@@ -200,14 +228,22 @@ def print_estimate(recipe: Recipe, folder: Path) -> None:
 @OUT
 @START
 @PROMPTS
+@DIVIDE
 @settings_options(TrainingSettings, DrafterShape)
+@one_speaker
 def pretrain(
-    target: str, data: tuple[str, ...], out: Path, drafter: str | None, prompts: tuple[str, ...], **options: Any
+    target: str,
+    data: tuple[str, ...],
+    out: Path,
+    drafter: str | None,
+    prompts: tuple[str, ...],
+    divide_target: bool,
+    **options: Any,
 ) -> None:
     """Train a drafter to predict the next token of text."""
     settings, shape = take_settings(TrainingSettings, options), take_settings(DrafterShape, options)
     with Bars() as bars, locked_for_all(out):
-        model = Target(target, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
         if drafter:
             start = load_drafter(drafter, model)
@@ -221,13 +257,16 @@ def pretrain(
 @train.command()
 @TARGET
 @OUT
+@DIVIDE
 @settings_options(DistillData, AnswerSettings)
 @click.option("--validate", is_flag=True, help="Count duplicate, empty and truncated answers.")
-def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
+@one_speaker
+def distill(target: str, out: Path, divide_target: bool, validate: bool, **options: Any) -> None:
     """Generate the target's answers, as training data for finetune."""
     data, settings = take_settings(DistillData, options), take_settings(AnswerSettings, options)
     with Bars() as bars:
-        shards = stages.distill(Target(target, bars.listener), data.prompts, data.system, settings, out)
+        model = open_target(target, divide_target, bars.listener)
+        shards = stages.distill(model, data.prompts, data.system, settings, out)
     click.echo(f"{len(shards)} tokens in {shards.folder}", err=True)
     if validate:
         click.echo(", ".join(f"{count} {name}" for name, count in answer_counts(shards).items()))
@@ -242,7 +281,9 @@ def distill(target: str, out: Path, validate: bool, **options: Any) -> None:
     help="Folder written by train distill. Required for a smaller vocabulary or width.",
 )
 @OUT
-def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
+@DIVIDE
+@one_speaker
+def init(target: str, answers: Path | None, out: Path, divide_target: bool, **options: Any) -> None:
     """Make a warm start: a drafter from some of the target's layers, as a start for pretrain or finetune."""
     start = take_settings(WarmStart, options)
     if start.needs_answers and not answers:
@@ -250,9 +291,9 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
             "--vocabulary-size, --hidden-size and --intermediate-size need --answers, a folder written by train distill"
         )
     shards = TokenShards(answers / "tokens", verify=True) if answers else None
-    drafter, coverage = stages.start_drafter(Target(target), start, shards, out)
-    if is_first_process():
-        click.echo(f"{out / 'drafter'}: {describe(drafter, coverage)}")
+    model = open_target(target, divide_target, Listener())
+    drafter, coverage = stages.start_drafter(model, start, shards, out)
+    click.echo(f"{out / 'drafter'}: {describe(drafter, coverage)}")
 
 
 @train.command(short_help="Train a drafter to match the target on the target's answers.")
@@ -266,16 +307,25 @@ def init(target: str, answers: Path | None, out: Path, **options: Any) -> None:
 )
 @PROMPTS
 @OUT
+@DIVIDE
 @settings_options(FinetuneData, Loss, Robust, Retention, TrainingSettings)
+@one_speaker
 def finetune(
-    target: str, drafter: str, answers: Path, text: Path | None, prompts: tuple[str, ...], out: Path, **options: Any
+    target: str,
+    drafter: str,
+    answers: Path,
+    text: Path | None,
+    prompts: tuple[str, ...],
+    out: Path,
+    divide_target: bool,
+    **options: Any,
 ) -> None:
     """Train a drafter to match the target's distribution on the target's answers."""
     data, loss = take_settings(FinetuneData, options), take_settings(Loss, options)
     robust, retention = take_settings(Robust, options), take_settings(Retention, options)
     settings = take_settings(TrainingSettings, options)
     with Bars() as bars:
-        model = Target(target, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
         if text:
             known = TokenShards(text / "tokens", verify=True)
@@ -310,8 +360,18 @@ def finetune(
     help="Folder written by train distill: answers that stand for what the drafter can do already.",
 )
 @OUT
+@DIVIDE
 @settings_options(AdaptSettings)
-def adapt(target: str, drafter: str, recorded: Path, general: Path, out: Path, **options: Any) -> None:
+@one_speaker
+def adapt(
+    target: str,
+    drafter: str,
+    recorded: Path,
+    general: Path,
+    out: Path,
+    divide_target: bool,
+    **options: Any,
+) -> None:
     """Finetune a drafter on recorded answers, and keep the result only if it is better.
 
     Every fifth recorded answer is held out. The new drafter is kept if its acceptance rate on those answers is higher,
@@ -320,12 +380,11 @@ def adapt(target: str, drafter: str, recorded: Path, general: Path, out: Path, *
     settings = take_settings(AdaptSettings, options)
     recording, answers = Recording(recorded), TokenShards(general / "tokens", verify=True)
     with Bars() as bars:
-        model = Target(target, bars.listener)
+        model = open_target(target, divide_target, bars.listener)
         result = adapting.adapt(model, load_drafter(drafter, model), recording, answers, settings, out)
-    if is_first_process():
-        for name, (before, after) in (("recorded", result.recorded), ("general", result.general)):
-            click.echo(f"acceptance rate on {name} answers: {before:.4f} before, {after:.4f} after")
-        click.echo(f"{out / 'drafter'}" if result.kept else "the drafter was not kept, since it is not better")
+    for name, (before, after) in (("recorded", result.recorded), ("general", result.general)):
+        click.echo(f"acceptance rate on {name} answers: {before:.4f} before, {after:.4f} after")
+    click.echo(f"{out / 'drafter'}" if result.kept else "the drafter was not kept, since it is not better")
 
 
 @train.command(short_help="Count or delete recorded answers.")
@@ -345,7 +404,13 @@ def recorded(folder: Path, delete: bool) -> None:
 def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[Prompt]) -> Scorer:
     """Return a function that measures a drafter's block efficiency with the decoder."""
     return served_block_efficiency(
-        target.model, target.tokenizer, prompts, settings.temperatures, settings.draft_length, settings.max_tokens
+        target.model,
+        target.tokenizer,
+        prompts,
+        settings.temperatures,
+        settings.draft_length,
+        settings.max_tokens,
+        group=target.group,
     )
 
 
@@ -363,51 +428,3 @@ def print_result(drafter: Path, result: Metrics, run: Path) -> None:
             draw_curves(run)
         score = f", block efficiency {result['block_efficiency']:.2f} at step {result['step']}" if result else ""
         click.echo(f"{drafter}{score}")
-
-
-class Bars:
-    """Shows stages and progress bars on standard error. The bars appear only in a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._started: tuple[float, int] | None = None  # when work was first reported, and its tokens
-        self.listener = Listener(self._stage, self._work, self._step, self._bad_lines)
-
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _stage(self, name: str, what: str) -> None:
-        self._close()
-        self._started = None
-        if is_first_process():
-            click.echo(f"{name}: {what}", err=True)
-
-    def _work(self, done: int, total: int, tokens: int) -> None:
-        self._started = self._started or (time.monotonic(), tokens)
-        seconds = time.monotonic() - self._started[0]
-        speed = f", {(tokens - self._started[1]) / seconds:.0f} tokens/s" if seconds > 1 else ""
-        self._show(done, total, f"{tokens} tokens{speed}")
-
-    def _step(self, steps: int, step: int, metrics: Metrics) -> None:
-        shown = [f"{name} {metrics[name]:.3g}" for name in SHOWN_METRICS if name in metrics]
-        if speed := metrics.get("tokens_per_second"):
-            shown.append(f"{speed:,.0f} tokens/s")
-        self._show(step, steps, " ".join(shown))
-
-    def _show(self, done: int, total: int, text: str) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, disable=None, dynamic_ncols=True)
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def _bad_lines(self, bad: BadLines) -> None:
-        if bad.skipped:
-            click.echo(f"skipped {bad.skipped} of {bad.read} lines: {'; '.join(bad.examples)}", err=True)

@@ -11,6 +11,7 @@ from mlxspec.decoding.decoder import SpeculativeDecoder
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.models.pair import ModelPair
+from mlxspec.models.sharding import Group
 from mlxspec.training.batches import MOST_TASKS
 from mlxspec.training.corpus import Prompt
 
@@ -23,6 +24,7 @@ def served_block_efficiency(
     draft_length: int,
     max_tokens: int,
     verification: str = DEFAULT_RULE,
+    group: Group | None = None,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that measures a drafter's block efficiency with the real decoder.
 
@@ -34,6 +36,7 @@ def served_block_efficiency(
         draft_length: Draft length γ.
         max_tokens: Maximum length of an answer, in tokens.
         verification: The verification rule.
+        group: Processes over which the target is divided. All of them must measure at the same time.
 
     Returns:
         A function of the drafter. Its result has ``block_efficiency_at_T`` for each temperature T, in tokens per target
@@ -44,7 +47,7 @@ def served_block_efficiency(
     decoders: dict[float, SpeculativeDecoder] = {}  # kept, so that a drafter compiles only once while it is trained
 
     def measure(drafter: nn.Module) -> dict[str, float]:
-        pair = ModelPair(target, drafter, tokenizer)
+        pair = ModelPair(target, drafter, tokenizer, group=group)
         found = {}
         by_task: dict[str | None, list[float]] = {task: [] for task in tasks}
         for temperature in temperatures:

@@ -49,7 +49,7 @@ from mlxspec.models.old_layout import is_old_config, read_old_model
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.quantizing import dequantized, faster_dequantized, quantize_in_memory, quantized_copy
 from mlxspec.models.sentencepiece_bpe import sentencepiece_tokenizer
-from mlxspec.models.sharding import Group, agree, shard
+from mlxspec.models.sharding import Group, agree, machine, shard
 from mlxspec.models.tokens import LLAMA2_TEMPLATE, check_same_tokens
 from mlxspec.models.torch_files import convert_to_safetensors
 
@@ -196,7 +196,7 @@ def load_pair(
     name = name_of(drafter) + ("+lookup" if lookup else "")
     if group is not None:
         prints = [model_fingerprint(folder, read_config(folder)) for folder in folders]
-        agree(group, dict(zip(("target", "draft model"), prints, strict=False)) | {"drafter": name})
+        agree(group, dict(zip(("target", "draft model"), prints, strict=False)) | {"drafter": name} | machine())
     pair = ModelPair(target_model, draft_model, tokenizer, context_length, lookup, drafter_context, group=group)
     pair.drafter_name = name
     return pair

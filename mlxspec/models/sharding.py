@@ -40,12 +40,20 @@ def gathered(value: Any, group: Group) -> list[Any]:
     """
     content = np.frombuffer(json.dumps(value).encode(), np.uint8)
     try:
-        sizes = np.array(mx.distributed.all_gather(mx.array([content.size]), group=group, stream=mx.cpu))
-        row = mx.array(np.pad(content, (0, sizes.max() - content.size)))
-        rows = np.array(mx.distributed.all_gather(row[None], group=group, stream=mx.cpu))
+        sizes = summed(np.array([content.size], np.int32), group)[:, 0]
+        rows = summed(np.pad(content, (0, sizes.max() - content.size)), group)
     except RuntimeError as error:
         raise lost(error) from None
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def summed(row: np.ndarray, group: Group) -> np.ndarray:
+    """Return the rows of all processes. On the ring back end, ``all_gather`` may wait for ever for a killed process."""
+    rows = np.zeros((group.size(), row.size), row.dtype)
+    rows[group.rank()] = row
+    table = mx.distributed.all_sum(mx.array(rows), group=group, stream=mx.cpu)
+    mx.eval(table)
+    return np.array(table)
 
 
 def broadcast(value: Value, group: Group | None) -> Value:
@@ -73,7 +81,6 @@ def agree(group: Group, described: dict[str, Any], error: Exception | None = Non
         DisagreementError: A process has an error, or something else than the first process. All processes raise it.
         ProcessError: Another process has stopped.
     """
-    described = {**described, "MLX": version("mlx"), "mlx-lm": version("mlx-lm"), "chip": chip()}
     answers = gathered([described, error and in_one_line(error)], group)
     complaints = [complaint for _, complaint in answers]
     for number, complaint in enumerate(complaints):
@@ -82,18 +89,19 @@ def agree(group: Group, described: dict[str, Any], error: Exception | None = Non
             raise DisagreementError(where + complaint)
     first = answers[0][0]
     for number, (other, _) in enumerate(answers):
-        for name in first:
-            if other.get(name) != first[name]:
+        for name in {**first, **other}:
+            if other.get(name) != first.get(name):
                 raise DisagreementError(
                     f"process {number} of mlx.launch has another {name} than the first one ({other.get(name)} instead "
-                    f"of {first[name]}); all of them must have the same"
+                    f"of {first.get(name)}); all of them must have the same"
                 )
 
 
-def chip() -> str:
-    """Return the name of the chip. Another one may round differently, and so draw another token."""
+def machine() -> dict[str, str]:
+    """Return what decides how results are rounded. Processes that round differently may draw different tokens."""
     info = mx.device_info()
-    return str(info.get("architecture") or info.get("device_name"))
+    chip = str(info.get("architecture") or info.get("device_name"))
+    return {"MLX": version("mlx"), "mlx-lm": version("mlx-lm"), "chip": chip}
 
 
 def shard(model: Any, group: Group) -> None:

@@ -211,7 +211,9 @@ def new_teacher(
     """Return the teacher that training on these shards uses."""
     batches = Batches([shards], [1.0], settings.length, settings.batch, 0, single)
     layers = layers_read(drafter, target.model)
-    return CachedTeacher(target.model, batches, target.vocab_size, top_k, 1.0, target.fingerprint, not single, layers)
+    return CachedTeacher(
+        target.model, batches, target.vocab_size, top_k, 1.0, target.fingerprint, not single, layers, target.group
+    )
 
 
 def store_recorded(teacher: CachedTeacher, answers: list[RecordedAnswer]) -> None:

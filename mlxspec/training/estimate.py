@@ -73,6 +73,7 @@ def training_bytes(
     processes: int = 1,
     target_bytes: int = 0,
     target_config: dict[str, Any] | None = None,
+    divided: bool = False,
 ) -> int:
     """Return the peak memory of a step in one process, in bytes.
 
@@ -80,8 +81,9 @@ def training_bytes(
         config: The drafter's shape.
         settings: The settings of the stage.
         processes: Number of processes that share a batch.
-        target_bytes: Bytes of the target's weights. 0 for a stage without the target.
+        target_bytes: Bytes of the target's weights in this process. 0 for a stage without the target.
         target_config: The target's config. None for a stage without the target.
+        divided: Whether the target is divided over the processes.
 
     Returns:
         The number of bytes.
@@ -97,24 +99,26 @@ def training_bytes(
     inputs = positions * number * config.hidden_size * config.num_hidden_layers
     layers = inputs + layer if settings.recompute else layer * config.num_hidden_layers
     chunks = 4 * CHUNK_ARRAYS * min(chunk_rows(config.output_size), positions) * config.output_size
-    return weights + layers + chunks + target_bytes + target_pass_bytes(target_config or {}, positions, settings)
+    target_pass = target_pass_bytes(target_config or {}, positions, settings, processes if divided else 1)
+    return weights + layers + chunks + target_bytes + target_pass
 
 
-def target_pass_bytes(config: dict[str, Any], positions: int, settings: TrainingSettings) -> int:
+def target_pass_bytes(config: dict[str, Any], positions: int, settings: TrainingSettings, processes: int = 1) -> int:
     """Return the memory of the target's activations in bytes. Only one layer's are held at a time.
 
     Args:
         config: The target's config.
-        positions: Number of positions in the pass.
+        positions: Number of positions of each process in the pass.
         settings: The settings of the stage, for the type and the length of a row.
+        processes: Number of processes that divide the target and run it on the positions of all of them.
 
     Returns:
         The number of bytes, or 0 if the config lacks the sizes.
     """
     hidden = config.get("hidden_size") or config.get("dim") or 0
     heads = config.get("num_attention_heads") or config.get("n_heads") or 0
-    widest = max(3 * config.get("intermediate_size", 0), attention_scores(heads, settings.length), 4 * hidden)
-    return positions * settings.dtype.size * (2 * hidden + widest)
+    inner = max(3 * config.get("intermediate_size", 0), attention_scores(heads, settings.length)) // processes
+    return positions * processes * settings.dtype.size * (2 * hidden + max(inner, 4 * hidden))
 
 
 def attention_scores(heads: int, length: int) -> int:
@@ -151,7 +155,8 @@ def step_bytes(
     kept = retention.extra_bytes(config.num_parameters)
     if not loss.needs_target:
         return kept + training_bytes(config, settings, processes)
-    return kept + training_bytes(config, settings, processes, target.weight_bytes, target.config)
+    divided = target.group is not None
+    return kept + training_bytes(config, settings, processes, target.weight_bytes, target.config, divided)
 
 
 def unrolled(head: Eagle, draft_steps: int) -> DrafterConfig:
@@ -428,7 +433,9 @@ def step_seconds(
                 writer.add(row, np.ones_like(row))
             writer.finish()
         batches = Batches([TokenShards(scratch)], [1.0], settings.length, settings.batch, 0)
-        teacher = OnlineTeacher(target.model, None, layers_read(copy, target.model)) if loss.needs_target else None
+        teacher = None
+        if loss.needs_target:
+            teacher = OnlineTeacher(target.model, None, layers_read(copy, target.model), target.group)
         goal = objective_for(copy, loss, teacher, settings.recompute, draft_steps)
         trainer = Trainer(copy, goal, batches, settings, Path(scratch))
         seconds = trainer.time_step()

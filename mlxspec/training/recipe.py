@@ -113,6 +113,7 @@ class Recipe:
         distill: Prompts and sampling of the distillation data, or None.
         finetune: The finetuning stages in order.
         evaluation: How block efficiency is measured during training.
+        divide_target: Whether the processes of ``mlx.launch`` divide the target among them.
     """
 
     target: str
@@ -121,6 +122,7 @@ class Recipe:
     distill: tuple[DistillData, AnswerSettings] | None
     finetune: list[Finetune]
     evaluation: EvaluationSettings
+    divide_target: bool = False
 
     @property
     def evaluates(self) -> bool:
@@ -223,6 +225,7 @@ class Recipe:
             distill,
             [parse_finetune(table, f"{path}: finetune", home) for table in finetunes],
             replace(evaluation, prompts=relative_paths(home, evaluation.prompts)),
+            convert(content.get("divide_target", False), bool, f"{path}: divide_target"),
         )
 
 

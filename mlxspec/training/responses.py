@@ -19,6 +19,7 @@ import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.errors import InvalidRequestError, NumericalError
+from mlxspec.models.sharding import launched_processes
 from mlxspec.settings import option
 from mlxspec.training.batched_answers import BatchSteps, sample_answers
 from mlxspec.training.corpus import Prompt
@@ -125,11 +126,13 @@ def write_answers(
     folder: Path,
     progress: Progress = lambda done, total, tokens: None,
     together: bool = True,
+    divided: bool = False,
 ) -> Index:
     """Let the target answer all groups, and write prompts with answers into shards.
 
     Each document is a prompt and its answer. Only the answer is learned. A repeated call resumes an interrupted one.
-    Under ``mlx.launch`` the groups are distributed over the processes, and the first process writes.
+    Under ``mlx.launch`` the groups are distributed over the processes, or, if the target is divided, all processes
+    answer all groups. The first process writes.
 
     Args:
         target: The target model.
@@ -141,6 +144,7 @@ def write_answers(
         folder: Folder for the shards.
         progress: Called after each group with the answers done, all answers, and the tokens so far.
         together: Whether to answer the prompts of a group in one batch. If False, they are answered one at a time.
+        divided: Whether the target is divided over the processes.
 
     Returns:
         The index of the shards.
@@ -150,9 +154,9 @@ def write_answers(
     """
     if is_first_process():
         with ShardWriter(folder, vocab_size, fingerprint) as writer:
-            answer_missing_groups(target, tokenizer, groups, settings, writer, progress, together)
+            answer_missing_groups(target, tokenizer, groups, settings, writer, progress, together, divided)
     else:
-        answer_missing_groups(target, tokenizer, groups, settings, None, progress, together)
+        answer_missing_groups(target, tokenizer, groups, settings, None, progress, together, divided)
     return Index.read(folder)
 
 
@@ -164,6 +168,7 @@ def answer_missing_groups(
     writer: ShardWriter | None,
     progress: Progress,
     together: bool,
+    divided: bool,
 ) -> None:
     """Answer the groups that the shards do not contain yet.
 
@@ -175,16 +180,18 @@ def answer_missing_groups(
         writer: Writer of the shards in the first process, None in the others.
         progress: Called after each group with the answers done, all answers, and the tokens so far.
         together: Whether to answer the prompts of a group in one batch.
+        divided: Whether the target is divided over the processes.
 
     Raises:
         NumericalError: The target computes NaN.
     """
-    distributed = mx.distributed.init()
+    distributed = None if divided else launched_processes()
+    rank, processes = (distributed.rank(), distributed.size()) if distributed is not None else (0, 1)
     done = broadcast(writer.index.notes.get("groups", 0) if writer else 0)
     total, answered = sum(len(group.prompts) for group in groups), sum(len(group.prompts) for group in groups[:done])
     while done < len(groups):
-        turn = groups[done : done + distributed.size()]
-        mine = turn[distributed.rank()] if distributed.rank() < len(turn) else None
+        turn = groups[done : done + processes]
+        mine = turn[rank] if rank < len(turn) else None
         answers = answer_group(target, tokenizer, mine, settings, together) if mine else []
         for group, group_answers in zip(turn, gather_answers(answers, turn, settings, distributed), strict=True):
             answered += len(group_answers)
@@ -266,7 +273,7 @@ def batches_like_single(target: nn.Module, groups: list[Group]) -> bool:
         tolerance = TOLERANCE if batch.dtype == mx.float32 else TOLERANCE_16_BIT
         difference = mx.abs(batch - alone).max()
         agrees = bool((difference <= tolerance * mx.std(alone, axis=-1).max() + 1e-5).item())
-    return bool(broadcast(agrees))
+    return broadcast(agrees)
 
 
 def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
@@ -283,7 +290,7 @@ def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
 
 
 def gather_answers(
-    answers: list[list[int]], turn: list[Group], settings: AnswerSettings, distributed: mx.distributed.Group
+    answers: list[list[int]], turn: list[Group], settings: AnswerSettings, distributed: mx.distributed.Group | None
 ) -> Iterator[list[list[int]]]:
     """Send each process's answers to all processes.
 
@@ -291,12 +298,12 @@ def gather_answers(
         answers: The answers of this process, as token ids.
         turn: One group for each process, or fewer at the end.
         settings: How the answers were sampled. They limit the size of the exchanged table.
-        distributed: The processes.
+        distributed: The processes that answer different groups. None if there is one, or if all answer the same.
 
     Returns:
         The answers to each group of ``turn``.
     """
-    if distributed.size() == 1:
+    if distributed is None:
         return iter([answers][: len(turn)])
     table = np.full((settings.group, settings.max_tokens), -1, np.int32)
     for row, answer in enumerate(answers):

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
 from mlxspec.files import fingerprint, load_arrays, replacing
 from mlxspec.models.eagle import Eagle
+from mlxspec.models.sharding import launched_processes
 from mlxspec.settings import option
 from mlxspec.training.batches import Batches
 from mlxspec.training.drafter_folders import weights_fingerprint
@@ -212,7 +213,8 @@ def measured_fisher(
         layers = layers_read(drafter, target.model) if isinstance(drafter, Eagle) else None
         teacher = OnlineTeacher(target.model, False, layers) if layers else None
         goal = objective_for(drafter, Loss("ce"), teacher, False, draft_steps)
-        fisher = diagonal_fisher(drafter, goal, Batches([shards], [1.0], length, 1, seed, single=True))
+        divided = teacher is not None and target.group is not None
+        fisher = diagonal_fisher(drafter, goal, Batches([shards], [1.0], length, 1, seed, single=True), divided=divided)
         if is_first_process():
             with replacing(path) as aside:
                 mx.save_safetensors(str(aside), dict(tree_flatten(fisher)))
@@ -229,17 +231,20 @@ def measured_fisher(
     return Protection(settings, fisher, anchor)
 
 
-def diagonal_fisher(drafter: AnyDrafter, goal: Objective, batches: Batches, examples: int = FISHER_EXAMPLES) -> Any:
+def diagonal_fisher(
+    drafter: AnyDrafter, goal: Objective, batches: Batches, examples: int = FISHER_EXAMPLES, divided: bool = False
+) -> Any:
     """Measure the diagonal F of the empirical Fisher information for each token.
 
     F = Σ_x (∇ Σ_t log q(x_t | x_<t))² / Σ_x |x|, over examples x of |x| learned tokens. The processes of
-    ``mlx.launch`` divide the examples among them.
+    ``mlx.launch`` divide the examples among them, unless the objective runs a target that is divided itself.
 
     Args:
         drafter: The drafter.
         goal: The objective with the loss ce.
         batches: Batches of one row of one document.
         examples: Number of documents.
+        divided: Whether the objective runs a target that is divided over the processes.
 
     Returns:
         F for each trainable weight, as a tree like ``drafter.trainable_parameters()``.
@@ -251,9 +256,10 @@ def diagonal_fisher(drafter: AnyDrafter, goal: Objective, batches: Batches, exam
         return goal(drafter, Batch(*batch))[0]
 
     gradient = mx.compile(mx.grad(log_likelihood))
-    group = mx.distributed.init()
+    group = None if divided else launched_processes()
+    rank, processes = (group.rank(), group.size()) if group is not None else (0, 1)
     fisher, tokens = tree_map(mx.zeros_like, weights), mx.array(0.0)
-    for number in range(group.rank(), min(examples, batches.count_rows(0)), group.size()):
+    for number in range(rank, min(examples, batches.count_rows(0)), processes):
         rows = batches(number)
         learned = mx.array(rows.mask[:, 1:].astype("float32"))
         documents = mx.array(rows.documents[:, :-1])
@@ -262,7 +268,7 @@ def diagonal_fisher(drafter: AnyDrafter, goal: Objective, batches: Batches, exam
         tokens = tokens + learned.sum()
         mx.eval(fisher, tokens)
     drafter.update(weights)
-    if group.size() > 1:
+    if group is not None:
         fisher, tokens = tree_map(lambda part: mx.distributed.all_sum(part, group=group), (fisher, tokens))
     fisher = tree_map(lambda part: part / mx.maximum(tokens, 1), fisher)
     mx.eval(fisher)  # in all processes, since the sums need all of them

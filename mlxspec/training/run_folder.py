@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import explain_write_errors, locked, read_json, write_atomically, write_json
+from mlxspec.models import sharding
+from mlxspec.models.sharding import Value, agree, is_first, launched_processes
 
 Metrics = dict[str, float]
 
@@ -48,9 +48,13 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
 
     Raises:
         TrainingError: The folder was created with other inputs. The message names the first difference.
+        DisagreementError: Another process of ``mlx.launch`` has other inputs.
     """
     as_stored = json.loads(json.dumps(inputs))
-    return bool(broadcast(_start_stage(folder, as_stored, changeable) if is_first_process() else 0))
+    if (group := launched_processes()) is not None:
+        # Each process has trained the drafter itself. Another kind of chip may have rounded differently.
+        agree(group, {name: value for name, value in as_stored.items() if name != "drafter"})
+    return broadcast(is_first_process() and _start_stage(folder, as_stored, changeable))
 
 
 def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]) -> bool:
@@ -145,23 +149,14 @@ def truncate_metrics(folder: Path, step: int) -> None:
 
 def is_first_process() -> bool:
     """Return whether this process decides and writes. Without ``mlx.launch`` this is always true."""
-    return mx.distributed.init().rank() == 0
+    return is_first(launched_processes())
 
 
-def broadcast(number: int) -> int:
-    """Return the first process's ``number`` in all processes. No process returns before all have called it."""
-    group = mx.distributed.init()
-    if group.size() == 1:
-        return number
-    contribution = mx.array(int(number) if group.rank() == 0 else 0, mx.int32)
-    try:
-        return int(mx.array(mx.distributed.all_sum(contribution, group=group)).item())  # type: ignore[arg-type]
-    except RuntimeError:  # the connection is lost
-        raise TrainingError(
-            "another process has stopped; see its error message and start all processes again"
-        ) from None
+def broadcast(value: Value) -> Value:
+    """Return the first process's ``value`` in all processes. No process returns before all have called it."""
+    return sharding.broadcast(value, launched_processes())
 
 
 def barrier() -> None:
     """Wait until all processes have called this function."""
-    broadcast(0)
+    broadcast(None)

@@ -141,6 +141,7 @@ def distill(
                 folder / "tokens",
                 target.listener.work,
                 together,
+                target.group is not None,
             )
             complete_stage(folder)
         return TokenShards(folder / "tokens", verify=True)
@@ -365,10 +366,10 @@ def new_teacher(
     apart = not batches.single  # all processes agree on it
     layers = layers_read(drafter, target.model)
     if not top_k:
-        return OnlineTeacher(target.model, apart, layers)
+        return OnlineTeacher(target.model, apart, layers, target.group)
     temperature = settings.temperatures[0]
     return CachedTeacher(
-        target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart, layers
+        target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart, layers, target.group
     )
 
 
@@ -426,14 +427,13 @@ def start_drafter(
     out = folder / "drafter"
     with locked_for_all(folder):
         if start_stage(folder, inputs):
-            result = {}
+            drafter: AnyDrafter
+            if isinstance(start, DrafterShape):
+                drafter, coverage = target.new_drafter(start, seed), None
+            else:
+                drafter, coverage = warm_start(target, start, answers)  # in all processes, since it may run the target
+            result = {} if coverage is None else {"coverage": coverage}
             if is_first_process():
-                drafter: AnyDrafter
-                if isinstance(start, DrafterShape):
-                    drafter, coverage = target.new_drafter(start, seed), None
-                else:
-                    drafter, coverage = warm_start(target, start, answers)
-                result = {} if coverage is None else {"coverage": coverage}
                 write_drafter(drafter, out, target, inputs, result)
                 target.listener.stage(folder.name, describe(drafter, coverage))
             complete_stage(folder, result)

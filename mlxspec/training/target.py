@@ -11,12 +11,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxspec.errors import MlxspecError
 from mlxspec.files import fingerprint
 from mlxspec.models.checks import model_fingerprint
 from mlxspec.models.config import declared_context
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
+from mlxspec.models.memory import check_memory
 from mlxspec.models.quantizing import dequantized
+from mlxspec.models.sharding import Group, agree, machine
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option
 from mlxspec.training.corpus import BadLines
@@ -61,10 +64,13 @@ class Target:
     Args:
         name: Folder, hub id or short name.
         listener: Callbacks for the progress of the stages.
+        group: Processes of ``mlx.launch`` over which the model is divided. All of them must then run it on the same
+            input at the same time. None for a whole model.
     """
 
     name: str
     listener: Listener = field(default_factory=Listener)
+    group: Group | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -94,14 +100,26 @@ class Target:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the weights during training, in bytes."""
+        """Memory of the weights in this process during training, in bytes."""
         return sum(weight.nbytes for weight in dict(tree_flatten(self.model.parameters())).values())
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model. On the CPU back end it is dequantized, since quantized matrix products are slow there."""
-        model = read_model(self.folder)
-        return dequantized(model) if mx.default_device().type == mx.cpu else model
+        """The model. On the CPU back end it is dequantized, since quantized matrix products are slow there.
+
+        A divided one is dequantized only where that pays, since it has to be done before it is divided.
+        """
+        if self.group is None:
+            model = read_model(self.folder)
+            return dequantized(model) if mx.default_device().type == mx.cpu else model
+        try:
+            check_memory([(self.folder, self.config)], None, None, True, self.group.size())
+            model = read_model(self.folder, widen=True, group=self.group)
+        except MlxspecError as error:
+            agree(self.group, {}, error)
+            raise
+        agree(self.group, {"target": self.fingerprint} | machine())
+        return model
 
     @property
     def embedding(self) -> Any:

@@ -18,6 +18,7 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.files import explain_write_errors
 from mlxspec.models.attention import attention_windows
 from mlxspec.models.parts import parts_of, run_with_states
+from mlxspec.models.sharding import Group, gathered
 from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import TeacherProbs, log_softmax
@@ -38,11 +39,20 @@ class OnlineTeacher:
         apart: Whether to keep the documents of a row apart. If False, a row should hold only one document. None to
             decide by a trial whether the target can keep them apart.
         read_layers: Numbers of the layers whose inputs an EAGLE-3 head reads. None without a head.
+        group: Processes over which the target is divided. All of them run it on the rows of all of them, and each
+            keeps the result for its own rows. They must have the same number of rows. None for a whole target.
     """
 
-    def __init__(self, target: nn.Module, apart: bool | None = None, read_layers: Sequence[int] | None = None):
+    def __init__(
+        self,
+        target: nn.Module,
+        apart: bool | None = None,
+        read_layers: Sequence[int] | None = None,
+        group: Group | None = None,
+    ):
         self.target = target
         self.read_layers = read_layers
+        self.group = group
         self.apart = keeps_documents_apart(target) if apart is None else apart
         self._windows = attention_windows(target) if self.apart else []
         self.parts = parts_of(target)
@@ -63,11 +73,23 @@ class OnlineTeacher:
             The target's last hidden states [B, L, H], or its logits [B, L, V]. Then, for an EAGLE head, the hidden
             states [B, L, F] that it reads.
         """
+        count = len(inputs)
+        if self.group is not None:
+            # A sum, since all_gather may wait for ever for a killed process.
+            others = [(count * self.group.rank(), count * (self.group.size() - 1 - self.group.rank())), (0, 0)]
+            inputs, documents = (
+                mx.distributed.all_sum(mx.pad(part, others), group=self.group) for part in (inputs, documents)
+            )
         model: Any = self.parts.body if self.parts else self.target
         options = {"cache": document_masks(self._windows, documents)} if self.apart else {}
         if self.read_layers is None:
-            return (model(inputs, **options),)
-        return run_with_states(self.target, self.read_layers, lambda: model(inputs, **options))
+            found: tuple[mx.array, ...] = (model(inputs, **options),)
+        else:
+            found = run_with_states(self.target, self.read_layers, lambda: model(inputs, **options))
+        if self.group is None:
+            return found
+        first = count * self.group.rank()
+        return tuple(part[first : first + count] for part in found)
 
     def probs(self, temperature: mx.array, columns: mx.array | None = None) -> TeacherProbs:
         """Return the function that computes p and log p from a chunk of ``states``.
@@ -177,6 +199,7 @@ class CachedTeacher:
         fingerprint: The target's fingerprint.
         apart: As for ``OnlineTeacher``.
         read_layers: As for ``OnlineTeacher``. With it, the hidden states are stored too.
+        group: As for ``OnlineTeacher``. All processes must load rows at the same time.
 
     Raises:
         InvalidRequestError: k is out of range.
@@ -192,10 +215,11 @@ class CachedTeacher:
         fingerprint: str,
         apart: bool | None = None,
         read_layers: Sequence[int] | None = None,
+        group: Group | None = None,
     ):
         check_top_k(k, vocab_size)
-        self.batches, self.temperature, self.k = batches, temperature, k
-        self._online = OnlineTeacher(target, apart, read_layers)
+        self.batches, self.temperature, self.k, self.group = batches, temperature, k, group
+        self._online = OnlineTeacher(target, apart, read_layers, group)
         self.parts = self._online.parts
         self._log_q = mx.zeros((1, vocab_size))  # only its shape is used, for the size of the vocabulary
         rows = "single" if batches.single else "apart"
@@ -224,7 +248,8 @@ class CachedTeacher:
         Raises:
             WriteError: A row cannot be stored, for example because the disk is full.
         """
-        if not all(self._stores[source].has(row) for source, row in row_numbers):
+        missing = not all(self._stores[source].has(row) for source, row in row_numbers)
+        if missing if self.group is None else any(gathered(missing, self.group)):
             self._fill(row_numbers)
         parts = zip(*(self._stores[source].read(row) for source, row in row_numbers), strict=True)
         ids, *others = (np.stack(part) for part in parts)

@@ -117,6 +117,11 @@ def warm_start(
     """
     if isinstance(start, EagleStart):
         return eagle_start(target, start, answers)
+    if target.group is not None and not start.source and (start.hidden_size or start.intermediate_size):
+        raise InvalidRequestError(
+            "hidden_size and intermediate_size need the activations of the whole target; leave them out, or make the "
+            "drafter in one process without divide_target"
+        )
     folder = model_folder(start.source) if start.source else target.folder
     if start.source and any((folder / name).exists() for name in TOKENIZER_FILES):
         check_same_tokens(target.tokenizer, read_tokenizer(folder))

@@ -1,5 +1,6 @@
 """Two processes that divide a target say what one says, and stop together."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,6 +39,41 @@ def launched(*command: str, **variables: str) -> subprocess.CompletedProcess:
         env=environment,
         stdin=subprocess.DEVNULL,
     )
+
+
+@contextlib.contextmanager
+def two_processes(command: list[str], scratch: Path):
+    """Two processes of one command, without mlx.launch, which would end the other one itself."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    (scratch / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    variables = {**os.environ, "MLX_HOSTFILE": str(scratch / "hosts.json"), "OPENBLAS_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env={**variables, "MLX_RANK": str(rank)}, preexec_fn=heed_interrupts,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+
+
+def kill(processes: list[subprocess.Popen], number: int) -> tuple[bytes, list[str]]:
+    """Kill one of two processes. Return what the other one prints, and the lines of its errors."""
+    processes[number].send_signal(signal.SIGKILL)
+    start = time.perf_counter()
+    out, err = processes[1 - number].communicate(timeout=60)
+    assert time.perf_counter() - start < 20
+    assert processes[1 - number].returncode == 2
+    return out, [line for line in err.decode().splitlines() if not line.startswith("[ring]")]
 
 
 # ----------------------------------------------------------------------- one process
@@ -145,34 +181,10 @@ def test_another_target_in_one_process_is_one_line(stories_folder, drafter_folde
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_one_line(stories_folder, tmp_path, killed):
-    """Without mlx.launch, which would end the other one itself."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
     command = [*COMMAND, "--target", str(stories_folder), "--draft-length", "2", "--max-tokens", "500", "Once upon a"]
-    variables = {**os.environ, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "OPENBLAS_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**variables, "MLX_RANK": str(rank)}, preexec_fn=heed_interrupts,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
+    with two_processes(command, tmp_path) as processes:
         assert len(processes[0].stdout.read(20)) == 20  # it is answering
-        processes[killed].send_signal(signal.SIGKILL)
-        start = time.perf_counter()
-        out, err = processes[1 - killed].communicate(timeout=60)
-        assert time.perf_counter() - start < 20
-        assert processes[1 - killed].returncode == 2
-        errors = [line for line in err.decode().splitlines() if not line.startswith("[ring]")]
+        out, errors = kill(processes, killed)
         assert len(errors) == 1
         assert errors[0].startswith("error: another process of mlx.launch has stopped or cannot be reached")
         assert killed == 1 or out == b""
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-            process.stderr.close()
