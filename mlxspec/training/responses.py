@@ -8,18 +8,17 @@ Source: Goel et al., arXiv 2403.00858, section on data.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
 from mlxspec.errors import InvalidRequestError, NumericalError
-from mlxspec.models.sharding import launched_processes
+from mlxspec.models.sharding import gathered, launched_processes
 from mlxspec.settings import option
 from mlxspec.training.batched_answers import BatchSteps, sample_answers
 from mlxspec.training.corpus import Prompt
@@ -193,7 +192,8 @@ def answer_missing_groups(
         turn = groups[done : done + processes]
         mine = turn[rank] if rank < len(turn) else None
         answers = answer_group(target, tokenizer, mine, settings, together) if mine else []
-        for group, group_answers in zip(turn, gather_answers(answers, turn, settings, distributed), strict=True):
+        of_all = [answers] if distributed is None else gathered(answers, distributed)
+        for group, group_answers in zip(turn, of_all[: len(turn)], strict=True):
             answered += len(group_answers)
             if writer:
                 for prompt, answer in zip(group.prompts, group_answers, strict=True):
@@ -287,32 +287,6 @@ def first_logprobs(target: nn.Module, prompts: list[list[int]]) -> mx.array:
     second = step(mx.full(len(prompts), prompts[0][0]))
     logits = mx.stack([first, second], axis=1).flatten(0, 1)
     return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), LEAST_LOGPROB)
-
-
-def gather_answers(
-    answers: list[list[int]], turn: list[Group], settings: AnswerSettings, distributed: mx.distributed.Group | None
-) -> Iterator[list[list[int]]]:
-    """Send each process's answers to all processes.
-
-    Args:
-        answers: The answers of this process, as token ids.
-        turn: One group for each process, or fewer at the end.
-        settings: How the answers were sampled. They limit the size of the exchanged table.
-        distributed: The processes that answer different groups. None if there is one, or if all answer the same.
-
-    Returns:
-        The answers to each group of ``turn``.
-    """
-    if distributed is None:
-        return iter([answers][: len(turn)])
-    table = np.full((settings.group, settings.max_tokens), -1, np.int32)
-    for row, answer in enumerate(answers):
-        table[row, : len(answer)] = answer
-    tables = np.array(mx.distributed.all_gather(mx.array(table)[None], group=distributed))
-    return (
-        [[token for token in row.tolist() if token >= 0] for row in part[: len(group.prompts)]]
-        for part, group in zip(tables, turn, strict=False)
-    )
 
 
 def answer_counts(shards: TokenShards) -> dict[str, int]:
