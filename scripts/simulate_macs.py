@@ -93,7 +93,7 @@ def policy_seconds(costs: BlockCosts, text: str, seed: int) -> float:
                 if ending or choice.proposer != proposer:
                     break
             if choice.proposer == MODEL:
-                seconds += unread * costs.draft_read
+                seconds += costs.reading(unread, done)
                 unread = 0
             proposer = choice.proposer
             in_flight.append((choice, accepted_tokens(text, queued, choice.length, rng)))

@@ -44,6 +44,7 @@ from mlxspec.decoding.drafting import (
 from mlxspec.errors import WriteError
 from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
+from mlxspec.models.memory import device_limit
 from mlxspec.models.quantizing import cache_folder, has_home
 from mlxspec.models.sharding import Group, broadcast
 
@@ -53,6 +54,7 @@ LATER_CAP = (0.5, 3)  # time limit of a process that only repeats what was measu
 ROUNDS, ENOUGH = 6, 3  # rounds of a process, if the time allows; rounds after which a figure is final
 QUEUED, SHORT = 3, 0.03  # blocks queued at once, as in decoding, if a block takes less than SHORT seconds
 LONG = 16 * CAPACITY_STEP  # capacity for measuring what a longer text costs, at most that of the context
+CACHE_SHARE = 1 / 16  # of the device's memory, at most, for the caches that this capacity takes
 ROOM = CAPACITY_STEP // 2  # free positions after the text on which blocks are timed
 READ = 128  # tokens that the draft model reads at once
 FEW, MORE = 1, 4  # draft lengths that give the cost of a drafted token
@@ -154,9 +156,12 @@ def text_length(compiled: CompiledBlocks, name: str) -> int:
 
 def capacity_of(compiled: CompiledBlocks, name: str) -> int:
     """Return the capacity of the caches, in positions, at which a figure is measured."""
+    if not is_long(name):
+        return CAPACITY_STEP
+    stored = sum(math.prod(shape) * dtype.size for layer in compiled.target.shapes for shape, dtype in layer)
+    fitting = int(CACHE_SHARE * device_limit() * CAPACITY_STEP / stored)
     context = context_of(compiled, name)
-    longest = LONG if context is None else min(LONG, capacity_for(context))
-    return longest if is_long(name) else CAPACITY_STEP
+    return capacity_for(min(LONG, fitting, fitting if context is None else context))
 
 
 def long_capacities(compiled: CompiledBlocks) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.files import explain_write_errors, fingerprint, write_json
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.export import RECORDING
+from mlxspec.models.sharding import agree
 from mlxspec.settings import option
 from mlxspec.training import stages
 from mlxspec.training.batches import Batches
@@ -118,6 +119,8 @@ def adapt(
         raise InvalidRequestError(
             f"{recording.folder} holds {len(answers)} answers; record at least {FEWEST_ANSWERS} to adapt a drafter to"
         )
+    if target.group is not None:  # before all of them run it on what they have
+        agree(target.group, {"recorded answers": answers_fingerprint(answers), "general answers": general.fingerprint})
     check_answers(answers, target, recording.folder)
     stages.check_tokenizer(general.index, target, general.folder)
     stages.check_training(target, drafter, Loss(settings.loss), settings.training, answers[0].ids.shape[1])
@@ -177,6 +180,11 @@ def check_answers(answers: list[RecordedAnswer], target: Target, folder: Path) -
     raise InvalidRequestError(f"{folder} holds answers of another target; set target to the one that was recorded")
 
 
+def answers_fingerprint(answers: list[RecordedAnswer]) -> str:
+    """Return a digest of recorded answers."""
+    return fingerprint(*(part.tobytes() for answer in answers for part in answer))
+
+
 def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path) -> TokenShards:
     """Write recorded answers as shards to ``folder/tokens``. The folder can be read by its owner alone.
 
@@ -188,7 +196,7 @@ def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path)
     Raises:
         TrainingError: The folder was made from other answers.
     """
-    inputs = {"answers": fingerprint(*(part.tobytes() for answer in answers for part in answer))}
+    inputs = {"answers": answers_fingerprint(answers)}
     with locked_for_all(folder):
         if is_first_process():
             with explain_write_errors(folder):

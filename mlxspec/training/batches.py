@@ -72,14 +72,15 @@ class Batches:
         """Return the number of rows of a source."""
         return self.shards[source].count_rows(self.length, self.single)
 
-    def task_shares(self) -> np.ndarray:
-        """Return each task's share of the learned tokens, on average over steps [tasks]."""
+    def task_tokens(self) -> np.ndarray:
+        """Return the mean number of learned tokens of each task in a step [tasks]. This reads all documents."""
         found = np.zeros(len(self.tasks))
         for number, source in enumerate(self.shards):
             learned = [int(document.mask.sum()) for document in source.documents()]
             tokens = np.bincount(self._task_numbers[number][source.document_tasks], learned, len(found))
-            found += np.diff(self._ends, prepend=0)[number] * tokens / self.count_rows(number)
-        return found / max(found.sum(), 1e-30)
+            rows = self.batch * np.diff(self._ends, prepend=0)[number]
+            found += rows * tokens / self.count_rows(number)
+        return found
 
     def _row_number(self, number: int) -> tuple[int, int]:
         """Return the ``number``-th row of training. After n rows, each source has supplied n times its share, ± 1."""
@@ -101,6 +102,7 @@ class StepDocuments:
 
     Attributes:
         rows: The rows.
+        learned: Number of learned tokens, at least 1.
         weights: Weight of each position's loss [B, L]. The weights sum to 1.
         places: Number of the document whose token each position predicts [B, L].
         shares: Weight of each document [D], the sum of its positions' weights.
@@ -110,7 +112,8 @@ class StepDocuments:
     def __init__(self, rows: Rows):
         self.rows = rows
         mask = rows.mask[:, 1:]
-        self.weights = mask / max(1, mask.sum())
+        self.learned = max(1, int(mask.sum()))
+        self.weights = mask / self.learned
         documents = rows.documents[:, 1:]
         numbers = np.arange(len(mask))[:, None] * (documents.max() + 2) + documents + 1
         _, first, places = np.unique(numbers, return_index=True, return_inverse=True)

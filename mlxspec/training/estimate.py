@@ -14,6 +14,7 @@ Time is measured on this machine, on a few steps of each stage, short answers of
 Complete stages are not counted.
 """
 
+import json
 import math
 import tempfile
 import time
@@ -28,9 +29,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import TrainingError
+from mlxspec.files import fingerprint
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.memory import device_limit, gigabytes
+from mlxspec.models.sharding import agree
 from mlxspec.training.batches import Batches
 from mlxspec.training.chunked_loss import CHUNK_ARRAYS, chunk_rows
 from mlxspec.training.corpus import (
@@ -355,6 +358,8 @@ def estimate_answers(
     what = f"{answers} answers in {len(groups)} groups"
     if is_complete(folder):
         return StageEstimate("answers", what, Index.read(folder / "tokens").tokens, done=True)
+    if target.group is not None:  # before all of them run it on these
+        agree(target.group, {"set of prompts": fingerprint(json.dumps([group.prompts for group in groups]))})
     seconds, together = [], batches_like_single(target.model, groups)
     for tokens in TRIAL_TOKENS:
         start = time.perf_counter()

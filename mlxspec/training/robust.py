@@ -5,7 +5,7 @@ method, and multiply the weights of the document's positions. The losses of the 
 adversary ascends and the drafter descends in the same step.
 
 All processes know all rows of a step and get the sums of its losses. So each computes the same state, in NumPy, since
-it is small: one number for each task, or one for each token of the vocabulary.
+it is small: two numbers for each task, or one for each token of the vocabulary.
 """
 
 import math
@@ -74,13 +74,14 @@ class Robust:
 class GroupWeights:
     """Group DRO: each task g has a weight w_g ∝ w_g·exp(η·loss_g). The objective is Σ w_g·loss_g.
 
-    loss_g is the mean loss of the task's tokens in a step. A step may lack rare tasks. Then their last loss counts. If
-    it counted as 0, frequent tasks would gain weight only by being there. For the same reason, the factor of a task is
-    its weight over its share of all data, not of the step: the objective is right on average over steps.
+    loss_g is the mean loss of the task's tokens in a step. A step may lack rare tasks. Then their last loss counts.
+    Otherwise a frequent task would gain weight only because it is in more steps. The objective is right on average over
+    steps, since each token of a task has the same factor in all steps: the task's weight, divided by the mean number of
+    its tokens in a step.
 
     Args:
         settings: The settings. Their rate is η.
-        shares: Each task's share of the learned tokens, on average over steps [tasks].
+        tokens: Mean number of learned tokens of each task in a step [tasks].
         vocab_size: Not used.
         by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
 
@@ -91,10 +92,10 @@ class GroupWeights:
     Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1.
     """
 
-    def __init__(self, settings: Robust, shares: np.ndarray, vocab_size: int, by_rejection: bool = False):
+    def __init__(self, settings: Robust, tokens: np.ndarray, vocab_size: int, by_rejection: bool = False):
         self.settings, self.by_rejection = settings, by_rejection
-        self.shares = np.where(shares > 0, shares, 1)
-        self.state = np.full((2, len(shares)), [[-math.log(len(shares))], [math.nan]], np.float32)
+        self.tokens = np.where(tokens > 0, tokens, 1)
+        self.state = np.full((2, len(tokens)), [[-math.log(len(tokens))], [math.nan]], np.float32)
 
     @property
     def weights(self) -> np.ndarray:
@@ -102,8 +103,8 @@ class GroupWeights:
         return np.exp(self.state[0].astype(float))
 
     def factors(self, documents: StepDocuments) -> np.ndarray:
-        """Return the factor of each document of a step [D]: its task's weight over its task's share of the data."""
-        return (self.weights / self.shares)[documents.tasks]
+        """Return the factor of each document of a step [D]."""
+        return (self.weights / self.tokens)[documents.tasks] * documents.learned
 
     def update(self, documents: StepDocuments, sums: np.ndarray) -> None:
         """Raise the weights of the tasks with a high loss. A task that no step has had counts with the mean loss.
@@ -137,7 +138,7 @@ class LikelihoodRatios:
 
     Args:
         settings: The settings. Their rate is the step size of ψ, and their penalty is τ.
-        shares: Not used.
+        tokens: Not used.
         vocab_size: Size of the vocabulary.
         by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
 
@@ -147,7 +148,7 @@ class LikelihoodRatios:
     Source: Michel, Hashimoto and Neubig 2022, arXiv 2204.06340.
     """
 
-    def __init__(self, settings: Robust, shares: np.ndarray, vocab_size: int, by_rejection: bool = False):
+    def __init__(self, settings: Robust, tokens: np.ndarray, vocab_size: int, by_rejection: bool = False):
         self.settings, self.by_rejection = settings, by_rejection
         self.state = np.zeros(vocab_size, np.float32)
 
@@ -212,7 +213,8 @@ def new_weighting(settings: Robust, batches: Batches, vocab_size: int, loss: Los
     """
     if not settings.method:
         return None
-    return METHODS[settings.method](settings, batches.task_shares(), vocab_size, loss.is_surrogate)
+    tokens = batches.task_tokens() if settings.method == "groups" else np.zeros(0)
+    return METHODS[settings.method](settings, tokens, vocab_size, loss.is_surrogate)
 
 
 def document_losses(documents: StepDocuments, sums: np.ndarray, by_rejection: bool) -> np.ndarray:

@@ -428,11 +428,13 @@ def start_drafter(
     with locked_for_all(folder):
         if start_stage(folder, inputs):
             drafter: AnyDrafter
-            if isinstance(start, DrafterShape):
-                drafter, coverage = target.new_drafter(start, seed), None
-            else:
-                drafter, coverage = warm_start(target, start, answers)  # in all processes, since it may run the target
-            result = {} if coverage is None else {"coverage": coverage}
+            result = {}
+            if is_first_process() or target.group is not None:  # a warm start may run the target
+                if isinstance(start, DrafterShape):
+                    drafter, coverage = target.new_drafter(start, seed), None
+                else:
+                    drafter, coverage = warm_start(target, start, answers)
+                result = {} if coverage is None else {"coverage": coverage}
             if is_first_process():
                 write_drafter(drafter, out, target, inputs, result)
                 target.listener.stage(folder.name, describe(drafter, coverage))

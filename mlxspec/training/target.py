@@ -113,7 +113,7 @@ class Target:
             model = read_model(self.folder)
             return dequantized(model) if mx.default_device().type == mx.cpu else model
         try:
-            check_memory([(self.folder, self.config)], None, None, True, self.group.size())
+            check_memory([(self.folder, self.config)], 1, None, True, self.group.size())
             model = read_model(self.folder, widen=True, group=self.group)
         except MlxspecError as error:
             agree(self.group, {}, error)

@@ -120,7 +120,7 @@ def warm_start(
     if target.group is not None and not start.source and (start.hidden_size or start.intermediate_size):
         raise InvalidRequestError(
             "hidden_size and intermediate_size need the activations of the whole target; leave them out, or make the "
-            "drafter in one process without divide_target"
+            "drafter by `mlxspec train init` in one process and set drafter to it"
         )
     folder = model_folder(start.source) if start.source else target.folder
     if start.source and any((folder / name).exists() for name in TOKENIZER_FILES):

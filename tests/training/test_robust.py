@@ -181,12 +181,12 @@ def step_documents(shards: TokenShards, step: int) -> StepDocuments:
 
 
 def test_the_weights_of_tasks_after_several_steps_are_those_of_the_formula(shards):
-    """w_g ∝ w_g · exp(η · loss_g), and the loss Σ w_g · loss_g, with each task's share of the step over its average."""
+    """w_g ∝ w_g · exp(η · loss_g), and the loss Σ w_g · loss_g · tokens of g / mean tokens of g."""
     learned = [0, 0, 0]
     for (_, mask), task in zip(shards.documents(), shards.document_tasks, strict=True):
         learned[task] += mask.sum()
-    averages = np.array(learned) / sum(learned)
-    weighting, wanted = GroupWeights(GROUPS, batches_of(shards).task_shares(), V), np.full(3, 1 / 3)
+    means = np.array(learned) * BATCH / shards.count_rows(LENGTH)
+    weighting, wanted = GroupWeights(GROUPS, batches_of(shards).task_tokens(), V), np.full(3, 1 / 3)
     random = np.random.default_rng(0)
     for step in range(5):
         documents = step_documents(shards, step)
@@ -194,24 +194,24 @@ def test_the_weights_of_tasks_after_several_steps_are_those_of_the_formula(shard
         rows, learned = documents.rows, documents.weights > 0
         tasks = rows.tasks[:, 1:]
         losses = np.array([values[learned & (tasks == task)].mean() for task in range(3)])
-        shares = np.array([(learned & (tasks == task)).sum() / learned.sum() for task in range(3)])
+        counts = np.array([(learned & (tasks == task)).sum() for task in range(3)])
         factors = weighting.factors(documents)[documents.places]
-        assert (documents.weights * factors * values).sum() == pytest.approx(wanted @ (losses * shares / averages))
+        assert (documents.weights * factors * values).sum() == pytest.approx(wanted @ (losses * counts / means))
         weighting.update(documents, documents.sums(values[None]))
         wanted = wanted * np.exp(0.5 * losses)
         wanted /= wanted.sum()
         np.testing.assert_allclose(weighting.weights, wanted, rtol=1e-5)
 
 
-def test_the_share_of_a_task_is_that_of_the_mix(shards, tmp_path):
+def test_the_tokens_of_a_task_in_a_step_are_those_of_the_mix(shards, tmp_path):
     others = written(tmp_path, ("songs", "letters"))
     batches = Batches([shards, others], [3, 1], LENGTH, BATCH, seed=0)
     assert batches.tasks == [*TASKS, "letters"]
     seen = np.zeros(4)
     for step in range(400):
         documents = StepDocuments(batches(step))
-        seen += documents.task_sums(documents.shares, 4)
-    np.testing.assert_allclose(batches.task_shares(), seen / 400, atol=0.02)
+        seen += documents.task_sums(documents.shares, 4) * documents.learned
+    np.testing.assert_allclose(batches.task_tokens(), seen / 400, rtol=0.02)
 
 
 def step_of(*tasks: int) -> StepDocuments:
@@ -221,7 +221,7 @@ def step_of(*tasks: int) -> StepDocuments:
 
 
 def test_a_task_without_tokens_in_a_step_counts_with_its_last_loss_or_with_the_mean():
-    weighting = GroupWeights(GROUPS, np.full(3, 1 / 3), V)
+    weighting = GroupWeights(GROUPS, np.full(3, 2.0), V)
     weighting.update(step_of(1), np.array([[2.0]]))
     np.testing.assert_allclose(weighting.weights, np.full(3, 1 / 3), rtol=1e-6)
     weighting.update(step_of(0, 1), np.array([[1.0], [0.5]]))  # sums: losses 2 and 1
@@ -231,8 +231,8 @@ def test_a_task_without_tokens_in_a_step_counts_with_its_last_loss_or_with_the_m
 
 
 def test_a_rare_task_with_the_same_loss_has_the_same_weight_in_the_end_and_in_the_objective():
-    """Task 1 is in one of eight steps. In those it has half of the tokens."""
-    weighting, objective = GroupWeights(GROUPS, np.array([15 / 16, 1 / 16]), V), np.zeros(2)
+    """Task 1 has two tokens in one of eight steps, and task 0 has two in each."""
+    weighting, objective = GroupWeights(GROUPS, np.array([2, 2 / 8]), V), np.zeros(2)
     for step in range(80):
         documents = step_of(0, 1) if step % 8 == 0 else step_of(0)
         objective += documents.task_sums(documents.shares * weighting.factors(documents), 2) / 80
