@@ -147,7 +147,7 @@ def test_two_processes_that_divide_the_target_train_what_one_does(recipe, mlxspe
         assert weights.keys() == others.keys()
         for name, weight in weights.items():
             np.testing.assert_allclose(np.array(weight), np.array(others[name]), atol=1e-4)
-    # The records do not depend on the division, so that either can continue what the other has begun.
+    # The records do not depend on the division, so that either can continue what the other has started.
     shutil.move(folder, recipe.with_name("divided"))
     shutil.copytree(recipe.with_name("divided"), folder)
     assert mlxspec_command("train", "run", str(recipe)).err == ""
