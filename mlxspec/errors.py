@@ -77,3 +77,9 @@ def advice_for(error: OSError) -> str:
     if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
         return "choose a shorter or plainer name"
     return "check the path and the disk"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether Python or MLX, on any of its devices, could not allocate memory."""
+    signs = ("unable to allocate", "attempting to allocate", "insufficient memory", "out of memory")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)

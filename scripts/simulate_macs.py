@@ -2,11 +2,13 @@
 
     python scripts/simulate_macs.py
     python scripts/simulate_macs.py --runs 30 --worst 20
+    python scripts/simulate_macs.py --profiles doctor.json
 
-The cost of m rows on nine machines is taken from public threads (tests/decoding/mac_profiles.json). A drafter step
-costs a share of a target step. Each drafted token is accepted with a probability that the text sets. The real policy
-decides, two blocks in flight, as in decoding: it sees a block only after the next one was queued. Nothing is measured
-here: it is arithmetic with random numbers of fixed seeds.
+The cost of m rows on nine machines is taken from public threads (tests/decoding/mac_profiles.json), or that on one
+machine from a file that ``mlxspec doctor`` has written there. A drafter step costs a share of a target step. Each
+drafted token is accepted with a probability that the text sets. The real policy decides, two blocks in flight, as in
+decoding: it sees a block only after the next one was queued. Nothing is measured here: it is arithmetic with random
+numbers of fixed seeds.
 """
 
 import json
@@ -126,13 +128,16 @@ def simulate(name: str, rows: dict[int, float], runs: int) -> list[Case]:
 @click.command()
 @click.option("--runs", default=10, show_default=True, help="Answers per case, with seeds 0, 1, …")
 @click.option("--worst", default=10, show_default=True, help="How many of the worst cases to print.")
-def main(runs: int, worst: int) -> None:
+@click.option("--profiles", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=PROFILES,
+              help="Costs of rows: a file that mlxspec doctor has written.  [default: nine machines]")  # fmt: skip
+def main(runs: int, worst: int, file: Path) -> None:
     """Print the worst cases by machine, and the worst of all."""
-    cases = [case for name, rows in profiles().items() for case in simulate(name, rows, runs)]
+    machines = profiles(file)
+    cases = [case for name, rows in machines.items() for case in simulate(name, rows, runs)]
     click.echo(
         "| machine | of the best fixed length, at worst | median | of plain decoding, at worst |\n|---|---|---|---|"
     )
-    for name in profiles():
+    for name in machines:
         mine = [case for case in cases if case.profile == name]
         of_best = [case.of_best for case in mine]
         click.echo(f"| {name} | {min(of_best):.3f} | {statistics.median(of_best):.3f} | "

@@ -223,6 +223,15 @@ def test_the_simulated_macs_are_printed_as_a_table():
     assert "324 cases" in out
 
 
+@pytest.mark.slow
+def test_a_record_of_the_doctor_becomes_a_simulated_mac(tmp_path):
+    rows = {"1": 10.0, "2": 11.0, "5": 14.0, "17": 40.0}
+    (tmp_path / "doctor.json").write_text(json.dumps({"profiles": [{"name": "A chip", "rows_ms": rows}]}))
+    out = run_script("simulate_macs.py", "--runs", 1, "--profiles", tmp_path / "doctor.json")
+    assert out.count("\n| A chip") == 1 + 10
+    assert "36 cases" in out
+
+
 @pytest.mark.parametrize("recipe", sorted(SCRIPTS.glob("*.toml")), ids=lambda path: path.name)
 def test_a_recipe_can_be_read(recipe):
     assert Recipe.read(recipe).trainings

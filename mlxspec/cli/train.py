@@ -53,12 +53,11 @@ PROMPTS = click.option(
     multiple=True,
     help="Files with prompts. The block efficiency (tokens per pass of the target) is measured on them.",
 )
-DIVIDE = click.option(
-    "--divide-target",
-    is_flag=True,
-    help="Divide the target over the processes of mlx.launch. By default, each process has all of it. Without "
-    "mlx.launch, this has no effect.",
+DIVIDE_HELP = (
+    "Divide the target over the processes of mlx.launch. By default, each process has all of it. Without mlx.launch, "
+    "this has no effect."
 )
+DIVIDE = click.option("--divide-target", is_flag=True, help=DIVIDE_HELP)
 START = click.option("--drafter", help="Start from this drafter. By default, a new one with the sizes below.")
 
 
@@ -114,8 +113,7 @@ def recipe_keys() -> str:
         "  drafter",
         "    Folder, hub id or short name of an existing drafter. Use this key or the table drafter.",
         "  divide_target = false",
-        "    Divide the target over the processes of mlx.launch. By default, each process has all",
-        "    of it. Without mlx.launch, this has no effect.",
+        *indented(DIVIDE_HELP),
     ]
     for name, classes in recipes.TABLES.items():
         several = TABLE_TITLES.get(name, f"[{name}]")
@@ -126,8 +124,13 @@ def recipe_keys() -> str:
             lines.append(f"  {key_of(field)}" + ("" if unset else f" = {json.dumps(default)}"))
             choices = field.metadata.get("choices", list)()
             text = field.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
-            lines += wrap(text, 76, initial_indent="    ", subsequent_indent="    ")
+            lines += indented(text)
     return "\n".join(lines)
+
+
+def indented(text: str) -> list[str]:
+    """Return the lines of a key's help."""
+    return wrap(text, 76, initial_indent="    ", subsequent_indent="    ")
 
 
 @train.command(epilog=recipe_keys(), short_help="Run the stages that a recipe describes.")

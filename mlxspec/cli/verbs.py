@@ -16,7 +16,7 @@ import click
 from mlxspec import __version__
 from mlxspec.blas import check_switch
 from mlxspec.cli import leave_at_once
-from mlxspec.errors import MlxspecError, advice_for
+from mlxspec.errors import MlxspecError, advice_for, in_one_line, is_out_of_memory
 
 # Verb -> where its command is defined, and its line in the list of commands. tests/cli/test_main.py compares the lines.
 VERBS = {
@@ -95,6 +95,10 @@ def run() -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, an unwritable folder
         fail(f"{error.filename or 'the output'}: {error.strerror or error}; {advice_for(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory ({in_one_line(error)}); close other programs, or use a smaller model, prompt or batch")
 
 
 def no_color() -> bool:

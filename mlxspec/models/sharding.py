@@ -19,6 +19,7 @@ from mlxspec.models.attention import model_type
 
 Group = mx.distributed.Group
 Value = TypeVar("Value")
+BACK_ENDS = ("[ring]", "[jaccl]", "[mpi]")  # how the messages of MLX's collective operations start
 
 
 def launched_processes() -> Group | None:
@@ -61,8 +62,10 @@ def broadcast(value: Value, group: Group | None) -> Value:
     return value if group is None else gathered(value if is_first(group) else None, group)[0]
 
 
-def lost(error: RuntimeError) -> ProcessError:
-    """Return the error for a collective operation that failed."""
+def lost(error: RuntimeError) -> Exception:
+    """Return the error to raise for a RuntimeError of MLX: it may be one of a collective operation, or any other."""
+    if not str(error).startswith(BACK_ENDS):
+        return error
     return ProcessError(
         f"another process of mlx.launch has stopped or cannot be reached ({in_one_line(error)}); see its own message, "
         "and start all processes again"

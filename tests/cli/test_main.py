@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import click
+import mlx.core as mx
 import pytest
 
 import mlxspec
 from mlxspec.cli.verbs import VERBS, cli
+from mlxspec.errors import is_out_of_memory
 from mlxspec.models import quantizing
 
 
@@ -140,6 +142,30 @@ def test_what_is_wrong_without_a_model_is_named_without_one(mlxspec_command, arg
     assert outcome.status == 2
     assert words in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_too_little_memory_is_one_line(mlxspec_command, monkeypatch):
+    monkeypatch.setattr("mlxspec.cli.verbs.cli", lambda **options: mx.eval(mx.zeros((1 << 25, 1 << 25))))
+    outcome = mlxspec_command()
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: out of memory ([")
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...)",
+            True,
+        ),
+        ("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed buffer size", True),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", True),
+        ("[broadcast_shapes] Shapes (1,2) and (3) cannot be broadcast", False),
+    ],
+)
+def test_the_messages_of_each_device_about_memory_are_known(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) is expected
 
 
 def test_no_tokens_print_no_line(mlxspec_command):

@@ -18,8 +18,9 @@ from mlx_lm.utils import save_model
 
 import mlxspec
 from mlxspec import Drafter, DrafterConfig, Sampling, SpeculativeDecoder, UnsupportedModelError
+from mlxspec.errors import ProcessError
 from mlxspec.models.memory import weight_bytes
-from mlxspec.models.sharding import broadcast, gathered, shard
+from mlxspec.models.sharding import broadcast, gathered, lost, shard
 from tests.conftest import heed_interrupts, plain_greedy, random_llama
 
 COMMAND = [sys.executable, "-c", "from mlxspec.cli import main; main()", "generate", "--drafter", "lookup"]
@@ -86,6 +87,12 @@ def test_without_other_processes_nothing_is_asked():
 
 def test_values_of_any_length_are_gathered():
     assert gathered(["ä", {"b": 0.1 + 0.2}], mx.distributed.init()) == [["ä", {"b": 0.1 + 0.2}]]
+
+
+def test_only_an_error_of_the_connection_means_that_another_process_has_stopped():
+    assert isinstance(lost(RuntimeError("[ring] connection to a peer was lost")), ProcessError)
+    own = RuntimeError("[malloc] Unable to allocate 9 bytes.")
+    assert lost(own) is own
 
 
 def test_a_model_that_mlx_lm_cannot_divide_is_named():
