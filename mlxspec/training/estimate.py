@@ -1,15 +1,5 @@
 """Estimates of a training run's cost before it starts: tokens, memory and time of each stage.
 
-Memory is a sum over the large arrays:
-
-- weights with their gradients and Adam's moments, old and new,
-- the activations that each layer keeps for the backward pass,
-- the chunks of the loss,
-- the target with the activations of one layer.
-
-tests/training/test_estimate.py compares the sum with what MLX reports. A step that does not fit is refused, since the
-operating system would swap or kill the process.
-
 Time is measured on this machine, on a few steps of each stage, short answers of the target and short evaluations.
 Complete stages are not counted.
 """
@@ -23,19 +13,15 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import TrainingError
 from mlxspec.files import fingerprint
-from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.eagle import Eagle
-from mlxspec.models.memory import device_limit, gigabytes
 from mlxspec.models.sharding import agree
 from mlxspec.training.batches import Batches
-from mlxspec.training.chunked_loss import CHUNK_ARRAYS, chunk_rows
 from mlxspec.training.corpus import (
     BadLines,
     corpus_files,
@@ -46,6 +32,7 @@ from mlxspec.training.corpus import (
 )
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import AnyDrafter, layers_read, objective_for
+from mlxspec.training.recipe import PretrainData, Recipe
 from mlxspec.training.responses import (
     AnswerSettings,
     DistillData,
@@ -58,132 +45,12 @@ from mlxspec.training.retention import FISHER_EXAMPLES, NO_RETENTION, Retention
 from mlxspec.training.run_folder import is_complete
 from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
+from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 
-if TYPE_CHECKING:
-    from mlxspec.training.recipe import PretrainData, Recipe
-
 TRIAL_DOCUMENTS, TRIAL_TOKENS = 200, (8, 24)
-
-HIDDEN_ARRAYS, INTERMEDIATE_ARRAYS = 10, 4  # arrays of a layer's two widths that its backward pass needs
-
-
-def training_bytes(
-    config: DrafterConfig,
-    settings: TrainingSettings,
-    processes: int = 1,
-    target_bytes: int = 0,
-    target_config: dict[str, Any] | None = None,
-    divided: bool = False,
-) -> int:
-    """Return the peak memory of a step in one process, in bytes.
-
-    Args:
-        config: The drafter's shape.
-        settings: The settings of the stage.
-        processes: Number of processes that share a batch.
-        target_bytes: Bytes of the target's weights in this process. 0 for a stage without the target.
-        target_config: The target's config. None for a stage without the target.
-        divided: Whether the target is divided over the processes.
-
-    Returns:
-        The number of bytes.
-    """
-    number = settings.dtype.size
-    positions = settings.batch * settings.length // (settings.accumulate * processes)
-    weights = config.num_parameters * (2 * (4 + 8) + 4 + (number if number < 4 else 0))
-    layer = positions * number * (
-        HIDDEN_ARRAYS * config.hidden_size
-        + INTERMEDIATE_ARRAYS * config.intermediate_size
-        + attention_scores(config.num_attention_heads, settings.length)
-    )  # fmt: skip
-    inputs = positions * number * config.hidden_size * config.num_hidden_layers
-    layers = inputs + layer if settings.recompute else layer * config.num_hidden_layers
-    chunks = 4 * CHUNK_ARRAYS * min(chunk_rows(config.output_size), positions) * config.output_size
-    target_pass = target_pass_bytes(target_config or {}, positions, settings, processes if divided else 1)
-    return weights + layers + chunks + target_bytes + target_pass
-
-
-def target_pass_bytes(config: dict[str, Any], positions: int, settings: TrainingSettings, processes: int = 1) -> int:
-    """Return the memory of the target's activations in bytes. Only one layer's are held at a time.
-
-    Args:
-        config: The target's config.
-        positions: Number of positions of each process in the pass.
-        settings: The settings of the stage, for the type and the length of a row.
-        processes: Number of processes that divide the target and run it on the positions of all of them.
-
-    Returns:
-        The number of bytes, or 0 if the config lacks the sizes.
-    """
-    hidden = config.get("hidden_size") or config.get("dim") or 0
-    heads = config.get("num_attention_heads") or config.get("n_heads") or 0
-    inner = max(3 * config.get("intermediate_size", 0), attention_scores(heads, settings.length)) // processes
-    return positions * processes * settings.dtype.size * (2 * hidden + max(inner, 4 * hidden))
-
-
-def attention_scores(heads: int, length: int) -> int:
-    """Return the number of attention scores stored for each position.
-
-    Only the CPU back end stores them, since its attention is not fused.
-    """
-    return 2 * heads * length if mx.default_device().type == mx.cpu else 0
-
-
-def step_bytes(
-    drafter: AnyDrafter,
-    target: Target,
-    loss: Loss,
-    settings: TrainingSettings,
-    draft_steps: int = 1,
-    retention: Retention = NO_RETENTION,
-) -> int:
-    """Return the peak memory of a step in this process, in bytes.
-
-    Args:
-        drafter: A drafter of the right shape.
-        target: The target.
-        loss: The loss. It decides whether the target runs.
-        settings: The settings of the stage.
-        draft_steps: Draft steps that an EAGLE head is trained on.
-        retention: Settings against forgetting.
-
-    Returns:
-        The number of bytes.
-    """
-    processes = mx.distributed.init().size()
-    config = drafter.config if isinstance(drafter, Drafter) else unrolled(drafter, draft_steps)
-    kept = retention.extra_bytes(config.num_parameters)
-    if not loss.needs_target:
-        return kept + training_bytes(config, settings, processes)
-    divided = target.group is not None
-    return kept + training_bytes(config, settings, processes, target.weight_bytes, target.config, divided)
-
-
-def unrolled(head: Eagle, draft_steps: int) -> DrafterConfig:
-    """Return the shape of a drafter whose training takes about as much memory: a layer for each draft step."""
-    args = head.args
-    return DrafterConfig(
-        args.vocab_size,
-        args.hidden_size,
-        args.intermediate_size,
-        draft_steps,
-        args.num_attention_heads,
-        args.num_key_value_heads,
-        draft_vocab_size=head.draft_vocab_size,
-        shared_embedding=True,
-    )
-
-
-def check_fits(needed: int) -> None:
-    """Raise TrainingError if a step needs more bytes than the device has."""
-    if needed > device_limit():
-        raise TrainingError(
-            f"a step needs about {gigabytes(needed)} and this device has {gigabytes(device_limit())}; use a larger "
-            "accumulate, recompute = true, or a smaller batch"
-        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +76,7 @@ class StageEstimate:
     done: bool = False
 
 
-def estimate(recipe: "Recipe", folder: Path, target: Target, scorer_factory: ScorerFactory) -> Iterator[StageEstimate]:
+def estimate(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> Iterator[StageEstimate]:
     """Yield the cost of each stage of a recipe in order.
 
     Args:
@@ -278,7 +145,7 @@ def with_evaluations(cost: StageEstimate, settings: TrainingSettings, seconds: f
     return replace(cost, seconds=cost.seconds + seconds * math.ceil(settings.steps / settings.evaluate_every))
 
 
-def evaluation_seconds(recipe: "Recipe", drafter: AnyDrafter, target: Target, scorer_factory: ScorerFactory) -> float:
+def evaluation_seconds(recipe: Recipe, drafter: AnyDrafter, target: Target, scorer_factory: ScorerFactory) -> float:
     """Estimate the time of one evaluation from short trials on one prompt.
 
     The trials use the drafter before training. A trained drafter is usually faster, since more of its tokens are
@@ -306,7 +173,7 @@ def evaluation_seconds(recipe: "Recipe", drafter: AnyDrafter, target: Target, sc
     return len(prompts) * max(seconds[0] + token_seconds * (settings.max_tokens - TRIAL_TOKENS[0]), 0)
 
 
-def estimate_text(data: "PretrainData", folder: Path, target: Target) -> StageEstimate:
+def estimate_text(data: PretrainData, folder: Path, target: Target) -> StageEstimate:
     """Estimate the cost of tokenizing a corpus from its first documents.
 
     Args:

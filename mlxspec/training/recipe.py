@@ -29,7 +29,6 @@ from mlxspec.settings import key_of, option
 from mlxspec.training import stages
 from mlxspec.training.corpus import corpus_files
 from mlxspec.training.drafter_folders import load_drafter
-from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
@@ -37,6 +36,7 @@ from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
+from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
 from mlxspec.training.warm_start import EagleStart, WarmStart, warm_start

@@ -23,7 +23,6 @@ from mlxspec.training.checkpoint import last_step
 from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
 from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import describe, read_drafter, weights_fingerprint, write_drafter
-from mlxspec.training.estimate import check_fits, step_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter, layers_read, objective_for
 from mlxspec.training.responses import (
@@ -46,6 +45,7 @@ from mlxspec.training.run_folder import (
 )
 from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
+from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch

@@ -1,6 +1,7 @@
 """Two processes that divide the target train what one process trains."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -10,19 +11,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlxspec
 from mlxspec import InvalidRequestError, TrainingError
-from mlxspec.training.estimate import target_pass_bytes
 from mlxspec.training.recipe import Recipe
+from mlxspec.training.recording import Recording
 from mlxspec.training.run_folder import read_metrics
 from mlxspec.training.shards import TokenShards
+from mlxspec.training.step_memory import target_pass_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher, TeacherStore
 from mlxspec.training.trainer import TrainingSettings
 from mlxspec.training.warm_start import WarmStart, warm_start
 from tests.conftest import random_llama
-from tests.models.test_sharding import kill, launched, two_processes
+from tests.models.test_sharding import ROOT, kill, launched, two_processes
 
-COMMAND = [sys.executable, "-c", "from mlxspec.cli import main; main()", "train", "run"]
+TRAIN = [sys.executable, "-c", "from mlxspec.cli import main; main()", "train"]
+COMMAND = [*TRAIN, "run"]
 LENGTH, TOP_K = 16, 8
 RECIPE = f"""
 target = "TARGET"
@@ -184,3 +188,95 @@ def test_a_killed_process_ends_the_other_with_one_line_and_the_run_is_resumed(re
     resumed = mlxspec_command("train", "run", str(recipe))
     assert resumed.status == 0
     assert "continued after step" in resumed.err
+
+
+def weights_of(drafter: Path) -> dict[str, np.ndarray]:
+    weights: dict = mx.load(str(drafter / "model.safetensors"))  # type: ignore[assignment]
+    return {name: np.array(weight) for name, weight in weights.items()}
+
+
+def errors_of(*command: str) -> list[str]:
+    """The lines of errors of two processes. The second one runs in the folder OTHER."""
+    shell = 'cd "$FIRST"; [ "$MLX_RANK" = 1 ] && cd "$OTHER"; exec "$@"'
+    first, other, *command = command
+    outcome = launched("sh", "-c", shell, "sh", *command, FIRST=first, OTHER=other, PYTHONPATH=str(ROOT))
+    assert outcome.stdout == ""
+    return [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+def test_two_processes_estimate_a_recipe_once_and_compare_its_prompts(recipe):
+    outcome = launched(*COMMAND, "--dry-run", str(recipe))
+    assert outcome.returncode == 0, outcome.stderr
+    names = [line.split()[0] for line in outcome.stdout.splitlines()]
+    assert names == ["target", "drafter", "folder", "answers", "warm", "finetune-1", "finetune-2", "total"]
+    other = recipe.with_name("other")
+    other.mkdir()
+    shutil.copy(recipe, other)
+    (other / "stories.jsonl").write_text((recipe.with_name("stories.jsonl")).read_text().replace("girl", "king"))
+    (error,) = errors_of(str(recipe.parent), str(other), *COMMAND, "--dry-run", recipe.name)
+    assert error.startswith("error: process 1 of mlx.launch has another set of prompts than the first one (")
+
+
+@pytest.mark.slow
+def test_two_processes_that_divide_the_target_start_pretrain_and_adapt_as_one_does(
+    recipe, stories_folder, mlxspec_command
+):
+    folder, target = recipe.parent, ("--target", str(stories_folder))
+    (folder / "text.txt").write_text("Once upon a time there was a dog. It saw a cat, and they were friends.\n\n" * 40)
+    decoder = mlxspec.SpeculativeDecoder(mlxspec.load(stories_folder, "none"), mlxspec.Sampling(1.0), keep_top_k=8)
+    recording = Recording(folder / "recorded", decoder.pair.target)
+    for seed in range(10):
+        list(decoder.stream("Once upon a time", max_tokens=30, seed=seed))
+        recording.add(*decoder.kept_probs())
+    general = str(folder / "general")
+    drawn = ("--samples", "8", "--temperatures", "1", "--max-tokens", "30", "--group", "8", "--out", general)
+    assert mlxspec_command("train", "distill", *target, *drawn).status == 0
+    steps = ("--steps", "4", "--batch", "2", "--length", "32")
+
+    def commands(out: Path) -> list[tuple[str, ...]]:
+        start = ("--drafter", str(out / "start" / "drafter"))
+        return [
+            ("init", *target, "--layers", "0", "--vocabulary-size", "128", "--answers", general, "--out",
+             str(out / "start")),
+            ("pretrain", *target, *start, "--data", str(folder / "text.txt"), "--prompts",
+             str(folder / "stories.jsonl"), "--evaluate-every", "2", *steps, "--out", str(out / "text")),
+            ("adapt", *target, *start, "--recorded", str(folder / "recorded"), "--general", general, *steps,
+             "--tolerance", "0.9", "--out", str(out / "adapted")),
+        ]  # fmt: skip
+
+    found = {}
+    for out, options in ((folder / "alone", ()), (folder / "two", ("--divide-target",))):
+        printed = []
+        for command in commands(out):
+            if options:
+                outcome = launched(*TRAIN, *command, *options)
+                assert outcome.returncode == 0, outcome.stderr
+                printed += outcome.stdout.splitlines()
+            else:
+                one = mlxspec_command("train", *command)
+                assert one.status == 0, one.err
+                printed += one.out.splitlines()
+        drafters = [weights_of(path) for path in (out / "start" / "drafter", out / "text" / "pretrain" / "drafter")]
+        found[out.name] = printed, drafters
+    (alone, expected), (two, drafters) = found.values()
+    assert len(two) == len(alone)
+    for line, other in zip(two, alone, strict=True):
+        assert re.sub(r"[\d.]+", "#", line.replace("/two/", "/alone/")) == re.sub(r"[\d.]+", "#", other)
+    rates = [[float(rate) for rate in re.findall(r"0\.\d{4}", "\n".join(lines))] for lines in (two, alone)]
+    assert rates[0] == pytest.approx(rates[1], abs=2e-3)
+    assert len(rates[0]) == 4
+    for weights, others in zip(drafters, expected, strict=True):
+        assert weights.keys() == others.keys()
+        for name, weight in weights.items():
+            np.testing.assert_allclose(weight, others[name], atol=1e-4)
+
+    other = folder / "other"
+    shutil.copytree(folder / "recorded", other / "recorded")
+    next((other / "recorded").glob("*.safetensors")).unlink()
+    start = str(folder / "alone" / "start" / "drafter")
+    (error,) = errors_of(
+        str(folder), str(other), *TRAIN, "adapt", *target, "--drafter", start, "--recorded", "recorded", "--general",
+        general, *steps, "--out", str(folder / "out"), "--divide-target",
+    )  # fmt: skip
+    assert error.startswith("error: process 1 of mlx.launch has another recorded answers than the first one (")

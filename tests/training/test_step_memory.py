@@ -9,12 +9,12 @@ from mlx.utils import tree_flatten
 
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.errors import TrainingError
-from mlxspec.training import estimate
+from mlxspec.training import step_memory
 from mlxspec.training.batches import Batches
-from mlxspec.training.estimate import check_fits, training_bytes
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
 from mlxspec.training.shards import ShardWriter, TokenShards
+from mlxspec.training.step_memory import check_fits, training_bytes
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
@@ -81,7 +81,7 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(tmp_path, l
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(estimate, "device_limit", lambda: 10**9)
+    monkeypatch.setattr(step_memory, "device_limit", lambda: 10**9)
     check_fits(10**9)
     with pytest.raises(TrainingError, match=r"about 2\.0 GB and this device has 1\.0 GB; use a larger accumulate"):
         check_fits(2 * 10**9)
