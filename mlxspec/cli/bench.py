@@ -57,9 +57,9 @@ from mlxspec.models.pair import ModelPair
 from mlxspec.models.sharding import broadcast, is_first, launched_processes
 
 LEGEND = (
-    "τ: block efficiency, the tokens per pass of the target. γ: mean draft length. MBSU: the speed-up if a pass takes "
-    "time in proportion to the parameters, or to the bytes, of its model. Ratios: tokens/s of mlxspec divided by those "
-    "of mlx-lm in the same round."
+    "τ: block efficiency, the tokens per pass of the target. γ: mean draft length. MBSU: the memory-bound speed-up, "
+    "τ / (cγ + 1). c is the drafter's parameters, or its bytes, divided by the target's. Ratios: tokens/s of mlxspec "
+    "divided by those of mlx-lm in the same round."
 )
 PROFILED = 4  # draft length of the block whose parts are timed
 
@@ -229,8 +229,8 @@ def print_block(found: Record | None) -> None:
     if found:
         parts = ", ".join(f"{PART_NAMES[part]} {1000 * found[part]:.2f}" for part in PARTS)
         click.echo(
-            f"A block that drafts {found['draft_length']} tokens takes {1000 * found['block']:.2f} ms: {parts}. The "
-            "last two are what remains."
+            f"A block that drafts {found['draft_length']} tokens takes {1000 * found['block']:.2f} ms: {parts}. "
+            "Acceptance and host are what the others leave."
         )
 
 

@@ -30,8 +30,8 @@ FAILED = 1  # exit status if a check failed
 def doctor(target, drafter, quantize, rounds, out):
     """Check mlxspec on this machine, and measure what decides the speed.
 
-    This compares greedy text with and without drafts, and measures passes over 1 to 17 rows, attention and the
-    draft length that mlxspec chooses. The file has no user name, host name or path.
+    This compares greedy text of the demo pair with mlx-lm's, and measures passes over 1 to 17 rows, attention and
+    the draft length that mlxspec chooses. The file has no user name, host name or path.
     """
     check_pair(target, drafter, quantize)
     if drafter == "none":

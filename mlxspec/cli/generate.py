@@ -33,7 +33,8 @@ BYTES_PER_TOKEN = 3  # of a prompt, for the check of memory that comes before th
 @click.option("--max-tokens", default=DEFAULT_MAX_TOKENS, show_default=True,
               help="Maximum length of the answer, in tokens. With -1, the context is the only limit.")  # fmt: skip
 @click.option("--system", help="System prompt, for a model whose chat template accepts one.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
+@click.option("--raw", is_flag=True,
+              help="Continue the prompt without the chat template. Control tokens keep their meaning.")  # fmt: skip
 @click.option("--stop", multiple=True, help="End the answer before this text. Can be given several times.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", "details", is_flag=True, help="Print all statistics.")

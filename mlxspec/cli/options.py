@@ -49,10 +49,9 @@ DRAFTER = click.option(
     "--drafter",
     "--draft-model",
     help="Drafter: a folder, hub id or short name of a draft model or EAGLE head, `lookup` for prompt lookup, or "
-    "`none`. With `auto`, each block uses the drafter recommended for this target, if there is one, or prompt lookup, "
-    "whichever is faster. "
-    "Append `+lookup` to a model to choose between that model and prompt lookup.  [default: auto; for the demo target, "
-    "its own drafter]",
+    "`none`. `auto` takes the drafter recommended for this target, if there is one, and prompt lookup, and uses the "
+    "faster one in each block. Append `+lookup` to a model to do the same with that model.  [default: auto; for the "
+    "demo target, its own drafter]",
 )
 QUANTIZE = click.option(
     "--quantize",

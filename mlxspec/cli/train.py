@@ -51,7 +51,8 @@ OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help
 PROMPTS = click.option(
     "--prompts",
     multiple=True,
-    help="Files with prompts. The block efficiency (tokens per pass of the target) is measured on them.",
+    help="Files with prompts. The block efficiency (tokens per pass of the target) is measured on them, every "
+    "--evaluate-every steps.",
 )
 DIVIDE_HELP = (
     "Divide the target over the processes of mlx.launch. By default, each process has all of it. Without mlx.launch, "
@@ -245,6 +246,7 @@ def pretrain(
 ) -> None:
     """Train a drafter to predict the next token of text."""
     settings, shape = take_settings(TrainingSettings, options), take_settings(DrafterShape, options)
+    check_prompts(prompts, settings)
     with Bars() as bars, locked_for_all(out):
         model = open_target(target, divide_target, bars.listener)
         text = stages.pretraining_shards(model, data, out / "text")
@@ -327,6 +329,7 @@ def finetune(
     data, loss = take_settings(FinetuneData, options), take_settings(Loss, options)
     robust, retention = take_settings(Robust, options), take_settings(Retention, options)
     settings = take_settings(TrainingSettings, options)
+    check_prompts(prompts, settings)
     with Bars() as bars:
         model = open_target(target, divide_target, bars.listener)
         sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
@@ -360,7 +363,7 @@ def finetune(
     "--general",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder written by train distill: answers that stand for what the drafter can do already.",
+    help="Folder written by train distill, with answers to other prompts. Training protects the quality on them.",
 )
 @OUT
 @DIVIDE
@@ -415,6 +418,12 @@ def new_scorer(target: Target, settings: EvaluationSettings, prompts: list[Promp
         settings.max_tokens,
         group=target.group,
     )
+
+
+def check_prompts(prompts: tuple[str, ...], settings: TrainingSettings) -> None:
+    """Raise InvalidRequestError if there are prompts for an evaluation that never takes place."""
+    if prompts and not settings.evaluate_every:
+        raise InvalidRequestError("--prompts needs --evaluate-every, such as --evaluate-every 500; add it")
 
 
 def evaluation_on(target: Target, files: tuple[str, ...], settings: TrainingSettings) -> Evaluation | None:

@@ -38,7 +38,7 @@ class Sampling:
     top_p: float = option(1.0, "Draw from the most likely tokens that together have this probability, in (0, 1].")
     top_k: int = option(0, "Draw from this many of the most likely tokens; 0 means all.")
     min_p: float = option(0.0, "Leave out tokens less likely than this fraction of the most likely one, in [0, 1].")
-    seed: int | None = option(None, "Runs with the same seed and options repeat exactly on one machine.")
+    seed: int | None = option(None, "With the same seed and a fixed draft length, a run repeats exactly.")
 
     def __post_init__(self):
         if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:

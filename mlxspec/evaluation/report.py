@@ -34,7 +34,7 @@ figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption { c
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem } dt { color: #55636f } dd { margin: 0 }
 """
 COLORS = {PLAIN: "#9aa5b1", PEER: "#e0a458", OURS: "#2f6f9f"}
-PART_NAMES = {"drafting": "draft", "verification": "target pass", "acceptance": "drawing and verifying", "host": "host"}
+PART_NAMES = {"drafting": "draft", "verification": "target pass", "acceptance": "acceptance", "host": "host"}
 PART_COLORS = {"drafting": "#e0a458", "verification": "#2f6f9f", "acceptance": "#7fb069", "host": "#c8553d"}
 
 

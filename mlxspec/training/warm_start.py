@@ -38,8 +38,8 @@ class WarmStart:
     )
     hidden_size: int | None = option(
         None,
-        "Hidden size. The channels with the largest activations on the answers are kept. By default, all. It excludes "
-        "share_embedding.",
+        "Hidden size. The channels with the largest activations on the answers are kept. By default, all. Cannot be "
+        "combined with share_embedding.",
     )
     intermediate_size: int | None = option(
         None,
@@ -75,7 +75,7 @@ class EagleStart:
 
     kind: str = option(
         "eagle",
-        "Required for a head: eagle, which makes an EAGLE-3 head. A head excludes pretraining and loss ce, and "
+        "Required for a head: eagle, which makes an EAGLE-3 head. A head cannot be pretrained, nor trained with ce. "
         "recompute has no effect on it.",
     )
     layer: int = option(-1, "Index of the target's layer to copy. Negative indices count from the last layer.")

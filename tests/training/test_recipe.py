@@ -240,6 +240,13 @@ def test_the_prompts_of_spec_bench_are_answered(mlxspec_command, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("command", [("pretrain", "--data", "x"), ("finetune", "--drafter", "x", "--answers", "x")])
+def test_prompts_for_an_evaluation_that_never_takes_place_are_one_line(mlxspec_command, tmp_path, command):
+    outcome = mlxspec_command("train", *command, "--target", "x", "--prompts", "x", "--out", str(tmp_path / "out"))
+    assert outcome.err == "error: --prompts needs --evaluate-every, such as --evaluate-every 500; add it\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
