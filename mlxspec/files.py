@@ -59,10 +59,12 @@ def take_lock(file: Path) -> tuple[int | None, int]:
         The descriptor that holds the lock, None if it could not be taken; and the number of the process that holds it,
         -1 if that is not known, 0 if no process does.
     """
-    while True:
+    for _ in range(100):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # a process that has just ended deleted the folder
+            continue
         except OSError:  # not writable, which the first write reports
             return None, 0
         try:
@@ -82,6 +84,7 @@ def take_lock(file: Path) -> tuple[int | None, int]:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
         return descriptor, 0
+    return None, 0
 
 
 @contextmanager
@@ -92,24 +95,39 @@ def replacing(path: Path) -> Iterator[Path]:
     to ``path``. Everything is flushed to disk before the rename, and the rename itself after it. If the block raises,
     ``path`` keeps its old content and nothing else remains. If several processes replace the same path, the last wins.
 
+    A file replaces only a file, and a folder only a folder. A file is replaced in one step. A folder is moved aside
+    first: if the process is killed at that moment, it stays in the scratch folder.
+
     Raises:
-        WriteError: The disk is full or not writable.
+        WriteError: The disk is full or not writable, or ``path`` is of the other kind.
     """
     with explain_write_errors(path), scratch_folder(path.parent) as scratch:
         aside = scratch / path.name
         yield aside
         for written in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
             sync(written)
+        put(aside, path, scratch)
+        sync(path.parent)
+
+
+def put(aside: Path, path: Path, scratch: Path) -> None:
+    """Rename ``aside`` to ``path``. A folder that is there is moved to ``scratch``, and back if the rename fails."""
+    old = scratch / "old"
+    try:
         for attempt in count():
             try:
                 os.replace(aside, path)
-                break
+                return
             except OSError as error:  # a rename cannot replace a folder that has files in it
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+                if not aside.is_dir() or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+            old = scratch / f"old {attempt}"
             with suppress(FileNotFoundError):  # another process was faster
-                os.replace(path, scratch / f"old {attempt}")
-        sync(path.parent)
+                os.replace(path, old)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
 
 
 @contextmanager
@@ -174,6 +192,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot flush a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

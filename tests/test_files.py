@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,47 @@ def test_a_folder_replaces_the_old_folder_and_its_files(folder):
             (aside / name).write_text(name)
     assert names(folder) == ["model"]
     assert names(folder / "model") == ["new"]
+
+
+@pytest.mark.parametrize("kind", ["a file over a folder", "a folder over a file"])
+def test_what_is_of_the_other_kind_is_kept(folder, kind):
+    path = folder / "mine"
+    if kind == "a file over a folder":
+        path.mkdir()
+        (path / "precious").write_text("kept")
+        with pytest.raises(WriteError, match=f"cannot write {path}"):
+            write_atomically(path, "new")
+        assert (path / "precious").read_text() == "kept"
+    else:
+        path.write_text("kept")
+        with pytest.raises(WriteError, match=f"cannot write {path}"), replacing(path) as aside:
+            aside.mkdir()
+        assert path.read_text() == "kept"
+    assert names(folder) == ["mine"]
+
+
+def test_ctrl_c_between_the_two_renames_of_a_folder_brings_the_old_one_back(folder, monkeypatch):
+    (folder / "model").mkdir()
+    (folder / "model" / "old").touch()
+    rename, calls = os.replace, []
+
+    def interrupted(source, target):
+        rename(source, target)
+        calls.append(target)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    def write():
+        with replacing(folder / "model") as aside:
+            aside.mkdir()
+            (aside / "new").touch()
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert calls[0].name == "old 0"
+    assert names(folder) == ["model"]
+    assert names(folder / "model") == ["old"]
 
 
 def test_a_folder_that_fails_in_the_middle_leaves_the_old_folder_and_nothing_else(folder):
