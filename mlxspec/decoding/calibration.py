@@ -44,7 +44,6 @@ from mlxspec.decoding.drafting import (
 from mlxspec.errors import WriteError
 from mlxspec.files import fingerprint, read_json, write_json
 from mlxspec.models.drafter import PromptLookup
-from mlxspec.models.memory import device_limit
 from mlxspec.models.quantizing import cache_folder, has_home
 from mlxspec.models.sharding import Group, broadcast
 
@@ -159,7 +158,7 @@ def capacity_of(compiled: CompiledBlocks, name: str) -> int:
     if not is_long(name):
         return CAPACITY_STEP
     stored = sum(math.prod(shape) * dtype.size for layer in compiled.target.shapes for shape, dtype in layer)
-    fitting = int(CACHE_SHARE * device_limit() * CAPACITY_STEP / stored)
+    fitting = int(CACHE_SHARE * compiled.memory * CAPACITY_STEP / stored)
     context = context_of(compiled, name)
     return capacity_for(min(LONG, fitting, fitting if context is None else context))
 
@@ -234,6 +233,7 @@ def described(compiled: CompiledBlocks) -> dict[str, Any]:
         "drafter": shapes_of(drafter_of(compiled).model) if MODEL in compiled.drafters else None,
         "filters": [sampling.temperature > 0, sampling.top_p < 1, sampling.min_p > 0, sampling.top_k > 0],
         "verification": compiled.verification,
+        "kept probabilities": compiled.target.top_k,
         "long": long_capacities(compiled),
     }
     if compiled.pair.group is not None:

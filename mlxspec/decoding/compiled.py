@@ -23,7 +23,9 @@ from mlxspec.decoding.drafting import (
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import verifier
 from mlxspec.models.eagle import Eagle, fitting_parts
+from mlxspec.models.memory import device_limit
 from mlxspec.models.pair import ModelPair
+from mlxspec.models.sharding import broadcast
 
 DecodeBlock = Callable[[State], tuple[mx.array, State]]  # as ``decode_block`` without its first argument
 
@@ -154,6 +156,7 @@ class CompiledBlocks:
                 self.proposers[MODEL if proposer.reads else LOOKUP] = proposer
         drafters = [p.model for p in self.proposers.values() if isinstance(p, ModelProposer | EagleProposer)]
         self.weights = Weights([pair.target, *drafters])
+        self.memory = broadcast(device_limit(), pair.group)  # in bytes; it decides what is measured
         self._blocks: dict[Choice, DecodeBlock] = {}
 
     @property

@@ -191,7 +191,7 @@ def load_pair(
         if quantize_drafter:
             quantize_in_memory(draft_model, quantize_drafter)
             draft_model = dequantized(draft_model) if widen and faster_dequantized(draft_model) else draft_model
-            mx.eval(draft_model.parameters())
+            mx.eval(draft_model.state)
     drafter_context = declared_context(read_config(drafter_folder)) if drafter_folder else None
     name = name_of(drafter) + ("+lookup" if lookup else "")
     if group is not None:
@@ -304,7 +304,7 @@ def read_model(
     """
     model, _ = read_lazily(folder, embedding)
     attention_windows(model)
-    model.set_dtype(dtype or preferred_dtype(model))
+    cast(model, dtype or preferred_dtype(model))
     if widen and (dtype is None or dtype == mx.float32) and faster_dequantized(model):
         model = dequantized(model)  # after the scales became float32, or else the weights are rounded to 16 bits
     if group is not None:
@@ -318,8 +318,16 @@ def read_model(
             ) from error
         if has_nan:
             raise ModelLoadError(f"{name} in {folder} contains NaN; copy or download the model again")
-    mx.eval(model.parameters())
+    mx.eval(model.state)  # not only its parameters: a lazy array cannot be evaluated in another thread
     return model
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Convert a model's weights, except those that mlx-lm keeps as they are, such as a router's correction."""
+    converts = getattr(model, "cast_predicate", lambda name: True)
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    model.set_dtype(dtype)
+    model.load_weights([(name, weight) for name, weight in weights.items() if not converts(name)], strict=False)
 
 
 def read_lazily(folder: Path, embedding: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -32,7 +32,7 @@ def check_memory(
 
     Args:
         models: The folder and the config of each model.
-        context: Number of tokens to count caches for, limited to what each config declares. None for 4096.
+        context: Number of tokens to count caches for, at most the context that each model declares. None for 4096.
         dtype: Precision of the weights in memory. None for the device's default.
         widen: Whether quantized weights become float32 where that is faster.
         processes: Number of processes over which the first model is divided.
@@ -44,9 +44,9 @@ def check_memory(
         check_folder(folder)  # before a file is opened
     parts = [processes, *(1 for _ in models[1:])]
     weights = sum(weight_bytes(*model, dtype, widen, part) for model, part in zip(models, parts, strict=True))
-    declared = [declared_context(config) or DEFAULT_CONTEXT for _, config in models]
-    tokens = min(context or DEFAULT_CONTEXT, *declared)
-    caches = sum(cache_bytes_per_token(config, dtype) * tokens // part
+    tokens = context or DEFAULT_CONTEXT
+    tokens = min(tokens, declared_context(models[0][1]) or tokens)  # a drafter stops before the target at most
+    caches = sum(cache_bytes_per_token(config, dtype) * min(tokens, declared_context(config) or tokens) // part
                  for (_, config), part in zip(models, parts, strict=True))  # fmt: skip
     caches += sum(state_bytes_per_token(config, dtype) * tokens for _, config in models[1:])
     limit = device_limit()

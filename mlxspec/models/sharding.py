@@ -23,8 +23,13 @@ BACK_ENDS = ("[ring]", "[jaccl]", "[mpi]")  # how the messages of MLX's collecti
 
 
 def launched_processes() -> Group | None:
-    """Return the processes of ``mlx.launch``, or None if this is the only one."""
-    group = mx.distributed.init()
+    """Return the processes of ``mlx.launch``, or None if this is the only one. Raises ProcessError if they fail."""
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise ProcessError(
+            f"the processes of mlx.launch cannot be connected ({in_one_line(error)}); check its hosts and its back end"
+        ) from None
     return group if group.size() > 1 else None
 
 

@@ -1,13 +1,19 @@
 """Families of mlx-lm's own model classes, tiny and random: greedy text equals mlx-lm's whoever drafts."""
 
 import importlib
+import json
+import shutil
+import threading
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import save_model
 
 import mlxspec
 from mlxspec import ModelPair, SpeculativeDecoder
+from mlxspec.models.loading import DEMO, read_model
 from tests.conftest import decoded, plain_greedy, random_llama
 
 BASE = {
@@ -56,6 +62,10 @@ FAMILIES = {
     "granite": {"logits_scaling": 1.0, "attention_multiplier": 0.35, "embedding_multiplier": 1.0,
                 "residual_multiplier": 1.0, "attention_bias": False, "mlp_bias": False},
     "smollm3": {"no_rope_layer_interval": 2},
+    "glm4_moe": {"moe_intermediate_size": 16, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
+                 "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                 "routed_scaling_factor": 1.0, "use_qk_norm": True, "attention_bias": False,
+                 "partial_rotary_factor": 0.5, "rope_scaling": None},
 }  # fmt: skip
 
 
@@ -87,6 +97,39 @@ def test_greedy_text_of_a_family_equals_mlx_lms(name):
     tokens = decoded(decoder, prompt, 60)
     assert tokens == plain_greedy(target, prompt, 60)
     assert len(set(tokens)) >= 5
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Write a family's model as a folder. It has the demo's tokenizer, some of whose tokens the model lacks."""
+
+    def save(name: str) -> Path:
+        model = family(name)
+        shutil.copytree(
+            DEMO / "target", tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors*", "config.json")
+        )
+        save_model(tmp_path / name, model)
+        (tmp_path / name / "config.json").write_text(json.dumps(full_config(name)))
+        return tmp_path / name
+
+    return save
+
+
+def test_weights_that_mlx_lm_keeps_in_float32_stay_in_float32(saved):
+    read = read_model(saved("glm4_moe"), mx.bfloat16)
+    types = {name: weight.dtype for name, weight in tree_flatten(read.parameters())}
+    kept = {name for name, dtype in types.items() if dtype == mx.float32}
+    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert set(types.values()) == {mx.float32, mx.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with rope scaling"])
+def test_a_pair_that_was_loaded_in_one_thread_decodes_in_another(saved, name):
+    pair, found = mlxspec.load(saved(name), "lookup"), []
+    decoder = threading.Thread(target=lambda: found.append(decoded(SpeculativeDecoder(pair), [5, 9, 33], 20)))
+    decoder.start()
+    decoder.join()
+    assert found == [plain_greedy(pair.target, [5, 9, 33], 20)]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])

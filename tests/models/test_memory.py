@@ -31,6 +31,18 @@ def test_a_pair_that_does_not_fit_is_named_before_it_is_loaded(monkeypatch):
         mlxspec.load(context=4000)
 
 
+def test_each_models_caches_count_for_as_many_tokens_as_it_can_hold(tmp_path, monkeypatch):
+    """The drafter's short context does not make the target's caches smaller."""
+    monkeypatch.setattr(memory, "device_limit", lambda: 10**10)
+    for name in ("target", "drafter"):
+        (tmp_path / name).mkdir()
+    models = [(tmp_path / "target", LLAMA_2_7B), (tmp_path / "drafter", LLAMA_2_7B | {"max_position_embeddings": 2048})]
+    message = r"3\.2 GB for 4096 tokens" if mx.default_device().type != mx.cpu else r"6\.4 GB for 4096 tokens"
+    monkeypatch.setattr(memory, "weight_bytes", lambda *_: 10**10)
+    with pytest.raises(mlxspec.ModelLoadError, match=message):
+        memory.check_memory(models, 30_000, None, False)
+
+
 def test_this_machine_has_room_for_the_demo():
     assert memory.device_limit() > 1e9
     mlxspec.load(context=1000)

@@ -95,6 +95,17 @@ def test_only_an_error_of_the_connection_means_that_another_process_has_stopped(
     assert lost(own) is own
 
 
+@pytest.mark.parametrize("hosts", ["not JSON", '[["127.0.0.1:5999"]]'])
+def test_hosts_that_cannot_be_connected_are_one_line(tmp_path, hosts):
+    (tmp_path / "hosts.json").write_text(hosts)
+    variables = {**os.environ, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": "1"}
+    outcome = subprocess.run([*COMMAND, "hello"], cwd=ROOT, capture_output=True, text=True, timeout=60, env=variables)
+    errors = [line for line in outcome.stderr.splitlines() if not line.startswith("[ring]")]
+    assert outcome.returncode == 2
+    assert len(errors) == 1
+    assert errors[0].startswith("error: the processes of mlx.launch cannot be connected (")
+
+
 def test_a_model_that_mlx_lm_cannot_divide_is_named():
     drafter = Drafter(DrafterConfig(8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
     with pytest.raises(UnsupportedModelError, match=r"mlx-lm cannot divide .* over several processes; use one machine"):
