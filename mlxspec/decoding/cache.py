@@ -228,10 +228,10 @@ class CachedModel:
         Returns:
             The buffers after the text.
         """
-        buffers = with_room(kept.pop(), length, exactly=True) if kept else self.empty(length)
+        whole = length + tokens.size
+        buffers = with_room(kept.pop(), whole, exactly=True) if kept else self.empty(whole)
         for start in range(0, tokens.size, PREFILL_STEP):
             chunk = tokens[start : start + PREFILL_STEP]
-            buffers = with_room(buffers, length + chunk.size)
             _, buffers = self(chunk, buffers, mx.array(length), length + chunk.size)
             mx.eval(buffers)
             length += chunk.size

@@ -59,22 +59,14 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt, tokens = self._encoded(messages)
         segments = self.decoder.stream(tokens, max_tokens, progress=progress)
-        self.messages, self._prompt, self._tokens = messages, prompt, tokens
-        return self._listen(segments)
+        answer: Message = {"role": "assistant", "content": ""}
+        self.messages, self._prompt, self._tokens = [*messages, answer], prompt, list(tokens)
+        return listened(segments, answer, self._tokens)
 
     def reset(self, system: str | None = None) -> None:
         """Delete all messages. ``system`` replaces the system prompt unless it is None."""
         self.system = system if system is not None else self.system
         self.messages, self._prompt, self._tokens = [], [], []
-
-    def _listen(self, segments: Iterator[Segment]) -> Iterator[Segment]:
-        answer = {"role": "assistant", "content": ""}
-        self.messages = [*self.messages, answer]
-        self._tokens = list(self._tokens)
-        for segment in segments:
-            answer["content"] += segment.text
-            self._tokens += segment.tokens
-            yield segment
 
     def _encoded(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Return the encoded conversation, and the same with the answers as they were decoded."""
@@ -87,6 +79,14 @@ class Conversation:
             if rest is not None:
                 return whole.ids, [*self._tokens, *rest]
         return whole.ids, whole.ids
+
+
+def listened(segments: Iterator[Segment], answer: Message, tokens: list[int]) -> Iterator[Segment]:
+    """Yield the segments of an answer, and add each to the message and to the tokens."""
+    for segment in segments:
+        answer["content"] += segment.text
+        tokens += segment.tokens
+        yield segment
 
 
 def tokens_after_answer(tokenizer: Any, whole: EncodedText, last_token: int) -> list[int] | None:
@@ -108,7 +108,7 @@ def tokens_after_answer(tokenizer: Any, whole: EncodedText, last_token: int) -> 
         eos = (i for i, place in places if whole.ids[i] == last_token and place[1] > end and place[0] < following)
         at = next(eos, None)
         return None if at is None else whole.ids[at + 1 :]
-    at = next(i for i, place in places if place[0] >= end)
+    at = next((i for i, place in places if place[0] >= end), None)
     # Some tokenizers leave white space out of a token's offsets.
-    joined = at > 0 and (whole.offsets[at - 1][1] > end or whole.text[end - 1].isspace())
+    joined = at is None or (at > 0 and (whole.offsets[at - 1][1] > end or whole.text[end - 1].isspace()))
     return None if joined else whole.ids[at:]

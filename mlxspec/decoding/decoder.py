@@ -5,9 +5,11 @@ The block itself is in ``block.py``. Who drafts how many tokens is decided in ``
 
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -119,8 +121,9 @@ class SpeculativeDecoder:
     def calibrate(self, progress: Progress = lambda done, total: None, again: bool = False) -> None:
         """Measure what blocks cost on this device, for ``draft_length="auto"``.
 
-        The figures are stored on disk. The first process of a pair takes a few seconds. The next ones measure what is
-        missing and repeat the rest for up to half a second each. ``blocks`` calls this if it was not called before.
+        The figures are stored on disk. The first process of a pair takes two seconds or a little more, and so does one
+        that finds figures missing. The next ones repeat what was measured less than three times, for about half a
+        second each. ``blocks`` calls this if it was not called before.
 
         Args:
             progress: Called with the number of figures done and of all figures to measure.
@@ -195,7 +198,9 @@ class SpeculativeDecoder:
     ) -> Generator[Block, None, None]:
         self._check_owner(stream)
         self.calibrate()
-        with wired_limit(self.pair.target):
+        with ExitStack() as stack:
+            with redirect_stdout(sys.stderr):  # mlx-lm may print a warning
+                stack.enter_context(wired_limit(self.pair.target))
             yield from self._decode(prompt, budget, progress, key, stream)
 
     def _decode(

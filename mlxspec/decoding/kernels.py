@@ -123,12 +123,6 @@ def attention_kernel(attention: Attention, rows: int, positions: int = 256, chip
     return Kernel(VECTOR, f"at most {VECTOR_ROWS} rows, and {rows} × {group} is at most {VECTOR_GROUP}")
 
 
-def longest_vector_draft(attention: Attention) -> int | None:
-    """Return the longest draft whose verification stays on the vector kernel. None if even one row does not."""
-    fast = [rows for rows in range(1, VECTOR_ROWS + 1) if attention_kernel(attention, rows).name == VECTOR]
-    return max(fast) - 1 if fast else None
-
-
 def matmul_kernel(
     rows: int, inputs: int, outputs: int, chip: Chip, mode: str = "affine", bits: int = 4, expert: bool = False
 ) -> Kernel:

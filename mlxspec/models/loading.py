@@ -5,6 +5,7 @@ import difflib
 import re
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def load(
         drafter: Folder, hub id or short name of a draft model; "lookup" for prompt lookup; or "none". Append "+lookup"
             to a name to try prompt lookup as well; that needs the draft length "auto". None or "auto" for the
             recommended drafter of this target together with prompt lookup. If there is none, or it cannot be loaded,
-            that is prompt lookup alone, and the pair's ``drafter_note`` says why.
+            that is prompt lookup alone, and the pair's ``drafter_note`` says why. For the demo target, None stands for
+            its own drafter alone.
         dtype: Precision of weights and quantization scales. None for float32 on the CPU back end, where 16 bits are
             ten times slower, and for 16 bits on a GPU.
         quantize: "4", "8", "mxfp4" or "nvfp4" to quantize the target. The copy is kept on disk. "none" for as stored.
@@ -110,9 +112,18 @@ def load(
     """
     check_switch()
     group = group if group is not None and group.size() > 1 else None
-    options = (dtype, quantize, context, context_length, before_weights, quantize_drafter, group)
+    one = partial(
+        load_pair,
+        dtype=dtype,
+        quantize=quantize,
+        context=context,
+        context_length=context_length,
+        before_weights=before_weights,
+        quantize_drafter=quantize_drafter,
+        group=group,
+    )
     try:
-        return load_best(target, drafter, options)
+        return load_best(target, drafter, one)
     except (DisagreementError, ProcessError):
         raise
     except MlxspecError as error:
@@ -121,30 +132,30 @@ def load(
         raise
 
 
-def load_best(target: str | Path | None, drafter: Any, options: tuple[Any, ...]) -> ModelPair:
+def load_best(target: str | Path | None, drafter: Any, load_one: Callable[..., ModelPair]) -> ModelPair:
     """Load a target and the drafter that is named, or the first recommended one that can be used.
 
     Args:
         target: As for ``load``.
         drafter: As for ``load``.
-        options: The last arguments of ``load_pair``.
+        load_one: ``load_pair`` with all but its first three arguments.
     """
     if drafter not in (None, "auto"):
         proposer, lookup = parse_drafter(drafter)
-        return load_pair(target, proposer, lookup, *options)
+        return load_one(target, proposer, lookup)
     if target is None:
-        return load_pair(None, DEMO / "drafter", PromptLookup() if drafter == "auto" else None, *options)
+        return load_one(None, DEMO / "drafter", PromptLookup() if drafter == "auto" else None)
     recommended = recommended_drafters(target)
     notes = [] if recommended else [f"no drafter is known for {Path(target).name}"]
     for name, source in recommended:
         try:
-            pair = load_pair(target, source, PromptLookup(), *options)
+            pair = load_one(target, source, PromptLookup())
             pair.drafter_name = f"{name}+lookup"
             break
         except (ModelLoadError, UnsupportedModelError, TokenizerMismatchError) as error:
             notes.append(f"{name} cannot be used: {error}")
     else:
-        pair = load_pair(target, PromptLookup(), None, *options)  # if the target was to blame, it is named here
+        pair = load_one(target, PromptLookup(), None)  # if the target was to blame, it is named here
     pair.drafter_note = "; ".join(notes)
     return pair
 

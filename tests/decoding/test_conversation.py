@@ -69,6 +69,25 @@ def test_a_reset_forgets_everything_but_the_system_prompt(decoder):
     assert decoder.stats.prompt_tokens == len(encode_conversation(decoder.pair.tokenizer, system))
 
 
+def test_a_reset_in_the_middle_of_an_answer_is_not_undone_by_the_rest_of_it(decoder):
+    conversation = Conversation(decoder)
+    first = said(conversation, "Hello there")
+    answer = conversation.say("And then?")
+    next(answer)
+    conversation.reset()
+    next(answer)
+    assert conversation.messages == []
+    assert said(conversation, "Hello there") == first
+
+
+def test_an_answer_that_nobody_read_is_an_empty_answer(decoder):
+    conversation = Conversation(decoder)
+    conversation.say("Hello there")
+    said(conversation, "And then?")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+    assert conversation.messages[1]["content"] == ""
+
+
 def test_control_tokens_that_a_user_types_stay_text(decoder):
     conversation = Conversation(decoder)
     said(conversation, "Hello </s> there")

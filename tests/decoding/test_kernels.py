@@ -26,7 +26,6 @@ from mlxspec.decoding.kernels import (
     chip_of,
     has_experts,
     has_tf32,
-    longest_vector_draft,
     matmul_kernel,
     matrix_limit,
 )
@@ -74,6 +73,7 @@ PUBLIC = {
     "EXAONE 4 1.2B": ("exaone4", heads("exaone4", 2048, 32, 8, 64)),
     "GPT-2": ("gpt2", {"model_type": "gpt2", "n_embd": 768, "n_head": 12}),
     "GLM 4 9B": ("glm4", heads("glm4", 4096, 32, 2, 128)),
+    "GLM 4.5 Air": ("glm4_moe", heads("glm4_moe", 4096, 96, 8, 128, n_routed_experts=128)),
     "Granite 3.3 8B": ("granite", heads("granite", 4096, 32, 8)),
     "SmolLM 2 135M": ("llama", heads("llama", 576, 9, 3)),
     "SmolLM 2 1.7B": ("llama", heads("llama", 2048, 32, 32)),
@@ -111,7 +111,8 @@ def attention_table() -> str:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, (_, config) in PUBLIC.items():
         found = attention_of(config)
-        longest = longest_vector_draft(found)
+        fast = [rows for rows in range(1, 9) if attention_kernel(found, rows).name == VECTOR]
+        longest = max(fast) - 1 if fast else None
         vector = "none" if longest is None else f"1 to {longest + 1}"
         few = {attention_kernel(found, rows).name for rows in range(1 if longest is None else longest + 2, 9)}
         [many] = {attention_kernel(found, rows).name for rows in range(9, 18)}
