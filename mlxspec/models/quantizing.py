@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from mlxspec.errors import InUseError, InvalidRequestError
-from mlxspec.files import fingerprint, locked, replacing
+from mlxspec.files import fingerprint, locked, remove_leftovers, replacing
 from mlxspec.models.memory import fits_widened
 
 # The values of quantize, with the arguments of mlx-lm's quantize_model.
@@ -51,11 +51,12 @@ def quantized_copy(folder: Path, kind: str, read: Callable[[Path], tuple[nn.Modu
         raise InvalidRequestError("the quantized copy has no place, since the home folder does not exist; set HF_HOME")
     while not copy.is_dir():
         try:
-            with locked(copy, copy.with_name(f".{copy.name}.lock")):
+            with locked(copy, cache_folder() / ".lock"):  # one copy at a time, so that leftovers belong to no process
+                remove_leftovers(cache_folder())
                 if not copy.is_dir():
                     write_copy(folder, kind, copy, read)
         except InUseError:
-            time.sleep(0.2)  # another process is making it
+            time.sleep(0.2)  # another process is making it, or another copy
     return copy
 
 

@@ -80,6 +80,13 @@ def test_other_weights_in_the_same_folder_get_another_copy(plain_folder, cache):
     assert len(copies(cache)) == 2
 
 
+def test_the_next_copy_removes_what_a_killed_process_left(plain_folder, cache):
+    (cache / ".writing-killed" / "part").mkdir(parents=True)
+    quantized_copy(plain_folder, "4", read_lazily)
+    assert len(copies(cache)) == 1
+    assert not list(cache.glob(".*"))
+
+
 def test_an_interrupted_copy_leaves_nothing_behind(plain_folder, cache, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
