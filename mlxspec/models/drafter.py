@@ -13,13 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
 from mlxspec.errors import InvalidRequestError, ModelLoadError, in_one_line
 from mlxspec.files import load_arrays, read_json, write_atomically, write_json
+from mlxspec.models.vocabulary import checked_map, over_all_tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 OWN_KEYS = ("draft_vocab_size", "shared_embedding")  # keys of config.json that Llama models do not have
@@ -302,8 +302,7 @@ class Drafter(nn.Module):
         logits = self.lm_head(hidden)
         if self.output_tokens is None:
             return logits
-        every = mx.full((*logits.shape[:-1], self.config.vocab_size), -mx.inf, logits.dtype)
-        return mx.put_along_axis(every, mx.broadcast_to(self.output_tokens, logits.shape), logits, axis=-1)
+        return over_all_tokens(logits, self.output_tokens, self.config.vocab_size)
 
     @property
     def output_tokens(self) -> mx.array | None:
@@ -386,7 +385,8 @@ class Drafter(nn.Module):
                 drafter.share(embedding)
                 weights = {**weights, **drafter.embedding_weights}
             drafter.load_weights(list(weights.items()))
-            drafter.check_output_tokens()
+            if drafter.config.draft_vocab_size:
+                drafter.d2t = checked_map(drafter.d2t, drafter.config.vocab_size)
         except ValueError as error:
             raise ModelLoadError(
                 f"{folder}: the weights do not fit config.json: {in_one_line(error)}; copy or export the drafter again"
@@ -416,14 +416,3 @@ class Drafter(nn.Module):
         own: Any = deepcopy(embedding)  # nothing that is done to the drafter may change the target's module
         own.update(tree_map(mx.stop_gradient, embedding.parameters()))  # arrays of its own over the same memory
         self.model.embed_tokens = own.freeze()
-
-    def check_output_tokens(self) -> None:
-        """Raise ValueError if ``d2t`` names a token twice or a token that does not exist."""
-        if self.output_tokens is None:
-            return
-        tokens = np.sort(np.array(self.output_tokens))
-        wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if wrong.size:
-            raise ValueError(f"d2t names token {wrong[0]}, which does not exist")
-        if (tokens[1:] == tokens[:-1]).any():
-            raise ValueError("d2t names a token twice")

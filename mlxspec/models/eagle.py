@@ -31,6 +31,7 @@ from mlxspec.files import write_atomically, write_json
 from mlxspec.models.attention import model_type
 from mlxspec.models.config import completed
 from mlxspec.models.parts import Parts, parts_of
+from mlxspec.models.vocabulary import checked_map, over_all_tokens
 
 EAGLE1, EAGLE3 = "EAGLE-1", "EAGLE-3"
 LAYER_KEY = "eagle_aux_hidden_state_layer_ids"
@@ -170,8 +171,7 @@ class Eagle(nn.Module):
         logits = self.lm_head(self.outputs(features))
         if self.output_tokens is None:
             return logits
-        every = mx.full((*logits.shape[:-1], self.args.vocab_size), -mx.inf, logits.dtype)
-        return mx.put_along_axis(every, mx.broadcast_to(self.output_tokens, logits.shape), logits, axis=-1)
+        return over_all_tokens(logits, self.output_tokens, self.args.vocab_size)
 
     @property
     def num_parameters(self) -> int:
@@ -297,22 +297,6 @@ def layers_in(config: dict[str, Any]) -> list[int] | None:
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ValueError(f"{LAYER_KEY} is {layers!r} instead of a list of layer numbers")
     return layers if inputs else [layer + 1 for layer in layers]
-
-
-def checked_map(d2t: mx.array, vocab_size: int) -> mx.array:
-    """Return the map from rows of the output head to tokens, int32. Raises ValueError if it is damaged."""
-    if d2t.ndim != 1 or d2t.size == 0:
-        raise ValueError(f"d2t has the shape {d2t.shape}, and should have one number for each row of the output head")
-    if not mx.issubdtype(d2t.dtype, mx.integer):
-        raise ValueError(f"d2t has the type {d2t.dtype} instead of integers")
-    offsets = np.array(d2t).astype(np.int64)
-    tokens = np.sort(offsets + np.arange(len(offsets)))
-    if tokens[0] < 0 or tokens[-1] >= vocab_size:
-        wrong = tokens[0] if tokens[0] < 0 else tokens[-1]
-        raise ValueError(f"d2t names token {wrong}, and the vocabulary has {vocab_size}")
-    if (tokens[1:] == tokens[:-1]).any():
-        raise ValueError("d2t names a token twice")
-    return mx.array(offsets.astype(np.int32))
 
 
 def fitting_parts(head: Eagle, target: nn.Module) -> Parts:

@@ -87,8 +87,8 @@ def test_a_shared_embedding_is_not_stored_and_needs_the_target(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d2t: d2t + 2048, "does not exist"),
-        (lambda d2t: d2t - 1, "names token -1, which does not exist"),
+        (lambda d2t: d2t + 2048, "names token 4094, and the vocabulary has 2048 tokens"),
+        (lambda d2t: d2t - 1, "names token -1, and the vocabulary has 2048 tokens"),
         (lambda d2t: -np.arange(len(d2t), dtype=np.int32), "names a token twice"),
         (lambda d2t: d2t[:-1], "do not fit config.json"),
         (None, "do not fit config.json"),
