@@ -34,9 +34,9 @@ from mlxspec.evaluation.curves import new_figure
 from mlxspec.evaluation.rounds import by_engine, interleaved, ratio
 from mlxspec.models.drafter import EMBEDDING, Drafter
 from mlxspec.models.eagle import Eagle, fitting_parts
-from mlxspec.models.loading import read_config, read_lazily
 from mlxspec.models.parts import run_with_states
 from mlxspec.models.quantizing import dequantized, rounded
+from mlxspec.models.reading import read_config, read_lazily
 from mlxspec.training import stages
 from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches

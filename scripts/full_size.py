@@ -24,9 +24,9 @@ import mlxspec
 from mlxspec.decoding.drafting import MODEL, PLAIN, Choice
 from mlxspec.decoding.policy import Fixed
 from mlxspec.models.eagle import EAGLE1, Eagle
-from mlxspec.models.loading import read_config
 from mlxspec.models.memory import weight_bytes
 from mlxspec.models.old_layout import LAYER_NAMES, OUTER_NAMES
+from mlxspec.models.reading import read_config
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 32, 4096, 11008, 32000
 QUANTIZATION = {"group_size": 64, "bits": 4}

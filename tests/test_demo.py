@@ -19,9 +19,9 @@ def test_it_takes_at_most_4_megabytes():
 
 
 def test_the_drafter_has_about_a_tenth_of_the_targets_weights_or_less(demo):
-    stored = mlxspec.models.loading.read_config(DEMO / "target")["quantization"]
+    stored = mlxspec.models.reading.read_config(DEMO / "target")["quantization"]
     assert stored["bits"] == 4
-    target = mlxspec.DrafterConfig.from_dict(mlxspec.models.loading.read_config(DEMO / "target"))
+    target = mlxspec.DrafterConfig.from_dict(mlxspec.models.reading.read_config(DEMO / "target"))
     drafter = sum(weight.size for _, weight in tree_flatten(demo.drafter.parameters()))
     assert drafter <= 0.1 * target.num_parameters
 

@@ -21,7 +21,7 @@ LAYERS = {
 }
 ONLY_IN_CLI = {"click", "tqdm"}
 # Only these modules use the hub and mlx-lm's loader.
-READERS_OF_MODELS = {"loading.py", "config.py", "quantizing.py", "checks.py", "export.py", "tasks.py"}
+READERS_OF_MODELS = {"reading.py", "config.py", "quantizing.py", "checks.py", "export.py", "tasks.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -25,8 +25,8 @@ from mlxspec.models.attention import model_type
 from mlxspec.models.checks import model_fingerprint, read_object
 from mlxspec.models.drafter import EMBEDDING, OWN_KEYS, Drafter
 from mlxspec.models.eagle import Eagle
-from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED, QUANTIZATIONS, quantized
+from mlxspec.models.reading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.tokens import check_same_tokens
 
 UNUSED_LOGITS_BELOW = 60.0  # how far the logit of a token that the drafter cannot output is below log Σ exp of others

@@ -11,8 +11,8 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.files import fingerprint, replacing, write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.eagle import Eagle
-from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.quantizing import COPIED
+from mlxspec.models.reading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_tokenizer
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.training.objectives import AnyDrafter
 from mlxspec.training.run_folder import Metrics

@@ -16,9 +16,9 @@ from mlxspec.files import fingerprint
 from mlxspec.models.checks import model_fingerprint
 from mlxspec.models.config import declared_context
 from mlxspec.models.drafter import Drafter, DrafterConfig
-from mlxspec.models.loading import model_folder, read_config, read_model, read_tokenizer
 from mlxspec.models.memory import check_memory
 from mlxspec.models.quantizing import dequantized
+from mlxspec.models.reading import model_folder, read_config, read_model, read_tokenizer
 from mlxspec.models.sharding import Group, agree, machine
 from mlxspec.models.tokens import end_token
 from mlxspec.settings import option

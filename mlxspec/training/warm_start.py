@@ -11,7 +11,7 @@ from mlxspec.errors import InvalidRequestError
 from mlxspec.models.eagle import Eagle, fitting_parts
 from mlxspec.models.export import to_hugging_face
 from mlxspec.models.from_target import check_layers, drafter_from_target, eagle_from_target
-from mlxspec.models.loading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_model, read_tokenizer
+from mlxspec.models.reading import TOKENIZER_FILES, model_folder, read_config, read_lazily, read_model, read_tokenizer
 from mlxspec.models.tokens import check_same_tokens
 from mlxspec.models.vocabulary import most_frequent
 from mlxspec.models.width import choose_width

@@ -10,7 +10,8 @@ import pytest
 from mlxspec import InvalidRequestError
 from mlxspec.evaluation import tasks
 from mlxspec.evaluation.tasks import HUB_TASKS, OWN_TASKS, read_tasks
-from mlxspec.models.loading import DEMO, read_tokenizer
+from mlxspec.models.loading import DEMO
+from mlxspec.models.reading import read_tokenizer
 from tests.conftest import shared
 
 

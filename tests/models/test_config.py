@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import mlxspec
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.models.config import declared_context
-from mlxspec.models.loading import DEMO, read_model
+from mlxspec.models.loading import DEMO
+from mlxspec.models.reading import read_model
 from tests.conftest import plain_greedy, random_llama
 from tests.models.test_families import FAMILIES, full_config, model_of
 

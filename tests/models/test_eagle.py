@@ -16,9 +16,9 @@ from mlxspec.evaluation.benchmark import engine_names
 from mlxspec.evaluation.engines import OURS, PLAIN
 from mlxspec.models.eagle import EAGLE1, EAGLE3, Eagle
 from mlxspec.models.export import export
-from mlxspec.models.loading import read_model
 from mlxspec.models.parts import parts_of, run_with_states
 from mlxspec.models.quantizing import quantize_in_memory
+from mlxspec.models.reading import read_model
 from tests.conftest import random_llama
 from tests.models.eagle_oracle import EagleOracle
 
@@ -305,7 +305,7 @@ def test_a_head_that_reads_a_layer_that_the_target_lacks_is_refused():
 
 @pytest.mark.parametrize("layout", [EAGLE1, EAGLE3])
 def test_a_head_drafts_through_load_quantized_or_not(tmp_path, stories_folder, layout):
-    stories, _ = mlxspec.models.loading.read_lazily(stories_folder)
+    stories, _ = mlxspec.models.reading.read_lazily(stories_folder)
     for bits in (None, "8"):
         shape = {"intermediate_size": 128}  # whole groups of 64
         head = random_head(stories, layout, shape=shape, read_layers=[1, 2, 3] if layout == EAGLE3 else None)
@@ -340,7 +340,7 @@ def test_a_quantized_head_is_saved_and_loads_with_the_same_weights(tmp_path, lay
 
 
 def test_a_head_is_neither_a_target_nor_exported(tmp_path, stories_folder):
-    stories, _ = mlxspec.models.loading.read_lazily(stories_folder)
+    stories, _ = mlxspec.models.reading.read_lazily(stories_folder)
     random_head(stories).save(tmp_path / "head")
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
         if (stories_folder / name).exists():

@@ -14,7 +14,8 @@ import mlxspec
 from mlxspec.models.checks import model_fingerprint
 from mlxspec.models.export import CardFacts, export, files_to_push, fitted_row
 from mlxspec.models.from_target import drafter_from_target
-from mlxspec.models.loading import DEMO, read_config
+from mlxspec.models.loading import DEMO
+from mlxspec.models.reading import read_config
 from tests.models.test_old_layout import write_old_layout
 
 TOKENS = mx.array([[0, 5, 9, 300, 7]])

@@ -13,7 +13,8 @@ from mlx_lm.utils import save_model
 
 import mlxspec
 from mlxspec import ModelPair, SpeculativeDecoder
-from mlxspec.models.loading import DEMO, read_model
+from mlxspec.models.loading import DEMO
+from mlxspec.models.reading import read_model
 from tests.conftest import decoded, plain_greedy, random_llama
 
 BASE = {

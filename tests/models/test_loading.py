@@ -16,7 +16,8 @@ import mlxspec
 from mlxspec import InvalidRequestError, PromptLookup
 from mlxspec.models.catalog import KNOWN_MODELS, KnownModel
 from mlxspec.models.eagle import Eagle
-from mlxspec.models.loading import DEMO, read_tokenizer, recommended_drafters
+from mlxspec.models.loading import DEMO, recommended_drafters
+from mlxspec.models.reading import read_tokenizer
 from mlxspec.models.tokens import LLAMA2_TEMPLATE
 from tests.conftest import random_llama
 from tests.models.test_eagle import random_head

@@ -9,8 +9,9 @@ from mlx_lm.utils import quantize_model
 import mlxspec
 from mlxspec.models import memory
 from mlxspec.models.catalog import KNOWN_MODELS
-from mlxspec.models.loading import DEMO, read_model
+from mlxspec.models.loading import DEMO
 from mlxspec.models.quantizing import QUANTIZATIONS
+from mlxspec.models.reading import read_model
 from tests.conftest import random_llama
 from tests.models.test_old_layout import write_old_layout
 

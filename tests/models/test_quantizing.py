@@ -11,10 +11,11 @@ from mlx.utils import tree_flatten
 import mlxspec
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.errors import InvalidRequestError
-from mlxspec.models import loading, quantizing
+from mlxspec.models import quantizing, reading
 from mlxspec.models.from_target import drafter_from_target
-from mlxspec.models.loading import DEMO, read_lazily
+from mlxspec.models.loading import DEMO
 from mlxspec.models.quantizing import QUANTIZATIONS, quantized_copy
+from mlxspec.models.reading import read_lazily
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def copies(cache) -> list:
 QUANTIZE = """
 import sys
 from pathlib import Path
-from mlxspec.models.loading import read_lazily
+from mlxspec.models.reading import read_lazily
 from mlxspec.models.quantizing import quantized_copy
 
 print(quantized_copy(Path(sys.argv[1]), "4", read_lazily))
@@ -105,17 +106,17 @@ def test_an_unknown_kind_and_a_quantized_model_are_named(plain_folder):
 
 
 def test_a_widened_model_has_exactly_the_stored_values(monkeypatch):
-    monkeypatch.setattr(loading, "faster_dequantized", lambda model: True)
-    widened = loading.read_model(loading.DEMO / "target", mx.float32, widen=True)
-    stored = quantizing.dequantized(loading.read_model(loading.DEMO / "target", mx.float32))
+    monkeypatch.setattr(reading, "faster_dequantized", lambda model: True)
+    widened = reading.read_model(DEMO / "target", mx.float32, widen=True)
+    stored = quantizing.dequantized(reading.read_model(DEMO / "target", mx.float32))
     theirs = dict(tree_flatten(stored.parameters()))
     assert all(mx.array_equal(weight, theirs[name]) for name, weight in tree_flatten(widened.parameters()))
 
 
 def test_a_drafter_that_is_quantized_already_is_refused_with_a_fast_blas_too(monkeypatch):
-    monkeypatch.setattr(loading, "faster_dequantized", lambda model: True)
+    monkeypatch.setattr("mlxspec.models.loading.faster_dequantized", lambda model: True)
     with pytest.raises(InvalidRequestError, match="quantized already"):
-        loading.load(drafter=str(loading.DEMO / "target"), quantize_drafter="4")
+        mlxspec.load(drafter=str(DEMO / "target"), quantize_drafter="4")
 
 
 def test_a_user_without_a_home_folder_can_use_an_absolute_cache_folder(monkeypatch, tmp_path):

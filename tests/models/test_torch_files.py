@@ -15,9 +15,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import ModelLoadError
-from mlxspec.models import loading
+from mlxspec.models import reading
 from mlxspec.models.checks import stored_weights
 from mlxspec.models.export import export
+from mlxspec.models.loading import DEMO
 from mlxspec.models.memory import weight_bytes
 from mlxspec.models.torch_files import STORAGES, convert_to_safetensors, read_torch_file
 from mlxspec.training.target import Target
@@ -184,9 +185,9 @@ def test_a_compressed_file_is_refused(tmp_path):
 
 def test_a_drafter_with_a_pytorch_file_has_the_same_weights(tmp_path):
     exported = tmp_path / "exported"
-    export(loading.DEMO / "drafter", exported)
+    export(DEMO / "drafter", exported)
     old = write_model(exported, tmp_path / "with a space")
-    ours, theirs = (dict(tree_flatten(loading.read_model(folder).parameters())) for folder in (old, exported))
+    ours, theirs = (dict(tree_flatten(reading.read_model(folder).parameters())) for folder in (old, exported))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -199,16 +200,16 @@ def test_a_copy_that_cannot_be_written_names_the_folder_and_the_remedy(tmp_path)
 
 def test_several_pytorch_files_are_read_by_their_index(tmp_path):
     exported = tmp_path / "exported"
-    export(loading.DEMO / "drafter", exported)
+    export(DEMO / "drafter", exported)
     old = write_model(exported, tmp_path / "old")
     names = list(mx.load(str(exported / "model.safetensors")))
     os.rename(old / "pytorch_model.bin", old / "pytorch_model-00001-of-00001.bin")
     index = {"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")}
     (old / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert len(tree_flatten(loading.read_model(old).parameters())) == len(names)
+    assert len(tree_flatten(reading.read_model(old).parameters())) == len(names)
     (old / "pytorch_model-00001-of-00001.bin").unlink()
     with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin\.index\.json names pytorch_model-00001"):
-        loading.read_model(old)
+        reading.read_model(old)
 
 
 def test_the_hub_is_asked_for_pytorch_files_only_if_there_are_no_others(tmp_path, monkeypatch):
@@ -221,9 +222,9 @@ def test_the_hub_is_asked_for_pytorch_files_only_if_there_are_no_others(tmp_path
         asked.append((name, "pytorch_model*.bin" in allow_patterns))
         return str(tmp_path / name.split("/")[1])
 
-    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", snapshot_download)
-    loading.model_folder("owner/new")
-    loading.model_folder("owner/old")
+    monkeypatch.setattr(reading.huggingface_hub, "snapshot_download", snapshot_download)
+    reading.model_folder("owner/new")
+    reading.model_folder("owner/old")
     assert asked == [("owner/new", False), ("owner/old", False), ("owner/old", True)]
 
 

@@ -13,8 +13,9 @@ from mlxspec import InvalidRequestError, ModelLoadError, SpeculativeDecoder, loa
 from mlxspec.decoding.verification import RULES
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.from_target import drafter_from_target
-from mlxspec.models.loading import DEMO, read_config
+from mlxspec.models.loading import DEMO
 from mlxspec.models.quantizing import dequantized
+from mlxspec.models.reading import read_config
 from mlxspec.models.vocabulary import most_frequent
 from tests.conftest import decoded, plain_greedy, random_llama
 

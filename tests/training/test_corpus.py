@@ -8,7 +8,8 @@ import pytest
 
 import mlxspec
 from mlxspec.errors import TrainingError
-from mlxspec.models.loading import DEMO, read_tokenizer
+from mlxspec.models.loading import DEMO
+from mlxspec.models.reading import read_tokenizer
 from mlxspec.models.tokens import encode_prompt
 from mlxspec.training import corpus
 from mlxspec.training.corpus import BadLines, corpus_files, read_documents, read_prompts, tokenize_corpus

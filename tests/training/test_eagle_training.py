@@ -11,7 +11,8 @@ import pytest
 
 from mlxspec.models.eagle import EAGLE1, EAGLE3
 from mlxspec.models.from_target import eagle_from_target
-from mlxspec.models.loading import DEMO, read_lazily
+from mlxspec.models.loading import DEMO
+from mlxspec.models.reading import read_lazily
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import STEP_DECAY, Batch, eagle_objective, weighted_sums

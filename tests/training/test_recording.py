@@ -13,8 +13,9 @@ import pytest
 
 from mlxspec import InvalidRequestError, ModelPair, SpeculativeDecoder, TrainingError, WriteError
 from mlxspec.models.export import files_to_push
-from mlxspec.models.loading import DEMO, read_model
+from mlxspec.models.loading import DEMO
 from mlxspec.models.quantizing import dequantized
+from mlxspec.models.reading import read_model
 from mlxspec.training.recording import Recording, delete_recording, target_fingerprint
 from tests.conftest import decoded, random_llama
 from tests.test_full_disks import call, small_disk  # noqa: F401

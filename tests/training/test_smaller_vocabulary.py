@@ -6,8 +6,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlxspec.models.from_target import drafter_from_target
-from mlxspec.models.loading import DEMO, read_model
+from mlxspec.models.loading import DEMO
 from mlxspec.models.quantizing import rounded
+from mlxspec.models.reading import read_model
 from mlxspec.models.vocabulary import places
 from mlxspec.training.batches import Batches
 from mlxspec.training.drafter_folders import load_drafter
