@@ -200,7 +200,6 @@ def errors_of(*command: str) -> list[str]:
     shell = 'cd "$FIRST"; [ "$MLX_RANK" = 1 ] && cd "$OTHER"; exec "$@"'
     first, other, *command = command
     outcome = launched("sh", "-c", shell, "sh", *command, FIRST=first, OTHER=other, PYTHONPATH=str(ROOT))
-    assert outcome.stdout == ""
     return [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
 
 
@@ -209,7 +208,7 @@ def test_two_processes_estimate_a_recipe_once_and_compare_its_prompts(recipe):
     outcome = launched(*COMMAND, "--dry-run", str(recipe))
     assert outcome.returncode == 0, outcome.stderr
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
-    assert names == ["target", "drafter", "folder", "answers", "warm", "finetune-1", "finetune-2", "total"]
+    assert names == ["target", "drafter", "folder", "answers", "finetune-1", "finetune-2", "total"]
     other = recipe.with_name("other")
     other.mkdir()
     shutil.copy(recipe, other)
@@ -226,7 +225,7 @@ def test_two_processes_that_divide_the_target_start_pretrain_and_adapt_as_one_do
     (folder / "text.txt").write_text("Once upon a time there was a dog. It saw a cat, and they were friends.\n\n" * 40)
     decoder = mlxspec.SpeculativeDecoder(mlxspec.load(stories_folder, "none"), mlxspec.Sampling(1.0), keep_top_k=8)
     recording = Recording(folder / "recorded", decoder.pair.target)
-    for seed in range(10):
+    for seed in range(11):
         list(decoder.stream("Once upon a time", max_tokens=30, seed=seed))
         recording.add(*decoder.kept_probs())
     general = str(folder / "general")
@@ -273,10 +272,11 @@ def test_two_processes_that_divide_the_target_start_pretrain_and_adapt_as_one_do
 
     other = folder / "other"
     shutil.copytree(folder / "recorded", other / "recorded")
-    next((other / "recorded").glob("*.safetensors")).unlink()
+    next((other / "recorded").glob("*.npz")).unlink()
     start = str(folder / "alone" / "start" / "drafter")
-    (error,) = errors_of(
+    errors = errors_of(
         str(folder), str(other), *TRAIN, "adapt", *target, "--drafter", start, "--recorded", "recorded", "--general",
         general, *steps, "--out", str(folder / "out"), "--divide-target",
     )  # fmt: skip
-    assert error.startswith("error: process 1 of mlx.launch has another recorded answers than the first one (")
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("error: process 1 of mlx.launch has another recorded answers than the first one (")
