@@ -169,6 +169,7 @@ def test_every_sensible_choice_of_stages_ends_with_what_it_made(recipe, mlxspec_
         ("max_tokens = 12", "max_tokens = 4000", "use a smaller max_tokens"),
         ('prompts = ["stories.jsonl"]', "", "without prompts, set samples to the number of texts"),
         ("length = 16", "length = 16\nbatch = 6\naccumulate = 4", "accumulate is 4; use a divisor of batch, 6"),
+        ("count = 2", "count = 2\ndraft_length = 65", "draft length is 65; use 0 (no drafting) to 64"),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
