@@ -436,7 +436,7 @@ def evaluation_on(target: Target, files: tuple[str, ...], settings: TrainingSett
 def print_result(drafter: Path, result: Metrics, run: Path) -> None:
     """Print the drafter's folder and block efficiency, and plot the run if matplotlib is installed."""
     if is_first_process():
-        if can_draw() and metrics_files(run):
-            draw_curves(run)
         score = f", block efficiency {result['block_efficiency']:.2f} at step {result['step']}" if result else ""
         click.echo(f"{drafter}{score}")
+        if can_draw() and metrics_files(run):
+            draw_curves(run)

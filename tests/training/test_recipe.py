@@ -1,6 +1,7 @@
 """A recipe from end to end: three stages, resumed, skipped, refused."""
 
 import json
+import os
 import random
 import re
 import resource
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
+import mlxspec
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
 from mlxspec.settings import key_of
@@ -252,6 +254,18 @@ def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
     assert (recipe.with_suffix("") / "curves.png").stat().st_size > 5000
+
+
+def test_a_matplotlib_that_fails_leaves_the_path_of_the_drafter(recipe, tmp_path):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "matplotlib.py").write_text("raise ImportError('built for another NumPy')")
+    paths = [str(tmp_path / "broken"), str(Path(mlxspec.__file__).parent.parent)]
+    outcome = subprocess.run(
+        command(recipe), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert "built for another NumPy" in outcome.stderr
+    assert outcome.stdout == f"{recipe.with_suffix('') / 'pretrain' / 'drafter'}\n"
 
 
 @pytest.mark.parametrize("room", [1000, 20_000])
