@@ -216,7 +216,7 @@ def print_estimate(recipe: Recipe, folder: Path, target: Target) -> None:
         click.echo(f"drafter    {drafter.num_parameters:,} parameters")
     click.echo(f"folder     {folder}")
     seconds = 0.0
-    for stage in estimate(recipe, folder, target, new_scorer):
+    for stage in estimate(recipe, folder, target, drafter, new_scorer):
         speed = f" at {stage.tokens / stage.seconds:,.0f} tokens/s" if stage.seconds else ""
         cost = "done" if stage.done else f"about {format_duration(stage.seconds)}{speed}"
         memory = f", {gigabytes(stage.bytes)} of memory" if stage.bytes else ""

@@ -8,7 +8,7 @@ answers show whether the drafter has forgotten anything.
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ from mlxspec.training.batches import Batches
 from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import write_drafter
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import AnyDrafter, Batch, layers_read, objective_for, weighted_sums
+from mlxspec.training.objectives import AnyDrafter, Batch, objective_for, weighted_sums
 from mlxspec.training.recording import RecordedAnswer, Recording
 from mlxspec.training.retention import Retention
 from mlxspec.training.run_folder import broadcast, complete_stage, is_first_process, locked_for_all, start_stage
@@ -130,7 +130,10 @@ def adapt(
     single = not broadcast(keeps_documents_apart(target.model))
     shards = recorded_shards(target, learned, folder / "recorded")
     unseen = recorded_shards(target, held_out, folder / "held-out")
-    teachers = [new_teacher(target, drafter, part, settings, single, top_k) for part in (shards, unseen, general)]
+    batches = [Batches([one], [1.0], settings.length, settings.batch, 0, single) for one in (shards, unseen, general)]
+    teachers = [
+        cast(CachedTeacher, stages.new_teacher(target, drafter, one, settings.training, top_k)) for one in batches
+    ]
     if not isinstance(drafter, Eagle):  # the hidden states that a head reads were not recorded
         store_recorded(teachers[0], learned)
         store_recorded(teachers[1], held_out)
@@ -211,17 +214,6 @@ def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path)
                     writer.finish()
             complete_stage(folder)
         return TokenShards(folder / "tokens", verify=True)
-
-
-def new_teacher(
-    target: Target, drafter: AnyDrafter, shards: TokenShards, settings: AdaptSettings, single: bool, top_k: int
-) -> CachedTeacher:
-    """Return the teacher that training on these shards uses."""
-    batches = Batches([shards], [1.0], settings.length, settings.batch, 0, single)
-    layers = layers_read(drafter, target.model)
-    return CachedTeacher(
-        target.model, batches, target.vocab_size, top_k, 1.0, target.fingerprint, not single, layers, target.group
-    )
 
 
 def store_recorded(teacher: CachedTeacher, answers: list[RecordedAnswer]) -> None:

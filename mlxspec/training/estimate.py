@@ -22,29 +22,16 @@ from mlxspec.files import fingerprint
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.sharding import agree
 from mlxspec.training.batches import Batches
-from mlxspec.training.corpus import (
-    BadLines,
-    corpus_files,
-    encode_documents,
-    read_documents,
-    read_prompts,
-    split_prompts,
-)
+from mlxspec.training.corpus import BadLines, corpus_files, encode_documents, read_documents
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import AnyDrafter, layers_read, objective_for
 from mlxspec.training.recipe import PretrainData, Recipe
-from mlxspec.training.responses import (
-    AnswerSettings,
-    DistillData,
-    answer_group,
-    batches_like_single,
-    bos_groups,
-    prompt_groups,
-)
+from mlxspec.training.responses import AnswerSettings, DistillData, answer_group, batches_like_single
 from mlxspec.training.retention import FISHER_EXAMPLES, NO_RETENTION, Retention
 from mlxspec.training.run_folder import is_complete
 from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
+from mlxspec.training.stages import distillation_groups
 from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
@@ -76,20 +63,22 @@ class StageEstimate:
     done: bool = False
 
 
-def estimate(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> Iterator[StageEstimate]:
+def estimate(
+    recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | None, scorer_factory: ScorerFactory
+) -> Iterator[StageEstimate]:
     """Yield the cost of each stage of a recipe in order.
 
     Args:
         recipe: The recipe.
         folder: The folder of the recipe's run. Stages that are complete there take no time.
         target: The recipe's target.
+        drafter: The drafter to start from. None if no stage trains one.
         scorer_factory: Makes the function that scores drafters.
 
     Raises:
         TrainingError: A step does not fit into memory, or there is no data.
     """
-    drafter, text_tokens = recipe.first_drafter(target) if recipe.trainings else None, 0
-    evaluation = 0.0
+    text_tokens, evaluation = 0, 0.0
     if recipe.evaluates and drafter:
         evaluation = evaluation_seconds(recipe, drafter, target, scorer_factory)
     answer_tokens = 0
@@ -215,12 +204,7 @@ def estimate_answers(
     Returns:
         The cost of the stage.
     """
-    if data.prompts:
-        prompts, _ = read_prompts(data.prompts, target.tokenizer, data.system)
-        training, _ = split_prompts(prompts, held_out, settings.max_tokens, target.context)
-        groups = prompt_groups(training, settings)
-    else:
-        groups = bos_groups(target.tokenizer.bos_token_id, settings)
+    groups, *_ = distillation_groups(target, data.prompts, data.system, settings, held_out)
     answers = sum(len(group.prompts) for group in groups)
     what = f"{answers} answers in {len(groups)} groups"
     if is_complete(folder):

@@ -7,7 +7,9 @@ import pytest
 import mlxspec
 from mlxspec.errors import InvalidRequestError
 from mlxspec.models.loading import DEMO
-from mlxspec.training.adapting import AdaptSettings, check_answers, new_teacher, recorded_shards, store_recorded
+from mlxspec.training import stages
+from mlxspec.training.adapting import AdaptSettings, check_answers, recorded_shards, store_recorded
+from mlxspec.training.batches import Batches
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.recording import Recording
 from mlxspec.training.target import Target
@@ -53,8 +55,8 @@ def test_the_teacher_of_recorded_answers_is_the_target_where_they_were_recorded(
     shards = recorded_shards(target, recorded, tmp_path)
     drafter = load_drafter(answers / "start" / "drafter", target)
     for length, single in ((64, False), (30, True)):  # several documents in a row, and documents that are split
-        settings = AdaptSettings(length=length)
-        teacher = new_teacher(target, drafter, shards, settings, single, 64)
+        batches, settings = Batches([shards], [1.0], length, 8, 0, single), AdaptSettings(length=length).training
+        teacher = stages.new_teacher(target, drafter, batches, settings, 64)
         store_recorded(teacher, recorded)
         teacher._online = None  # it does not run the target
         for row in range(teacher.batches.count_rows(0)):
