@@ -32,7 +32,7 @@ from mlxspec.training.run_folder import is_complete
 from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 from mlxspec.training.stages import distillation_groups
-from mlxspec.training.step_memory import check_fits, step_bytes
+from mlxspec.training.step_memory import check_answers_fit, check_fits, step_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
@@ -212,6 +212,7 @@ def estimate_answers(
     if target.group is not None:  # before all of them run it on these
         agree(target.group, {"set of prompts": fingerprint(json.dumps([group.prompts for group in groups]))})
     seconds, together = [], batches_like_single(target.model, groups)
+    needed = check_answers_fit(target, groups, settings, together)
     for tokens in TRIAL_TOKENS:
         start = time.perf_counter()
         answer_group(target.model, target.tokenizer, groups[0], replace(settings, max_tokens=tokens), together)
@@ -219,7 +220,7 @@ def estimate_answers(
     token_seconds = max(seconds[1] - seconds[0], 0) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
     most = sum(len(prompt) + settings.max_tokens for group in groups for prompt in group.prompts)
     group_seconds = seconds[0] + token_seconds * max(settings.max_tokens - TRIAL_TOKENS[0], 0)
-    return StageEstimate("answers", what, most, target.weight_bytes, seconds=group_seconds * len(groups))
+    return StageEstimate("answers", what, most, needed, seconds=group_seconds * len(groups))
 
 
 def estimate_training(
