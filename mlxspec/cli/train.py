@@ -217,11 +217,13 @@ def print_estimate(recipe: Recipe, folder: Path, target: Target) -> None:
     click.echo(f"folder     {folder}")
     seconds = 0.0
     for stage in estimate(recipe, folder, target, drafter, new_scorer):
-        speed = f" at {stage.tokens / stage.seconds:,.0f} tokens/s" if stage.seconds else ""
-        cost = "done" if stage.done else f"about {format_duration(stage.seconds)}{speed}"
+        left = stage.tokens - stage.tokens_done
+        speed = f" at {left / stage.seconds:,.0f} tokens/s" if stage.seconds else ""
+        cost = f"about {format_duration(stage.seconds)}{speed}" if left else "done"
+        done = f" ({stage.tokens_done:,} done)" if left and stage.tokens_done else ""
         memory = f", {gigabytes(stage.bytes)} of memory" if stage.bytes else ""
         disk = f", {gigabytes(stage.disk)} on disk" if stage.disk else ""
-        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}{disk}, {cost}")
+        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{done}{memory}{disk}, {cost}")
         seconds += stage.seconds
     click.echo(f"total      about {format_duration(seconds)}")
 

@@ -21,11 +21,13 @@ import mlxspec
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
 from mlxspec.settings import key_of
-from mlxspec.training.corpus import split_prompts
+from mlxspec.training import estimate
+from mlxspec.training.corpus import read_prompts, split_prompts
 from mlxspec.training.recipe import TABLES, Recipe
 from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
-from mlxspec.training.shards import TokenShards
+from mlxspec.training.shards import Index, ShardWriter, TokenShards
 from mlxspec.training.target import Target
+from mlxspec.training.trainer import Trainer
 
 RECIPE = f"""
 target = "{DEMO / "target"}"
@@ -138,6 +140,55 @@ def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, ml
     assert f": {tokens:,} tokens, done" in planned
     assert f": {tokens:,} tokens, about" in guessed  # all of so small a corpus was tried
     assert planned.splitlines()[-1] == "total      about 0 s"
+
+
+def dry_run(mlxspec_command, recipe: Path) -> dict[str, str]:
+    """The lines of a dry run by their first word."""
+    return {
+        line.split()[0]: line for line in mlxspec_command("train", "run", str(recipe), "--dry-run").out.splitlines()
+    }
+
+
+def interrupt_after(monkeypatch, method: str, calls: int) -> None:
+    """Let the ``calls``-th call of a method of the trainer or the writer of shards end as Ctrl-C would end it."""
+    cls = Trainer if hasattr(Trainer, method) else ShardWriter
+    original, made = getattr(cls, method), []
+
+    def interrupted(*args, **given):
+        original(*args, **given)
+        made.append(args)
+        if len(made) == calls:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cls, method, interrupted)
+
+
+def test_a_dry_run_counts_only_the_steps_that_are_left(recipe, mlxspec_command, monkeypatch):
+    monkeypatch.setattr(estimate, "step_seconds", lambda *_: 100.0)
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    recipe.write_text(recipe.read_text().replace("steps = 6", "steps = 9"))  # longer than the finished run
+    assert re.search(
+        r"9 steps .*: 1,152 tokens \(768 done\), .* about 5 min 0 s", dry_run(mlxspec_command, recipe)["pretrain"]
+    )
+    interrupt_after(monkeypatch, "_save", 1)
+    assert mlxspec_command("train", "run", str(recipe)).status == 130  # after step 8
+    lines = dry_run(mlxspec_command, recipe)
+    assert re.search(r": 1,152 tokens \(1,024 done\), .* about 1 min 40 s", lines["pretrain"])
+    assert lines["total"] == "total      about 1 min 40 s"
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    for checkpoint in recipe.with_suffix("").glob("pretrain/step-*"):  # a finished stage does not need them
+        shutil.rmtree(checkpoint)
+    assert re.search(r": 1,152 tokens, .* done$", dry_run(mlxspec_command, recipe)["pretrain"])
+
+
+def test_a_dry_run_counts_only_the_answers_that_are_left(recipe, mlxspec_command, monkeypatch):
+    interrupt_after(monkeypatch, "commit", 6)
+    assert mlxspec_command("train", "run", str(recipe)).status == 130
+    index = Index.read(recipe.with_suffix("") / "answers" / "tokens")
+    prompts = read_prompts([recipe.parent / "stories.jsonl"], Target(str(DEMO / "target")).tokenizer, None)[0][:28]
+    most = index.tokens + sum(len(prompt) + 12 for prompt in prompts[24:]) * 2  # two of eight groups are left
+    assert f": {most:,} tokens ({index.tokens:,} done)" in dry_run(mlxspec_command, recipe)["answers"]
 
 
 @pytest.mark.parametrize(
