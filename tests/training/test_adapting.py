@@ -121,7 +121,7 @@ def test_a_better_drafter_is_kept_and_drafts(answers, general, tmp_path, mlxspec
 
 @pytest.mark.slow
 def test_a_drafter_that_forgets_is_not_kept(answers, general, tmp_path, mlxspec_command):
-    outcome = adapt(mlxspec_command, answers, general, tmp_path, "--learning-rate", "1e-9", "--tolerance", "0")
+    outcome = adapt(mlxspec_command, answers, general, tmp_path, "--learning-rate", "0.03")  # general: 0.51 to 0.12
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1] == "the drafter was not kept, since it is not better"
     assert not (tmp_path / "drafter").exists()
