@@ -51,7 +51,7 @@ class Bars:
 
     def _show(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, disable=None, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, disable=None, dynamic_ncols=True)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)
 

@@ -216,12 +216,14 @@ def print_estimate(recipe: Recipe, folder: Path, target: Target) -> None:
         click.echo(f"drafter    {drafter.num_parameters:,} parameters")
     click.echo(f"folder     {folder}")
     seconds = 0.0
-    for stage in estimate(recipe, folder, target, new_scorer):
-        speed = f" at {stage.tokens / stage.seconds:,.0f} tokens/s" if stage.seconds else ""
-        cost = "done" if stage.done else f"about {format_duration(stage.seconds)}{speed}"
+    for stage in estimate(recipe, folder, target, drafter, new_scorer):
+        left = stage.tokens - stage.tokens_done
+        speed = f" at {left / stage.seconds:,.0f} tokens/s" if stage.seconds else ""
+        cost = f"about {format_duration(stage.seconds)}{speed}" if left else "done"
+        done = f" ({stage.tokens_done:,} done)" if left and stage.tokens_done else ""
         memory = f", {gigabytes(stage.bytes)} of memory" if stage.bytes else ""
         disk = f", {gigabytes(stage.disk)} on disk" if stage.disk else ""
-        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{memory}{disk}, {cost}")
+        click.echo(f"{stage.name:10s} {stage.what}: {stage.tokens:,} tokens{done}{memory}{disk}, {cost}")
         seconds += stage.seconds
     click.echo(f"total      about {format_duration(seconds)}")
 
@@ -436,7 +438,7 @@ def evaluation_on(target: Target, files: tuple[str, ...], settings: TrainingSett
 def print_result(drafter: Path, result: Metrics, run: Path) -> None:
     """Print the drafter's folder and block efficiency, and plot the run if matplotlib is installed."""
     if is_first_process():
-        if can_draw() and metrics_files(run):
-            draw_curves(run)
         score = f", block efficiency {result['block_efficiency']:.2f} at step {result['step']}" if result else ""
         click.echo(f"{drafter}{score}")
+        if can_draw() and metrics_files(run):
+            draw_curves(run)

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 
 from mlxspec.decoding.decoder import SpeculativeDecoder
+from mlxspec.decoding.requests import check_options
 from mlxspec.decoding.sampling import Sampling
 from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.models.pair import ModelPair
@@ -42,7 +43,11 @@ def served_block_efficiency(
         A function of the drafter. Its result has ``block_efficiency_at_T`` for each temperature T, in tokens per target
         pass over all prompts, and ``block_efficiency``, the mean over the temperatures. If the prompts have several
         tasks, there is also ``block_efficiency/task`` for each task and ``worst_block_efficiency``, the lowest of them.
+
+    Raises:
+        InvalidRequestError: The draft length or the rule is not one of the decoder's.
     """
+    check_options(draft_length, verification)
     tasks = [prompt.task if isinstance(prompt, Prompt) else None for prompt in prompts]
     decoders: dict[float, SpeculativeDecoder] = {}  # kept, so that a drafter compiles only once while it is trained
 

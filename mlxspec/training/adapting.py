@@ -8,7 +8,7 @@ answers show whether the drafter has forgotten anything.
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -24,17 +24,18 @@ from mlxspec.training.batches import Batches
 from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import write_drafter
 from mlxspec.training.losses import Loss
-from mlxspec.training.objectives import AnyDrafter, Batch, layers_read, objective_for, weighted_sums
+from mlxspec.training.objectives import AnyDrafter, Batch, objective_for, weighted_sums
 from mlxspec.training.recording import RecordedAnswer, Recording
 from mlxspec.training.retention import Retention
 from mlxspec.training.run_folder import broadcast, complete_stage, is_first_process, locked_for_all, start_stage
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.target import Target
+from mlxspec.training.target import Listener, Target
 from mlxspec.training.teachers import CachedTeacher
 from mlxspec.training.trainer import TrainingSettings, check_batch
 
 HELD_OUT_EVERY = 5  # recorded answers: this one is not trained on
 FEWEST_ANSWERS = 10
+MEASURED_ROWS = 256  # the target runs on the general answers among them
 OTHER_TARGET = 0.5  # Σ |p − recorded p|, which is 2 for disjoint distributions; other bits change it by less
 
 
@@ -97,7 +98,8 @@ def adapt(
     """Finetune a drafter on recorded answers, and write it to ``folder/drafter`` if it is better.
 
     Every fifth recorded answer is held out. The new drafter is kept if its acceptance rate on those is higher, and if
-    its acceptance rate on the general answers is not lower by more than the tolerance.
+    its acceptance rate on the general answers is not lower by more than the tolerance. Each rate is measured on at most
+    ``MEASURED_ROWS`` rows.
 
     Args:
         target: The target whose answers were recorded.
@@ -130,11 +132,14 @@ def adapt(
     single = not broadcast(keeps_documents_apart(target.model))
     shards = recorded_shards(target, learned, folder / "recorded")
     unseen = recorded_shards(target, held_out, folder / "held-out")
-    teachers = [new_teacher(target, drafter, part, settings, single, top_k) for part in (shards, unseen, general)]
+    batches = [Batches([one], [1.0], settings.length, settings.batch, 0, single) for one in (shards, unseen, general)]
+    teachers = [
+        cast(CachedTeacher, stages.new_teacher(target, drafter, one, settings.training, top_k)) for one in batches
+    ]
     if not isinstance(drafter, Eagle):  # the hidden states that a head reads were not recorded
         store_recorded(teachers[0], learned)
         store_recorded(teachers[1], held_out)
-    before = [acceptance_rate(drafter, teacher) for teacher in teachers[1:]]
+    before = [acceptance_rate(drafter, teacher, target.listener) for teacher in teachers[1:]]
     drafter, _ = stages.train(
         target,
         drafter,
@@ -147,7 +152,7 @@ def adapt(
         retention=Retention("co-natural", settings.damping),
         text=general,
     )
-    after = [acceptance_rate(drafter, teacher) for teacher in teachers[1:]]
+    after = [acceptance_rate(drafter, teacher, target.listener) for teacher in teachers[1:]]
     kept = after[0] > before[0] and after[1] >= before[1] - settings.tolerance
     if is_first_process():
         shutil.rmtree(folder / "drafter", ignore_errors=True)  # of a run with another tolerance
@@ -213,17 +218,6 @@ def recorded_shards(target: Target, answers: list[RecordedAnswer], folder: Path)
         return TokenShards(folder / "tokens", verify=True)
 
 
-def new_teacher(
-    target: Target, drafter: AnyDrafter, shards: TokenShards, settings: AdaptSettings, single: bool, top_k: int
-) -> CachedTeacher:
-    """Return the teacher that training on these shards uses."""
-    batches = Batches([shards], [1.0], settings.length, settings.batch, 0, single)
-    layers = layers_read(drafter, target.model)
-    return CachedTeacher(
-        target.model, batches, target.vocab_size, top_k, 1.0, target.fingerprint, not single, layers, target.group
-    )
-
-
 def store_recorded(teacher: CachedTeacher, answers: list[RecordedAnswer]) -> None:
     """Store the recorded probabilities where the teacher looks for them, so that it does not run the target.
 
@@ -252,15 +246,27 @@ def shifted(recorded: RecordedAnswer, values: np.ndarray, others: np.ndarray | f
     return found
 
 
-def acceptance_rate(drafter: AnyDrafter, teacher: CachedTeacher) -> float:
-    """Return the mean acceptance rate Σ min(p, q) over the answers of a teacher's shards and the draft steps."""
+def acceptance_rate(drafter: AnyDrafter, teacher: CachedTeacher, listener: Listener) -> float:
+    """Return the mean acceptance rate Σ min(p, q) over answers and draft steps.
+
+    Args:
+        drafter: The drafter.
+        teacher: The teacher of the answers' shards. The first ``MEASURED_ROWS`` rows in the order of its batches count.
+        listener: Callbacks for the progress.
+    """
     goal, batches = objective_for(drafter, Loss("tvd"), teacher), teacher.batches
+    measured = min(MEASURED_ROWS, batches.count_rows(0))
+    name = batches.shards[0].folder.resolve().parent.name
+    listener.stage(name, f"measuring the acceptance rate on {measured} rows")
     total = count = 0.0
-    for row in range(batches.count_rows(0)):
-        rows, stored = batches.read([(0, row)]), teacher.load_rows([(0, row)])
+    for number in range(measured):
+        step, place = divmod(number, batches.batch)
+        row = batches.row_numbers(step)[place]
+        rows, stored = batches.read([row]), teacher.load_rows([row])
         weights = mx.array(rows.mask[:, 1:].astype(np.float32))
         documents = mx.array(rows.documents[:, :-1])
         batch = Batch(mx.array(rows.ids), documents, weights, stored, mx.array(1.0), mx.random.key(0))
         total += float(weighted_sums(batch, goal(drafter, batch)[1])[1:].mean())
         count += float(weights.sum())
+        listener.work(number + 1, measured, int(count))
     return total / max(count, 1)

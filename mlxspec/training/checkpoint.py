@@ -30,7 +30,7 @@ def save_checkpoint(
     optimizer: optim.Optimizer,
     state: dict[str, Any],
     weighting: Weighting | None = None,
-) -> Path:
+) -> None:
     """Write a checkpoint and delete all but the last two.
 
     Args:
@@ -41,14 +41,10 @@ def save_checkpoint(
         state: Further state to store, as JSON.
         weighting: The weights of worst-case training.
 
-    Returns:
-        The folder of the checkpoint.
-
     Raises:
         WriteError: The checkpoint cannot be written, for example because the disk is full. Earlier checkpoints remain.
     """
-    checkpoint = folder / checkpoint_name(step)
-    with replacing(checkpoint) as aside:
+    with replacing(folder / checkpoint_name(step)) as aside:
         aside.mkdir()
         mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.trainable_parameters())))
         mx.save_safetensors(str(aside / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
@@ -57,7 +53,6 @@ def save_checkpoint(
         write_json(aside / "state.json", {"step": step, **state})
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
-    return checkpoint
 
 
 def load_checkpoint(

@@ -16,10 +16,11 @@ A line is bad if a part of its content would be left out. Files are read line by
 
 import glob
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ TASK_FIELDS = ("task", "category")
 FORMATS = 'use one of "text", "prompt", "prompt" with "completion", and "messages"'
 LONGEST_TEXT = 2**20  # bytes of a document from a .txt file, and roughly of a batch of documents to encode
 
-Progress = Callable[[int, int, int], None]  # bytes read, total bytes, tokens so far
+Progress = Callable[[int, int, int], None]  # bytes of the files read, all bytes of the files, tokens so far
 
 
 @dataclass
@@ -86,14 +87,14 @@ class Document:
     Attributes:
         content: A text or a conversation.
         where: The file and line where it starts, "file:line".
-        bytes: Bytes from the start of the first file to the end of the document.
         task: The task.
+        bytes: Bytes of the files up to the end of the document. In a gzipped file, compressed bytes, a few kB too many.
     """
 
     content: str | list[Message]
     where: str
-    bytes: int
     task: str | None = None
+    bytes: int = 0
 
 
 class Prompt(list[int]):
@@ -102,6 +103,14 @@ class Prompt(list[int]):
     def __init__(self, ids: Iterable[int], task: str | None = None):
         super().__init__(ids)
         self.task = task
+
+
+class SmallReads(io.FileIO):
+    """A gzipped file that is read a little at a time, so that its position shows how much has been decompressed."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return up to 1 kB, or the rest of the file if no size is given."""
+        return super().read(size and min(size, 1024))
 
 
 def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
@@ -146,34 +155,31 @@ def read_documents(files: Iterable[Path], bad: BadLines, prompts: bool = False) 
     """
     done = 0
     for file in files:
+        zipped = file.suffix == ".gz"
         try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-                if file.name.endswith((".txt", ".txt.gz")):
-                    yield from text_documents(file, lines, done, bad)
-                else:
-                    yield from line_documents(file, lines, done, bad, prompts)
+            with SmallReads(file) if zipped else file.open("rb") as stored:
+                lines = gzip.GzipFile(fileobj=stored) if zipped else stored
+                text = file.name.endswith((".txt", ".txt.gz"))
+                for document in text_documents(file, lines, bad) if text else line_documents(file, lines, bad, prompts):
+                    yield replace(document, bytes=done + stored.tell())
             done += file.stat().st_size
         except (OSError, EOFError, zlib.error) as error:  # gzip raises any of these for a damaged file
             raise TrainingError(f"{file} cannot be read ({in_one_line(error)}); replace it or leave it out") from None
 
 
-def text_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines) -> Iterator[Document]:
+def text_documents(file: Path, lines: Iterable[bytes], bad: BadLines) -> Iterator[Document]:
     """Yield the documents of a text file. A document ends after the line that reaches ``LONGEST_TEXT``.
 
     Args:
-        file: The file, for messages and its size.
+        file: The file, for messages and the task.
         lines: The content of the file.
-        done: Bytes of the files before this one.
         bad: Counts documents that are empty or not UTF-8.
     """
-    position = 0
     for number, content in split_lines(lines):
-        position += len(content)
         bad.read += 1
         try:
             if text := content.decode("utf-8").strip():
-                end = done + min(position, file.stat().st_size)
-                yield Document(text, f"{file}:{number}", end, file_task(file))
+                yield Document(text, f"{file}:{number}", file_task(file))
             else:
                 bad.skip(f"{file}:{number}", "empty")
         except UnicodeDecodeError as error:
@@ -194,25 +200,21 @@ def split_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield first, b"".join(some)
 
 
-def line_documents(file: Path, lines: Iterable[bytes], done: int, bad: BadLines, prompts: bool) -> Iterator[Document]:
+def line_documents(file: Path, lines: Iterable[bytes], bad: BadLines, prompts: bool) -> Iterator[Document]:
     """Yield the documents of a file that has one document on each line.
 
     Args:
-        file: The file, for messages and its size.
+        file: The file, for messages and the task.
         lines: The content of the file.
-        done: Bytes of the files before this one.
         bad: Counts malformed lines.
         prompts: As for ``read_documents``.
     """
-    position = 0
     for number, line in enumerate(lines, 1):
-        position += len(line)
         if not line.strip():
             continue
         bad.read += 1
         try:
-            content, end = parse_line(line, prompts), done + min(position, file.stat().st_size)
-            yield Document(content, f"{file}:{number}", end, line_task(line) or file_task(file))
+            yield Document(parse_line(line, prompts), f"{file}:{number}", line_task(line) or file_task(file))
         except ValueError as error:
             bad.skip(f"{file}:{number}", in_one_line(error))
 

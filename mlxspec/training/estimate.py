@@ -1,7 +1,7 @@
 """Estimates of a training run's cost before it starts: tokens, memory and time of each stage.
 
-Time is measured on this machine, on a few steps of each stage, short answers of the target and short evaluations.
-Complete stages are not counted.
+Time is measured on this machine, on a few steps of each stage, short answers of the target and short evaluations. What
+an earlier run has done is not counted.
 """
 
 import json
@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,34 +18,22 @@ import mlx.core as mx
 import numpy as np
 
 from mlxspec.errors import TrainingError
-from mlxspec.files import fingerprint
+from mlxspec.files import fingerprint, read_json
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.sharding import agree
 from mlxspec.training.batches import Batches
-from mlxspec.training.corpus import (
-    BadLines,
-    corpus_files,
-    encode_documents,
-    read_documents,
-    read_prompts,
-    split_prompts,
-)
+from mlxspec.training.checkpoint import last_step
+from mlxspec.training.corpus import BadLines, corpus_files, encode_documents, read_documents
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import AnyDrafter, layers_read, objective_for
 from mlxspec.training.recipe import PretrainData, Recipe
-from mlxspec.training.responses import (
-    AnswerSettings,
-    DistillData,
-    answer_group,
-    batches_like_single,
-    bos_groups,
-    prompt_groups,
-)
+from mlxspec.training.responses import AnswerSettings, DistillData, answer_group, batches_like_single
 from mlxspec.training.retention import FISHER_EXAMPLES, NO_RETENTION, Retention
-from mlxspec.training.run_folder import is_complete
+from mlxspec.training.run_folder import is_complete, is_longer
 from mlxspec.training.scoring import ScorerFactory, evaluation_prompts
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
-from mlxspec.training.step_memory import check_fits, step_bytes
+from mlxspec.training.stages import distillation_groups
+from mlxspec.training.step_memory import check_answers_fit, check_fits, step_bytes
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
@@ -61,35 +49,37 @@ class StageEstimate:
         name: The stage.
         what: A description of the work.
         tokens: Number of tokens to train on, or the largest number of tokens to create.
+        tokens_done: Number of these that an earlier run has trained on or created.
         bytes: Peak memory in bytes.
         disk: Bytes on disk for a cached teacher.
-        seconds: Time in seconds.
-        done: Whether the stage is complete.
+        seconds: Time in seconds for the other tokens.
     """
 
     name: str
     what: str
     tokens: int
+    tokens_done: int = 0
     bytes: int = 0
     disk: int = 0
     seconds: float = 0.0
-    done: bool = False
 
 
-def estimate(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFactory) -> Iterator[StageEstimate]:
+def estimate(
+    recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | None, scorer_factory: ScorerFactory
+) -> Iterator[StageEstimate]:
     """Yield the cost of each stage of a recipe in order.
 
     Args:
         recipe: The recipe.
-        folder: The folder of the recipe's run. Stages that are complete there take no time.
+        folder: The folder of the recipe's run. What is done there takes no time.
         target: The recipe's target.
+        drafter: The drafter to start from. None if no stage trains one.
         scorer_factory: Makes the function that scores drafters.
 
     Raises:
         TrainingError: A step does not fit into memory, or there is no data.
     """
-    drafter, text_tokens = recipe.first_drafter(target) if recipe.trainings else None, 0
-    evaluation = 0.0
+    text_tokens, evaluation = 0, 0.0
     if recipe.evaluates and drafter:
         evaluation = evaluation_seconds(recipe, drafter, target, scorer_factory)
     answer_tokens = 0
@@ -103,8 +93,9 @@ def estimate(recipe: Recipe, folder: Path, target: Target, scorer_factory: Score
         text = estimate_text(data, folder / "text", target)
         text_tokens = text.tokens
         yield text
-        cost = estimate_training("pretrain", drafter, Loss("ce"), training, folder / "pretrain", target, text_tokens)
-        yield with_evaluations(cost, training, evaluation)
+        yield estimate_training(
+            "pretrain", drafter, Loss("ce"), training, folder / "pretrain", target, text_tokens, evaluation
+        )
     for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
         assert drafter
         mix = stage.data.mix if text_tokens else 0.0
@@ -117,6 +108,7 @@ def estimate(recipe: Recipe, folder: Path, target: Target, scorer_factory: Score
             folder / name,
             target,
             available,
+            evaluation,
             stage.data.draft_steps,
             stage.retention,
         )
@@ -125,24 +117,7 @@ def estimate(recipe: Recipe, folder: Path, target: Target, scorer_factory: Score
         if top_k := stage.data.teacher_top_k:
             states = drafter.width_read if isinstance(drafter, Eagle) else 0
             stored = top_k * (4 if target.vocab_size <= 2**16 else 6) + 2 * states
-        cost = with_evaluations(cost, stage.training, evaluation)
         yield replace(cost, disk=round(available * stored) if stage.loss.needs_target else 0)
-
-
-def with_evaluations(cost: StageEstimate, settings: TrainingSettings, seconds: float) -> StageEstimate:
-    """Add the time of evaluations to the cost of a stage.
-
-    Args:
-        cost: The cost of the stage without evaluations.
-        settings: The settings of the stage.
-        seconds: Time of one evaluation in seconds.
-
-    Returns:
-        The cost of the stage with its evaluations.
-    """
-    if cost.done or not settings.evaluate_every:
-        return cost
-    return replace(cost, seconds=cost.seconds + seconds * math.ceil(settings.steps / settings.evaluate_every))
 
 
 def evaluation_seconds(recipe: Recipe, drafter: AnyDrafter, target: Target, scorer_factory: ScorerFactory) -> float:
@@ -191,7 +166,8 @@ def estimate_text(data: PretrainData, folder: Path, target: Target) -> StageEsti
     size = sum(file.stat().st_size for file in files)
     what = f"{len(files)} files of {size / 1e6:.1f} MB"
     if is_complete(folder):
-        return StageEstimate("text", what, Index.read(folder / "tokens").tokens, done=True)
+        tokens = Index.read(folder / "tokens").tokens
+        return StageEstimate("text", what, tokens, tokens)
     start, some = time.perf_counter(), list(islice(read_documents(files, bad := BadLines()), TRIAL_DOCUMENTS))
     if not some:
         raise TrainingError(f"the {len(files)} files of the pretraining data contain no text; use files with text")
@@ -203,7 +179,7 @@ def estimate_text(data: PretrainData, folder: Path, target: Target) -> StageEsti
 def estimate_answers(
     data: DistillData, settings: AnswerSettings, held_out: int, folder: Path, target: Target
 ) -> StageEstimate:
-    """Estimate the cost of the target's answers from two short trials on the first group.
+    """Estimate the cost of the target's answers from two short trials on the first group that is not answered.
 
     Args:
         data: The prompts.
@@ -215,27 +191,26 @@ def estimate_answers(
     Returns:
         The cost of the stage.
     """
-    if data.prompts:
-        prompts, _ = read_prompts(data.prompts, target.tokenizer, data.system)
-        training, _ = split_prompts(prompts, held_out, settings.max_tokens, target.context)
-        groups = prompt_groups(training, settings)
-    else:
-        groups = bos_groups(target.tokenizer.bos_token_id, settings)
+    groups, *_ = distillation_groups(target, data.prompts, data.system, settings, held_out)
     answers = sum(len(group.prompts) for group in groups)
     what = f"{answers} answers in {len(groups)} groups"
-    if is_complete(folder):
-        return StageEstimate("answers", what, Index.read(folder / "tokens").tokens, done=True)
+    written = Index.read(folder / "tokens") if (folder / "tokens" / "index.json").exists() else Index(0, "")
+    left = groups[written.notes.get("groups", 0) :]
+    if written.complete or not left:
+        return StageEstimate("answers", what, written.tokens, written.tokens)
     if target.group is not None:  # before all of them run it on these
         agree(target.group, {"set of prompts": fingerprint(json.dumps([group.prompts for group in groups]))})
     seconds, together = [], batches_like_single(target.model, groups)
+    needed = check_answers_fit(target, groups, settings, together)
     for tokens in TRIAL_TOKENS:
         start = time.perf_counter()
-        answer_group(target.model, target.tokenizer, groups[0], replace(settings, max_tokens=tokens), together)
+        answer_group(target.model, target.tokenizer, left[0], replace(settings, max_tokens=tokens), together)
         seconds.append(time.perf_counter() - start)
     token_seconds = max(seconds[1] - seconds[0], 0) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
-    most = sum(len(prompt) + settings.max_tokens for group in groups for prompt in group.prompts)
+    most = sum(len(prompt) + settings.max_tokens for group in left for prompt in group.prompts)
     group_seconds = seconds[0] + token_seconds * max(settings.max_tokens - TRIAL_TOKENS[0], 0)
-    return StageEstimate("answers", what, most, target.weight_bytes, seconds=group_seconds * len(groups))
+    tokens = written.tokens + most
+    return StageEstimate("answers", what, tokens, written.tokens, needed, seconds=group_seconds * len(left))
 
 
 def estimate_training(
@@ -246,6 +221,7 @@ def estimate_training(
     folder: Path,
     target: Target,
     available: float,
+    evaluation: float = 0.0,
     draft_steps: int = 1,
     retention: Retention = NO_RETENTION,
 ) -> StageEstimate:
@@ -259,6 +235,7 @@ def estimate_training(
         folder: The stage's folder.
         target: The target.
         available: Number of tokens in the training data.
+        evaluation: Time of one evaluation in seconds.
         draft_steps: Draft steps that an EAGLE head is trained on.
         retention: Settings against forgetting.
 
@@ -272,12 +249,28 @@ def estimate_training(
     epochs = settings.steps * positions / max(available, 1)
     what = f"{loss.name}, {settings.steps} steps of {positions} positions, {epochs:.1f} epochs"
     needed = step_bytes(drafter, target, loss, settings, draft_steps, retention)
-    if is_complete(folder):
-        return StageEstimate(name, what, settings.steps * positions, needed, done=True)
+    done = steps_done(folder, settings)
+    cost = StageEstimate(name, what, settings.steps * positions, done * positions, needed)
+    if done == settings.steps:
+        return cost
     check_fits(needed)
-    steps = settings.steps + (FISHER_EXAMPLES / settings.batch if retention.needs_fisher else 0)
+    left = settings.steps - done
+    steps = left + (FISHER_EXAMPLES / settings.batch if retention.needs_fisher and not done else 0)
     seconds = step_seconds(drafter, loss, settings, target, draft_steps) * steps
-    return StageEstimate(name, what, settings.steps * positions, needed, seconds=seconds)
+    if settings.evaluate_every:
+        seconds += evaluation * math.ceil(left / settings.evaluate_every)
+    return replace(cost, seconds=seconds)
+
+
+def steps_done(folder: Path, settings: TrainingSettings) -> int:
+    """Return the number of steps that a run with these settings need not take, since an earlier one took them.
+
+    Raises:
+        TrainingError: The last checkpoint is damaged.
+    """
+    if is_complete(folder) and not is_longer(read_json(folder / "stage.json").get("inputs", {}), asdict(settings)):
+        return settings.steps  # whether or not its checkpoints are still there
+    return min(last_step(folder), settings.steps)
 
 
 def step_seconds(

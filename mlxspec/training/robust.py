@@ -20,6 +20,8 @@ from mlxspec.settings import option
 from mlxspec.training.batches import MOST_TASKS, Batches, StepDocuments
 from mlxspec.training.losses import Loss
 
+METHODS = {"groups": 0.01, "likelihood-ratio": 0.1}  # with the default of their rate
+
 
 @dataclass(frozen=True)
 class Robust:
@@ -53,7 +55,7 @@ class Robust:
     @property
     def step_size(self) -> float:
         """The rate, or its default for the method."""
-        return RATES.get(self.method, 1.0) if self.rate is None else self.rate
+        return METHODS.get(self.method or "", 1.0) if self.rate is None else self.rate
 
     def check_tasks(self, tasks: Collection[str | None]) -> None:
         """Raise InvalidRequestError if ``groups`` is the method and the documents do not belong to several tasks."""
@@ -81,8 +83,8 @@ class GroupWeights:
 
     Args:
         settings: The settings. Their rate is η.
+        tasks: Names of the tasks.
         tokens: Mean number of learned tokens of each task in a step [tasks].
-        vocab_size: Not used.
         by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
 
     Attributes:
@@ -92,8 +94,8 @@ class GroupWeights:
     Source: Sagawa et al. 2020, arXiv 1911.08731, algorithm 1.
     """
 
-    def __init__(self, settings: Robust, tokens: np.ndarray, vocab_size: int, by_rejection: bool = False):
-        self.settings, self.by_rejection = settings, by_rejection
+    def __init__(self, settings: Robust, tasks: list[str], tokens: np.ndarray, by_rejection: bool = False):
+        self.settings, self.tasks, self.by_rejection = settings, tasks, by_rejection
         self.tokens = np.where(tokens > 0, tokens, 1)
         self.state = np.full((2, len(tokens)), [[-math.log(len(tokens))], [math.nan]], np.float32)
 
@@ -106,13 +108,17 @@ class GroupWeights:
         """Return the factor of each document of a step [D]."""
         return (self.weights / self.tokens)[documents.tasks] * documents.learned
 
-    def update(self, documents: StepDocuments, sums: np.ndarray) -> None:
+    def update(self, documents: StepDocuments, sums: np.ndarray) -> dict[str, float]:
         """Raise the weights of the tasks with a high loss. A task that no step has had counts with the mean loss.
 
         Args:
             documents: The documents of the step.
             sums: Weighted sums of the loss and the acceptance rates over each document, [D, 1 + rates].
+
+        Returns:
+            The weight of each task in the step, by its name.
         """
+        metrics = {f"weight/{task}": float(weight) for task, weight in zip(self.tasks, self.weights, strict=True)}
         logs, losses = self.state.astype(float)
         found = document_losses(documents, sums, self.by_rejection)
         shares, found = (documents.task_sums(values, len(losses)) for values in (documents.shares, found))
@@ -122,10 +128,7 @@ class GroupWeights:
             logs = logs + self.settings.step_size * np.where(known, losses, losses[known].mean())
             logs = logs - logs.max() - np.log(np.exp(logs - logs.max()).sum())
             self.state = np.stack([logs, losses]).astype(np.float32)
-
-    def metrics(self, documents: StepDocuments, tasks: list[str]) -> dict[str, float]:
-        """Return the weight of each task by its name."""
-        return {f"weight/{task}": float(weight) for task, weight in zip(tasks, self.weights, strict=True)}
+        return metrics
 
 
 class LikelihoodRatios:
@@ -138,7 +141,6 @@ class LikelihoodRatios:
 
     Args:
         settings: The settings. Their rate is the step size of ψ, and their penalty is τ.
-        tokens: Not used.
         vocab_size: Size of the vocabulary.
         by_rejection: Whether the loss of a document is 1 minus its acceptance rate.
 
@@ -148,7 +150,7 @@ class LikelihoodRatios:
     Source: Michel, Hashimoto and Neubig 2022, arXiv 2204.06340.
     """
 
-    def __init__(self, settings: Robust, tokens: np.ndarray, vocab_size: int, by_rejection: bool = False):
+    def __init__(self, settings: Robust, vocab_size: int, by_rejection: bool = False):
         self.settings, self.by_rejection = settings, by_rejection
         self.state = np.zeros(vocab_size, np.float32)
 
@@ -159,28 +161,25 @@ class LikelihoodRatios:
         exponentials = np.exp(scores - scores.max())
         return exponentials / max((documents.shares * exponentials).sum(), 1e-30)
 
-    def update(self, documents: StepDocuments, sums: np.ndarray) -> None:
+    def update(self, documents: StepDocuments, sums: np.ndarray) -> dict[str, float]:
         """Take a step of gradient ascent.
 
         Args:
             documents: The documents of the step.
             sums: Weighted sums of the loss and the acceptance rates over each document, [D, 1 + rates].
+
+        Returns:
+            The KL divergence of the step's ratios from 1, and the largest ratio.
         """
         owners, tokens, frequencies = self._features(documents)
         losses = document_losses(documents, sums, self.by_rejection)
         shares, ratios = documents.shares, self.factors(documents)
-        gains = losses / np.where(shares > 0, shares, 1) - self.settings.kl_penalty * np.log(np.maximum(ratios, 1e-30))
-        probs = shares * ratios
+        logs, probs, known = np.log(np.maximum(ratios, 1e-30)), shares * ratios, shares > 0
+        gains = losses / np.where(known, shares, 1) - self.settings.kl_penalty * logs
         gradient = probs * (gains - (probs * gains).sum())  # of the scores
         ascent = np.bincount(tokens, frequencies * gradient[owners], len(self.state))
         self.state = (self.state + self.settings.step_size * ascent).astype(np.float32)
-
-    def metrics(self, documents: StepDocuments, tasks: list[str]) -> dict[str, float]:
-        """Return the KL divergence of the ratios from 1 in a step, and the largest ratio."""
-        ratios = self.factors(documents)[documents.shares > 0]
-        probs = documents.shares[documents.shares > 0] * ratios
-        divergence = (probs * np.log(np.maximum(ratios, 1e-30))).sum()
-        return {"ratio_kl": float(divergence), "largest_ratio": float(ratios.max(initial=0))}
+        return {"ratio_kl": float((probs * logs)[known].sum()), "largest_ratio": float(ratios[known].max(initial=0))}
 
     def _features(self, documents: StepDocuments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the features that are not 0: document, token and frequency, each [features].
@@ -197,8 +196,6 @@ class LikelihoodRatios:
 
 
 Weighting = GroupWeights | LikelihoodRatios
-METHODS: dict[str, type[Weighting]] = {"groups": GroupWeights, "likelihood-ratio": LikelihoodRatios}
-RATES: dict[str | None, float] = {"groups": 0.01, "likelihood-ratio": 0.1}
 UNIFORM = Robust()  # all tokens have the same weight
 
 
@@ -211,10 +208,9 @@ def new_weighting(settings: Robust, batches: Batches, vocab_size: int, loss: Los
         vocab_size: Size of the vocabulary.
         loss: The loss. If it is a surrogate, acceptance rates replace it.
     """
-    if not settings.method:
-        return None
-    tokens = batches.task_tokens() if settings.method == "groups" else np.zeros(0)
-    return METHODS[settings.method](settings, tokens, vocab_size, loss.is_surrogate)
+    if settings.method == "groups":
+        return GroupWeights(settings, batches.tasks, batches.task_tokens(), loss.is_surrogate)
+    return LikelihoodRatios(settings, vocab_size, loss.is_surrogate) if settings.method else None
 
 
 def document_losses(documents: StepDocuments, sums: np.ndarray, by_rejection: bool) -> np.ndarray:

@@ -5,8 +5,7 @@ A folder of shards holds ``index.json`` and four flat little-endian files for ea
 - ``00000.ids``: the tokens, uint16 or uint32,
 - ``00000.mask``: 1 for a token to learn, else 0, uint8,
 - ``00000.docs``: the length of each document, uint32,
-- ``00000.tasks``: the number of each document's task in the index's list of tasks, uint32. Shards of earlier
-  versions lack this file. All their documents belong to one task.
+- ``00000.tasks``: the number of each document's task in the index's list of tasks, uint32.
 
 The files are memory-mapped, so a corpus may be larger than memory. They hold one document after the other. For
 training, documents are packed into rows of a fixed length.
@@ -30,8 +29,7 @@ from mlxspec.files import explain_write_errors, fingerprint, read_json, remove_l
 
 FORMAT = 1
 SHARD_TOKENS = 2**26
-PARTS = ("ids", "mask", "docs")
-TASK_PART = "tasks"
+PARTS = ("ids", "mask", "docs", "tasks")
 EMPTY_CHECKSUM = hashlib.sha256().hexdigest()
 
 
@@ -55,7 +53,7 @@ class Index:
         learned: Number of tokens with mask 1, which a drafter learns.
         complete: Whether the writer has finished.
         notes: Additional state of the writer, such as its progress.
-        tasks: Names of the tasks. None if the shards have no tasks.
+        tasks: Names of the tasks.
     """
 
     vocab_size: int
@@ -64,12 +62,7 @@ class Index:
     learned: int = 0
     complete: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
-    tasks: list[str] | None = None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The files of each shard."""
-        return PARTS if self.tasks is None else (*PARTS, TASK_PART)
+    tasks: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> np.dtype:
@@ -98,8 +91,6 @@ class Index:
             if content.pop("format") != FORMAT:
                 raise TrainingError(f"{folder} holds shards of another format; delete it and create them again")
             shards = [Shard(**shard) for shard in content.pop("shards")]
-            if "learnt" in content:  # as versions before 2026-11-26 wrote it
-                content["learned"] = content.pop("learnt")
             return cls(shards=shards, **content)
         except OSError as error:
             raise TrainingError(f"{folder} holds no token shards ({error.strerror}); create them first") from None
@@ -133,8 +124,8 @@ class ShardWriter:
             if self.index.tokenizer != tokenizer or self.index.vocab_size != vocab_size:
                 raise TrainingError(f"{self.folder} was made with another tokenizer; use another folder")
         else:
-            self.index = Index(vocab_size, tokenizer, tasks=[])
-        self._task_numbers = {name: number for number, name in enumerate(self.index.tasks or [])}
+            self.index = Index(vocab_size, tokenizer)
+        self._task_numbers = {name: number for number, name in enumerate(self.index.tasks)}
         self._open_last()
 
     def add(self, ids: Sequence[int], mask: Sequence[int], task: str | None = None) -> None:
@@ -161,18 +152,17 @@ class ShardWriter:
             self.index.shards.append(Shard())
             self._open_last()
         task = task or default_task(self.folder)
-        if self.index.tasks is not None and task not in self._task_numbers:
+        if task not in self._task_numbers:
             self._task_numbers[task] = len(self.index.tasks)
             self.index.tasks.append(task)
         content = {
             "ids": tokens.astype(self.index.dtype),
             "mask": np.asarray(mask, dtype=np.uint8),
             "docs": np.array([tokens.size], "<u4"),
-            TASK_PART: np.array([self._task_numbers.get(task, 0)], "<u4"),
+            "tasks": np.array([self._task_numbers[task]], "<u4"),
         }
         with explain_write_errors(self.folder):
-            for part in self.index.parts:
-                data = content[part]
+            for part, data in content.items():
                 self._files[part].write(data.tobytes())
                 self._hashes[part].update(data.tobytes())
         self.index.shards[-1].tokens += tokens.size
@@ -217,7 +207,7 @@ class ShardWriter:
         sizes = part_sizes(shard, self.index.dtype)
         self._files: dict[str, BinaryIO] = {}
         self._hashes: dict[str, Any] = {}
-        for part in self.index.parts:
+        for part in PARTS:
             path = shard_file(self.folder, number, part)
             try:
                 file: BinaryIO = path.open("r+b") if path.exists() else path.open("w+b")
@@ -269,12 +259,10 @@ class TokenShards:
             raise TrainingError(f"{self.folder} is not finished; repeat the command that creates it")
         if not self.index.tokens:
             raise TrainingError(f"{self.folder} holds no tokens; create it from a corpus that is not empty")
-        self._ids = [self._map(number, "ids", verify) for number in range(len(self.index.shards))]
-        self._masks = [self._map(number, "mask", verify) for number in range(len(self.index.shards))]
-        self._documents = [self._map(number, "docs", verify) for number in range(len(self.index.shards))]
-        self._tasks = []
-        if self.index.tasks is not None:
-            self._tasks = [self._map(number, TASK_PART, verify) for number in range(len(self.index.shards))]
+        numbers = range(len(self.index.shards))
+        self._ids, self._masks, self._documents, self._tasks = (
+            [self._map(number, part, verify) for number in numbers] for part in PARTS
+        )
         self._known_spans: dict[tuple[int, bool], np.ndarray] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
 
@@ -286,19 +274,19 @@ class TokenShards:
         """Fingerprint of the tokenizer, tokens and masks, but not of the tasks."""
         content: list[Any] = [self.index.tokenizer]
         for shard in self.index.shards:
-            known = {part: checksum for part, checksum in shard.checksums.items() if part != TASK_PART}
+            known = {part: checksum for part, checksum in shard.checksums.items() if part != "tasks"}
             content.append({**asdict(shard), "checksums": known})
         return fingerprint(json.dumps(content))
 
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks."""
-        return [default_task(self.folder)] if self.index.tasks is None else self.index.tasks
+        return self.index.tasks
 
     @property
     def task_fingerprint(self) -> str:
         """Fingerprint of the documents' tasks."""
-        checksums = [shard.checksums.get(TASK_PART) for shard in self.index.shards]
+        checksums = [shard.checksums.get("tasks") for shard in self.index.shards]
         return fingerprint(json.dumps([self.tasks, checksums]))
 
     def documents(self) -> Iterator[TokenizedDocument]:
@@ -339,8 +327,7 @@ class TokenShards:
             mask[row, : end - start] = self._read(self._masks, start, end - start)
             numbers = np.searchsorted(self._document_starts, np.arange(start, end), side="right")
             documents[row, : end - start] = numbers - numbers[0]
-            if self._tasks:
-                tasks[row, : end - start] = self.document_tasks[numbers - 1]
+            tasks[row, : end - start] = self.document_tasks[numbers - 1]
         mask[:, 1:][documents[:, 1:] != documents[:, :-1]] = 0
         return Rows(ids, mask, documents, tasks)
 
@@ -422,7 +409,7 @@ def shard_file(folder: Path, number: int, part: str) -> Path:
     Args:
         folder: The folder of the shards.
         number: Number of the shard, counted from 0.
-        part: One of ``PARTS``, or ``TASK_PART``.
+        part: One of ``PARTS``.
 
     Returns:
         The path.
@@ -433,4 +420,4 @@ def shard_file(folder: Path, number: int, part: str) -> Path:
 def part_sizes(shard: Shard, dtype: np.dtype) -> dict[str, int]:
     """Return the size of each file of a shard in bytes."""
     documents = shard.documents * 4
-    return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": documents, TASK_PART: documents}
+    return {"ids": shard.tokens * dtype.itemsize, "mask": shard.tokens, "docs": documents, "tasks": documents}

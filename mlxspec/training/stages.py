@@ -45,7 +45,7 @@ from mlxspec.training.run_folder import (
 )
 from mlxspec.training.scoring import Evaluation
 from mlxspec.training.shards import Index, TokenShards
-from mlxspec.training.step_memory import check_fits, step_bytes
+from mlxspec.training.step_memory import check_answers_fit, check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
 from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
@@ -111,7 +111,8 @@ def distill(
         The tokenized prompts and answers.
 
     Raises:
-        TrainingError: The prompts cannot be read, or the folder was created with other inputs.
+        TrainingError: The prompts cannot be read, a group's caches do not fit into memory, or the folder was created
+            with other inputs.
     """
     inputs = {
         **asdict(settings),
@@ -131,6 +132,7 @@ def distill(
             together = batches_like_single(target.model, groups)
             if not together:
                 target.listener.stage(folder.name, "mlx-lm's batches change this target's logits; one prompt at a time")
+            check_answers_fit(target, groups, settings, together)
             write_answers(
                 target.model,
                 target.tokenizer,

@@ -1,25 +1,28 @@
-"""The memory that a training step needs, as a sum over the large arrays:
+"""The memory that answers and a training step need. That of a step is a sum over the large arrays:
 
 - weights with their gradients and Adam's moments, old and new,
 - the activations that each layer keeps for the backward pass,
 - the chunks of the loss,
 - the target with the activations of one layer.
 
-tests/training/test_step_memory.py compares the sum with what MLX reports. A step that does not fit is refused, since
-the operating system would swap or kill the process.
+tests/training/test_step_memory.py compares the sum with what MLX reports. What does not fit is refused, since the
+operating system would swap or kill the process.
 """
 
+import math
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache
 
 from mlxspec.errors import TrainingError
 from mlxspec.models.drafter import Drafter, DrafterConfig
 from mlxspec.models.eagle import Eagle
-from mlxspec.models.memory import device_limit, gigabytes
+from mlxspec.models.memory import cache_bytes_per_token, device_limit, gigabytes
 from mlxspec.training.chunked_loss import CHUNK_ARRAYS, chunk_rows
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import AnyDrafter
+from mlxspec.training.responses import AnswerSettings, Group
 from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.target import Target
 from mlxspec.training.trainer import TrainingSettings
@@ -134,10 +137,40 @@ def unrolled(head: Eagle, draft_steps: int) -> DrafterConfig:
     )
 
 
-def check_fits(needed: int) -> None:
-    """Raise TrainingError if a step needs more bytes than the device has."""
+def check_fits(
+    needed: int, what: str = "a step", advice: str = "a larger accumulate, recompute = true, or a smaller batch"
+) -> None:
+    """Raise TrainingError if something needs more bytes than the device has.
+
+    Args:
+        needed: The number of bytes.
+        what: What needs them, for the message.
+        advice: What to use instead, for the message.
+    """
     if needed > device_limit():
         raise TrainingError(
-            f"a step needs about {gigabytes(needed)} and this device has {gigabytes(device_limit())}; use a larger "
-            "accumulate, recompute = true, or a smaller batch"
+            f"{what} needs about {gigabytes(needed)} and this device has {gigabytes(device_limit())}; use {advice}"
         )
+
+
+def check_answers_fit(target: Target, groups: list[Group], settings: AnswerSettings, together: bool) -> int:
+    """Return the bytes of the target and of its KV caches for the largest group, in this process.
+
+    Args:
+        target: The target.
+        groups: The groups to answer.
+        settings: How to sample.
+        together: Whether the prompts of a group are answered in one batch.
+
+    Raises:
+        TrainingError: The device has less memory.
+    """
+    positions = 0
+    for group in groups:
+        longest = max(map(len, group.prompts)) + settings.max_tokens - 1  # the last token is not run
+        capacity = math.ceil(longest / BatchKVCache.step) * BatchKVCache.step
+        positions = max(positions, capacity * (len(group.prompts) if together else 1))
+    processes = target.group.size() if target.group is not None else 1
+    needed = target.weight_bytes + cache_bytes_per_token(target.config, None) * positions // processes
+    check_fits(needed, "a group of answers", "a smaller group or max_tokens")
+    return needed

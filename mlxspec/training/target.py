@@ -46,7 +46,8 @@ class Listener:
 
     Attributes:
         stage: Called at the start of a stage with its name and a description.
-        work: Called while shards are written, with the work done, the total work, and the tokens so far.
+        work: Called while shards are written or answers are measured, with the work done, the total work, and the
+            tokens so far.
         step: Called after a training step with the number of steps of the stage, the step, and its metrics.
         bad_lines: Called after a corpus was read, with its skipped lines.
     """

@@ -274,6 +274,9 @@ class CachedTeacher:
     def store(self, source: int, row: int, ids: np.ndarray, logprobs: np.ndarray, *states: np.ndarray) -> None:
         """Store a row, unless it is there already.
 
+        The tokens of a position are sorted by their ids. Another run may write the same row at the same time, and the
+        ids in the file may then be its ids. A token has its own probability all the same if both have the same tokens.
+
         Args:
             source: Number of the source.
             row: Number of the row in the source.
@@ -286,6 +289,8 @@ class CachedTeacher:
         """
         store = self._stores[source]
         if not store.has(row):
+            order = np.argsort(ids, axis=-1)
+            ids, logprobs = (np.take_along_axis(part, order, axis=-1) for part in (ids, logprobs))
             with explain_write_errors(store.folder):
                 store.write(row, ids, logprobs, *states)
 

@@ -325,8 +325,7 @@ class Trainer:
             metrics |= dict(zip(names[1:], rates, strict=True))
         metrics |= documents.task_metrics(self.batches.tasks, names, sums[:, : len(names)])
         if self.weighting:
-            metrics |= self.weighting.metrics(documents, self.batches.tasks)
-            self.weighting.update(documents, sums)
+            metrics |= self.weighting.update(documents, sums)
         return metrics
 
     def _document_sums(self, documents: StepDocuments, found: list[mx.array]) -> np.ndarray:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 
 import mlxspec
@@ -61,9 +62,24 @@ def test_a_long_text_is_cut_after_a_line_and_nothing_of_it_is_lost(tmp_path, mon
     assert found[-1].bytes == len(text)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".txt.gz"])
+def test_the_position_of_a_document_is_its_share_of_the_bytes_on_disk(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(corpus, "LONGEST_TEXT", 100)  # several documents in a text
+    random, first, second = np.random.default_rng(0), tmp_path / "a.jsonl", tmp_path / f"b{suffix}"
+    lines = [json.dumps({"text": random.bytes(80).hex()}).encode() + b"\n" for _ in range(5000)]
+    first.write_bytes(lines[0])
+    second.write_bytes(gzip.compress(b"".join(lines)) if suffix.endswith("gz") else b"".join(lines))
+    found = [document.bytes for document in read_documents([first, second], BadLines())]
+    size = second.stat().st_size
+    assert found[0] == len(lines[0])
+    assert found[-1] == len(lines[0]) + size
+    expected = len(lines[0]) + size * np.arange(1, 5001) / 5000
+    np.testing.assert_allclose(found[1:], expected, atol=0.05 * size)
+
+
 def test_documents_are_encoded_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(corpus, "LONGEST_TEXT", 10)
-    some = [corpus.Document(text, "", 0) for text in ("x" * 4, "x" * 30, "y", "z")]
+    some = [corpus.Document(text, "") for text in ("x" * 4, "x" * 30, "y", "z")]
     assert [len(group) for group in corpus.group_documents(some)] == [2, 2]
 
 

@@ -1,6 +1,7 @@
 """A recipe from end to end: three stages, resumed, skipped, refused."""
 
 import json
+import os
 import random
 import re
 import resource
@@ -16,14 +17,17 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
+import mlxspec
 from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
 from mlxspec.settings import key_of
-from mlxspec.training.corpus import split_prompts
+from mlxspec.training import estimate
+from mlxspec.training.corpus import read_prompts, split_prompts
 from mlxspec.training.recipe import TABLES, Recipe
 from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
-from mlxspec.training.shards import TokenShards
+from mlxspec.training.shards import Index, ShardWriter, TokenShards
 from mlxspec.training.target import Target
+from mlxspec.training.trainer import Trainer
 
 RECIPE = f"""
 target = "{DEMO / "target"}"
@@ -138,6 +142,55 @@ def test_a_dry_run_counts_what_is_there_exactly_and_says_what_is_done(recipe, ml
     assert planned.splitlines()[-1] == "total      about 0 s"
 
 
+def dry_run(mlxspec_command, recipe: Path) -> dict[str, str]:
+    """The lines of a dry run by their first word."""
+    return {
+        line.split()[0]: line for line in mlxspec_command("train", "run", str(recipe), "--dry-run").out.splitlines()
+    }
+
+
+def interrupt_after(monkeypatch, method: str, calls: int) -> None:
+    """Let the ``calls``-th call of a method of the trainer or the writer of shards end as Ctrl-C would end it."""
+    cls = Trainer if hasattr(Trainer, method) else ShardWriter
+    original, made = getattr(cls, method), []
+
+    def interrupted(*args, **given):
+        original(*args, **given)
+        made.append(args)
+        if len(made) == calls:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cls, method, interrupted)
+
+
+def test_a_dry_run_counts_only_the_steps_that_are_left(recipe, mlxspec_command, monkeypatch):
+    monkeypatch.setattr(estimate, "step_seconds", lambda *_: 100.0)
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    recipe.write_text(recipe.read_text().replace("steps = 6", "steps = 9"))  # longer than the finished run
+    assert re.search(
+        r"9 steps .*: 1,152 tokens \(768 done\), .* about 5 min 0 s", dry_run(mlxspec_command, recipe)["pretrain"]
+    )
+    interrupt_after(monkeypatch, "_save", 1)
+    assert mlxspec_command("train", "run", str(recipe)).status == 130  # after step 8
+    lines = dry_run(mlxspec_command, recipe)
+    assert re.search(r": 1,152 tokens \(1,024 done\), .* about 1 min 40 s", lines["pretrain"])
+    assert lines["total"] == "total      about 1 min 40 s"
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    for checkpoint in recipe.with_suffix("").glob("pretrain/step-*"):  # a finished stage does not need them
+        shutil.rmtree(checkpoint)
+    assert re.search(r": 1,152 tokens, .* done$", dry_run(mlxspec_command, recipe)["pretrain"])
+
+
+def test_a_dry_run_counts_only_the_answers_that_are_left(recipe, mlxspec_command, monkeypatch):
+    interrupt_after(monkeypatch, "commit", 6)
+    assert mlxspec_command("train", "run", str(recipe)).status == 130
+    index = Index.read(recipe.with_suffix("") / "answers" / "tokens")
+    prompts = read_prompts([recipe.parent / "stories.jsonl"], Target(str(DEMO / "target")).tokenizer, None)[0][:28]
+    most = index.tokens + sum(len(prompt) + 12 for prompt in prompts[24:]) * 2  # two of eight groups are left
+    assert f": {most:,} tokens ({index.tokens:,} done)" in dry_run(mlxspec_command, recipe)["answers"]
+
+
 @pytest.mark.parametrize(
     ("tables", "made"),
     [
@@ -169,6 +222,7 @@ def test_every_sensible_choice_of_stages_ends_with_what_it_made(recipe, mlxspec_
         ("max_tokens = 12", "max_tokens = 4000", "use a smaller max_tokens"),
         ('prompts = ["stories.jsonl"]', "", "without prompts, set samples to the number of texts"),
         ("length = 16", "length = 16\nbatch = 6\naccumulate = 4", "accumulate is 4; use a divisor of batch, 6"),
+        ("count = 2", "count = 2\ndraft_length = 65", "draft length is 65; use 0 (no drafting) to 64"),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
@@ -251,6 +305,18 @@ def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
     assert (recipe.with_suffix("") / "curves.png").stat().st_size > 5000
+
+
+def test_a_matplotlib_that_fails_leaves_the_path_of_the_drafter(recipe, tmp_path):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "matplotlib.py").write_text("raise ImportError('built for another NumPy')")
+    paths = [str(tmp_path / "broken"), str(Path(mlxspec.__file__).parent.parent)]
+    outcome = subprocess.run(
+        command(recipe), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert "built for another NumPy" in outcome.stderr
+    assert outcome.stdout == f"{recipe.with_suffix('') / 'pretrain' / 'drafter'}\n"
 
 
 @pytest.mark.parametrize("room", [1000, 20_000])

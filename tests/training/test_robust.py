@@ -186,7 +186,7 @@ def test_the_weights_of_tasks_after_several_steps_are_those_of_the_formula(shard
     for (_, mask), task in zip(shards.documents(), shards.document_tasks, strict=True):
         learned[task] += mask.sum()
     means = np.array(learned) * BATCH / shards.count_rows(LENGTH)
-    weighting, wanted = GroupWeights(GROUPS, batches_of(shards).task_tokens(), V), np.full(3, 1 / 3)
+    weighting, wanted = GroupWeights(GROUPS, TASKS, batches_of(shards).task_tokens()), np.full(3, 1 / 3)
     random = np.random.default_rng(0)
     for step in range(5):
         documents = step_documents(shards, step)
@@ -221,7 +221,7 @@ def step_of(*tasks: int) -> StepDocuments:
 
 
 def test_a_task_without_tokens_in_a_step_counts_with_its_last_loss_or_with_the_mean():
-    weighting = GroupWeights(GROUPS, np.full(3, 2.0), V)
+    weighting = GroupWeights(GROUPS, TASKS, np.full(3, 2.0))
     weighting.update(step_of(1), np.array([[2.0]]))
     np.testing.assert_allclose(weighting.weights, np.full(3, 1 / 3), rtol=1e-6)
     weighting.update(step_of(0, 1), np.array([[1.0], [0.5]]))  # sums: losses 2 and 1
@@ -232,7 +232,7 @@ def test_a_task_without_tokens_in_a_step_counts_with_its_last_loss_or_with_the_m
 
 def test_a_rare_task_with_the_same_loss_has_the_same_weight_in_the_end_and_in_the_objective():
     """Task 1 has two tokens in one of eight steps, and task 0 has two in each."""
-    weighting, objective = GroupWeights(GROUPS, np.array([2, 2 / 8]), V), np.zeros(2)
+    weighting, objective = GroupWeights(GROUPS, TASKS[:2], np.array([2, 2 / 8])), np.zeros(2)
     for step in range(80):
         documents = step_of(0, 1) if step % 8 == 0 else step_of(0)
         objective += documents.task_sums(documents.shares * weighting.factors(documents), 2) / 80
@@ -301,7 +301,7 @@ def adversary_objective(scores, shares, losses, penalty):
 
 
 def test_ratios_are_normalized_in_the_step_and_the_softmax_times_the_number_of_equal_documents(shards):
-    weighting = LikelihoodRatios(RATIOS, 0, V)
+    weighting = LikelihoodRatios(RATIOS, V)
     weighting.state = np.random.default_rng(0).normal(size=V).astype(np.float32)
     documents = step_documents(shards, 0)
     ratios = weighting.factors(documents)
@@ -319,7 +319,7 @@ def test_ratios_are_normalized_in_the_step_and_the_softmax_times_the_number_of_e
 @pytest.mark.parametrize("penalty", [1e-6, 0.5, 100.0])
 def test_the_adversary_ascends_the_gradient_of_its_penalized_objective(shards, penalty):
     settings = Robust("likelihood-ratio", rate=1e-3, kl_penalty=penalty)
-    weighting = LikelihoodRatios(settings, 0, V)
+    weighting = LikelihoodRatios(settings, V)
     weighting.state = before = np.random.default_rng(0).normal(size=V).astype(np.float32)
     documents = step_documents(shards, 0)
     losses = np.random.default_rng(1).uniform(0, 3, len(documents.shares))
@@ -342,7 +342,7 @@ def test_the_adversary_ascends_the_gradient_of_its_penalized_objective(shards, p
 def test_documents_with_a_higher_loss_get_higher_ratios_and_the_penalty_limits_them(shards):
     largest = []
     for penalty in (0.01, 0.3, 1e3):
-        weighting = LikelihoodRatios(Robust("likelihood-ratio", 1e-3 if penalty > 1 else 0.5, penalty), 0, V)
+        weighting = LikelihoodRatios(Robust("likelihood-ratio", 1e-3 if penalty > 1 else 0.5, penalty), V)
         for step in range(60):
             documents = step_documents(shards, step)
             losses = np.where(documents.tasks == 1, 2.0, 1.0)
@@ -351,7 +351,7 @@ def test_documents_with_a_higher_loss_get_higher_ratios_and_the_penalty_limits_t
         ratios, known = weighting.factors(documents), documents.shares > 0
         assert ratios[known & (documents.tasks == 1)].min() >= ratios[known & (documents.tasks != 1)].max() - 1e-6
         largest.append(ratios.max())
-        shown = weighting.metrics(documents, [])
+        shown = weighting.update(documents, np.zeros((len(ratios), 1)))
         probs = documents.shares[known] * ratios[known]
         assert shown["ratio_kl"] == pytest.approx((probs * np.log(ratios[known])).sum(), abs=1e-9)
     assert largest[0] > largest[1] > largest[2]

@@ -1,6 +1,5 @@
 """Token ids on disk: what was committed is there, and the order is a function of seed and step."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from mlxspec.errors import TrainingError
 from mlxspec.training.batches import Batches, permuted
-from mlxspec.training.shards import ShardWriter, TokenShards, pack
+from mlxspec.training.shards import PARTS, ShardWriter, TokenShards, pack
 
 
 def documents(count=50, vocab_size=512):
@@ -132,7 +131,7 @@ def test_shards_that_are_not_whole_are_refused_with_the_file(tmp_path):
 
 
 def test_damage_to_any_part_is_found_and_none_is_written_over(tmp_path):
-    for part in ("ids", "mask", "docs"):
+    for part in PARTS:
         shards = written(tmp_path / part, documents())
         file = shards.folder / f"00000.{part}"
         file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
@@ -162,34 +161,12 @@ def test_unfinished_empty_and_foreign_shards_are_refused(tmp_path):
         writer.add([512], [1])
 
 
-def test_an_index_of_an_earlier_version_is_read(tmp_path):
-    with ShardWriter(tmp_path / "shards", 100, "a tokenizer") as writer:
-        writer.add(np.array([1, 2, 3]), np.array([False, True, True]))
-        writer.finish()
-    file = tmp_path / "shards" / "index.json"
-    content = json.loads(file.read_text())
-    content["learnt"] = content.pop("learned")
-    file.write_text(json.dumps(content))
-    assert TokenShards(tmp_path / "shards").index.learned == 2
-
-
 def with_tasks(folder, tasks):
     with ShardWriter(folder / "tokens", 512, "tokens", shard_tokens=100) as writer:
         for doc, task in zip(documents(), tasks, strict=True):
             writer.add(doc, [1] * len(doc), task)
         writer.finish()
     return TokenShards(folder / "tokens", verify=True)
-
-
-def without_task_files(folder):
-    """Make the shards those of an earlier version."""
-    index = json.loads((folder / "index.json").read_text())
-    del index["tasks"]
-    for shard in index["shards"]:
-        shard["checksums"].pop("tasks", None)
-    (folder / "index.json").write_text(json.dumps(index))
-    for path in folder.glob("*.tasks"):
-        path.unlink()
 
 
 def test_each_token_of_a_batch_has_the_task_of_its_document(tmp_path):
@@ -206,32 +183,6 @@ def test_each_token_of_a_batch_has_the_task_of_its_document(tmp_path):
                 inside = rows.documents[row] == number
                 wanted = (also if source else named)[tuple(rows.ids[row][inside])]
                 assert {batches.tasks[task] for task in rows.tasks[row][inside]} == {wanted}
-
-
-def test_shards_of_earlier_versions_are_read_and_have_one_task(tmp_path):
-    new = with_tasks(tmp_path / "answers", ["sums", "songs"] * 25)
-    fingerprint, rows = new.fingerprint, new.rows(60, [0, 1])
-    without_task_files(new.folder)
-    old = TokenShards(new.folder, verify=True)
-    assert old.tasks == ["answers"]
-    assert old.fingerprint == fingerprint  # a stage that was trained on them is still complete
-    found = old.rows(60, [0, 1])
-    assert all(np.array_equal(one, other) for one, other in zip(rows[:3], found[:3], strict=True))
-    assert not found.tasks.any()
-
-
-def test_a_writer_goes_on_with_unfinished_shards_of_earlier_versions(tmp_path):
-    folder = tmp_path / "answers" / "tokens"
-    with ShardWriter(folder, 512, "tokens") as writer:
-        writer.add([1, 2, 3], [1, 1, 1])
-        writer.commit()
-    without_task_files(folder)
-    with ShardWriter(folder, 512, "tokens") as writer:
-        writer.add([4, 5], [1, 1], "sums")
-        writer.finish()
-    shards = TokenShards(folder, verify=True)
-    assert [doc.ids.tolist() for doc in shards.documents()] == [[1, 2, 3], [4, 5]]
-    assert shards.tasks == ["answers"]
 
 
 def test_a_resumed_writer_goes_on_with_the_tasks_of_its_last_commit(tmp_path):

@@ -9,12 +9,18 @@ from mlx.utils import tree_flatten
 
 from mlxspec import Drafter, DrafterConfig
 from mlxspec.errors import TrainingError
+from mlxspec.models import memory
+from mlxspec.models.loading import DEMO
 from mlxspec.training import step_memory
+from mlxspec.training.batched_answers import BatchSteps
 from mlxspec.training.batches import Batches
+from mlxspec.training.corpus import Prompt
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
+from mlxspec.training.responses import AnswerSettings, Group
 from mlxspec.training.shards import ShardWriter, TokenShards
-from mlxspec.training.step_memory import check_fits, training_bytes
+from mlxspec.training.step_memory import check_answers_fit, check_fits, training_bytes
+from mlxspec.training.target import Target
 from mlxspec.training.teachers import OnlineTeacher
 from mlxspec.training.trainer import Trainer, TrainingSettings
 from tests.conftest import random_llama
@@ -85,3 +91,34 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_to_do(monkeypatch):
     check_fits(10**9)
     with pytest.raises(TrainingError, match=r"about 2\.0 GB and this device has 1\.0 GB; use a larger accumulate"):
         check_fits(2 * 10**9)
+
+
+@pytest.mark.parametrize(("longest", "max_tokens"), [(5, 3), (252, 5), (252, 6)])
+def test_the_memory_of_a_group_is_that_of_the_target_and_the_caches_of_its_last_token(longest, max_tokens):
+    target, prompts = Target(str(DEMO / "target")), [Prompt([1, 2, 3]), Prompt(range(longest))]
+    steps = BatchSteps(target.model, prompts)
+    logits = steps(None)
+    for _ in range(max_tokens - 1):
+        logits = steps(mx.argmax(logits, axis=-1))
+    mx.eval(logits)
+    caches = sum(layer.nbytes for layer in steps.cache)
+    groups, settings = [Group(0, prompts[:1], 1.0), Group(1, prompts, 1.0)], AnswerSettings(max_tokens=max_tokens)
+    assert check_answers_fit(target, groups, settings, True) == target.weight_bytes + caches
+    assert check_answers_fit(target, groups, settings, False) == target.weight_bytes + caches // 2
+
+
+def test_answers_whose_caches_do_not_fit_are_refused_and_a_smaller_group_is_answered(
+    monkeypatch, tmp_path, mlxspec_command
+):
+    """The weights take 15 MB, and the caches 2 MB for each answer of a group."""
+    (tmp_path / "memory.max").write_text("60000000")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path / "memory.max")
+    wrong = "a group of answers needs about 0.6 GB and this device has 0.1 GB; use a smaller group or max_tokens"
+    given = f'target = "{DEMO / "target"}"\n[distill]\nsamples = 256\nmax_tokens = 4\n'
+    (tmp_path / "small.toml").write_text(f"{given}group = 256\n")
+    for options in ((), ("--dry-run",)):
+        refused = mlxspec_command("train", "run", str(tmp_path / "small.toml"), *options)
+        assert (refused.status, refused.err.splitlines()[-1]) == (2, f"error: {wrong}")
+    (tmp_path / "small.toml").write_text(f"{given}group = 16\n")
+    assert "0.0 GB of memory" in mlxspec_command("train", "run", str(tmp_path / "small.toml"), "--dry-run").out
+    assert mlxspec_command("train", "run", str(tmp_path / "small.toml")).status == 0

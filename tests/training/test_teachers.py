@@ -70,6 +70,19 @@ def test_a_batch_of_which_some_rows_were_written_before_a_kill_is_filled_as_if_n
     assert all(mx.array_equal(one, other) for one, other in zip(whole, resumed, strict=True))
 
 
+def test_a_row_is_stored_in_the_same_order_in_whatever_order_its_tokens_come(batches):
+    """Two runs that share a store may then mix their files without pairing a token with another's probability."""
+    stored = []
+    for run, order in (("one", np.arange(K)), ("other", np.random.default_rng(0).permutation(K))):
+        teacher = CachedTeacher(CountingTarget(), batches, VOCAB, K, 1.0, run)
+        ids = np.tile(np.arange(K)[::-1] * 7, (LENGTH, 1))
+        teacher.store(0, 2, ids[:, order], -1.0 - ids[:, order] / 8)
+        stored.append(teacher.load_rows([(0, 2)]))
+    assert all(mx.array_equal(one, other) for one, other in zip(*stored, strict=True))
+    ids, logprobs = (np.array(part) for part in stored[0])
+    assert np.array_equal(logprobs, -1 - ids / 8)
+
+
 def test_a_row_that_was_written_in_part_counts_as_not_written(tmp_path):
     rows = TeacherStore(tmp_path, 3, LENGTH, K, np.uint16)
     ids = np.tile(np.arange(K), (LENGTH, 1))
