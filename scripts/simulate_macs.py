@@ -2,7 +2,7 @@
 
     python scripts/simulate_macs.py
     python scripts/simulate_macs.py --runs 30 --worst 20
-    python scripts/simulate_macs.py --profiles doctor.json
+    python scripts/simulate_macs.py --profiles DOCTOR.json
 
 The cost of m rows on nine machines is taken from public threads (tests/decoding/mac_profiles.json), or that on one
 machine from a file that ``mlxspec doctor`` has written there. A drafter step costs a share of a target step. Each
