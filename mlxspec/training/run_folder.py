@@ -17,6 +17,9 @@ from mlxspec.models.sharding import Value, agree, is_first, launched_processes
 
 Metrics = dict[str, float]
 
+# Names of checkpoints and best drafters, as glob patterns. A copy that a user made has another name.
+CHECKPOINTS, BEST_DRAFTERS = (f"{name}-{'[0-9]' * 8}" for name in ("step", "best"))
+
 
 @contextmanager
 def locked_for_all(folder: Path) -> Iterator[None]:
@@ -110,7 +113,7 @@ def is_complete(folder: Path) -> bool:
 
 def has_results(folder: Path) -> bool:
     """Return whether a stage has produced anything that a resumed run would use."""
-    return is_complete(folder) or any(folder.glob("step-*")) or (folder / "tokens" / "index.json").exists()
+    return is_complete(folder) or any(folder.glob(CHECKPOINTS)) or (folder / "tokens" / "index.json").exists()
 
 
 def log_metrics(folder: Path, step: int, metrics: Metrics) -> None:

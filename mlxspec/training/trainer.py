@@ -35,7 +35,15 @@ from mlxspec.training.checkpoint import (
 from mlxspec.training.objectives import AnyDrafter, Batch, Objective
 from mlxspec.training.retention import CoNatural, Protection
 from mlxspec.training.robust import Weighting
-from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
+from mlxspec.training.run_folder import (
+    BEST_DRAFTERS,
+    Metrics,
+    barrier,
+    broadcast,
+    is_first_process,
+    log_metrics,
+    truncate_metrics,
+)
 from mlxspec.training.teachers import Teacher
 
 LARGEST_TEMPERATURE = 10.0
@@ -83,6 +91,8 @@ class TrainingSettings:
         for name in ("steps", "batch", "length", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.steps >= 10**8:  # the name of a checkpoint has eight digits
+            raise InvalidRequestError(f"steps is {self.steps}; use a number below 10**8")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use a positive number")
@@ -204,7 +214,7 @@ class Trainer:
         self._compile()
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_first_process():
-            for best in self.folder.glob("best-*"):
+            for best in self.folder.glob(BEST_DRAFTERS):
                 remove_leftovers(best)
             truncate_metrics(self.folder, start)
         if self.scorer and not comparable:
@@ -410,7 +420,7 @@ class Trainer:
             state = {"best": self.best, "evaluation": self.evaluation}
             save_checkpoint(self.folder, done, self.drafter, self.optimizer, state, self.weighting)
             steps = [read_state(path)["best"].get("step") for path in checkpoints(self.folder)]
-            for best in {*self.folder.glob("best-*")} - {self._best_folder(int(step)) for step in steps if step}:
+            for best in {*self.folder.glob(BEST_DRAFTERS)} - {self._best_folder(int(step)) for step in steps if step}:
                 shutil.rmtree(best, ignore_errors=True)
         barrier()
 
