@@ -34,7 +34,7 @@ from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
-from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
+from mlxspec.training.run_folder import Metrics, check_record, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
@@ -312,6 +312,8 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
     Raises:
         MlxspecError: A stage cannot be run.
     """
+    for name in ("answers", "start", "text", "pretrain", *recipe.finetune_names):
+        check_record(folder / name)
     if recipe.pretrain:
         corpus_files(recipe.pretrain[0].data)
     if recipe.distill:

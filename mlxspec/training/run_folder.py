@@ -19,6 +19,7 @@ Metrics = dict[str, float]
 
 # Names of checkpoints and best drafters, as glob patterns. A copy that a user made has another name.
 CHECKPOINTS, BEST_DRAFTERS = (f"{name}-{'[0-9]' * 8}" for name in ("step", "best"))
+RESULTS = ("drafter", "tokens", CHECKPOINTS, BEST_DRAFTERS, "metrics.jsonl")  # what a stage writes or deletes
 
 
 @contextmanager
@@ -50,7 +51,8 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
         Whether the stage still has to be run or resumed.
 
     Raises:
-        TrainingError: The folder was created with other inputs. The message names the first difference.
+        TrainingError: The folder was created with other inputs. The message names the first difference. Or the folder
+            holds results and has no record.
         DisagreementError: Another process of ``mlx.launch`` has other inputs.
     """
     as_stored = json.loads(json.dumps(inputs))
@@ -61,6 +63,7 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
 
 
 def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]) -> bool:
+    check_record(folder)
     record = folder / "stage.json"
     # While a folder holds no results, its record may be replaced. The inputs in it may have been rejected.
     if not record.exists() or not has_results(folder):
@@ -87,6 +90,13 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
     if not finished and before != inputs:
         write_json(record, {"complete": False, "inputs": inputs})
     return not finished
+
+
+def check_record(folder: Path) -> None:
+    """Raise TrainingError if a folder holds results that no stage has recorded, such as a drafter from elsewhere."""
+    found = next((path for name in RESULTS for path in folder.glob(name)), None)
+    if found and not (folder / "stage.json").exists():
+        raise TrainingError(f"{folder} has no stage.json, so {found} is not of this stage; use another folder or move it")
 
 
 def is_longer(before: dict[str, Any], inputs: dict[str, Any]) -> bool:

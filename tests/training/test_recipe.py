@@ -344,6 +344,45 @@ def test_a_wrong_recipe_ends_in_one_line(recipe, mlxspec_command, old, new, comp
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize("stage", ["answers/tokens", "start/drafter", "text/tokens", "pretrain/drafter",
+                                   "finetune-2/drafter"])  # fmt: skip
+def test_a_recipe_does_not_write_over_what_it_has_not_made(recipe, mlxspec_command, stage):
+    foreign = recipe.with_suffix("") / stage
+    shutil.copytree(DEMO / "drafter", foreign)
+    for options in ([], ["--dry-run"]):
+        outcome = mlxspec_command("train", "run", str(recipe), *options)
+        assert outcome.status == 2
+        assert outcome.err == (
+            f"error: {foreign.parent} has no stage.json, so {foreign} is not of this stage; use another folder or "
+            "move it\n"
+        )
+    assert not list(recipe.with_suffix("").rglob("stage.json"))
+
+
+def test_single_commands_do_not_write_over_what_they_have_not_made(mlxspec_command, tmp_path):
+    target = ("--target", str(DEMO / "target"))
+    answers = ("--samples", "2", "--temperatures", "1", "--max-tokens", "8", "--out", str(tmp_path / "answers"))
+    assert mlxspec_command("train", "distill", *target, *answers).status == 0
+    (tmp_path / "a.txt").write_text("A dog.")
+    small = ("--steps", "1", "--batch", "1", "--length", "16")
+    commands = {
+        "finetune": ("--drafter", "drafter", "--answers", str(tmp_path / "answers"), *small),
+        "init": ("--layers", "0"),
+        "pretrain": ("--data", str(tmp_path / "a.txt"), "--drafter", "drafter", *small),
+        "distill": answers[:-2],
+    }
+    made = {"finetune": "drafter", "init": "drafter", "pretrain": "pretrain/drafter", "distill": "tokens"}
+    for command, options in commands.items():
+        out = tmp_path / command
+        foreign = shutil.copytree(DEMO / "drafter", out / made[command])
+        before = {path: path.read_bytes() for path in foreign.iterdir()}
+        options = [str(foreign) if option == "drafter" else option for option in options]
+        outcome = mlxspec_command("train", command, *target, *options, "--out", str(out))
+        assert outcome.status == 2, command
+        assert f"{foreign} is not of this stage; use another folder or move it" in outcome.err
+        assert {path: path.read_bytes() for path in foreign.iterdir()} == before
+
+
 def test_what_was_refused_can_be_put_right_in_the_same_folder(recipe, mlxspec_command):
     good = recipe.read_text()
     recipe.write_text(good.replace("max_tokens = 12", "max_tokens = 4000"))
