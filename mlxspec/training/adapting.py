@@ -112,8 +112,23 @@ def adapt(
 
     Raises:
         TrainingError: The folder was created with other inputs.
-        InvalidRequestError: There are too few recorded answers, they are another target's, or the drafter does not fit.
+        InvalidRequestError: There are too few recorded answers, they are another target's, the drafter does not fit,
+            another process uses the folder, or its drafter is not of an earlier call.
     """
+    with locked_for_all(folder):
+        if (folder / "drafter").exists() and not (folder / "training" / "stage.json").exists():
+            raise InvalidRequestError(f"{folder / 'drafter'} is not of this command; use another folder for the results")
+        return _adapt(target, drafter, recording, general, settings, folder)
+
+
+def _adapt(
+    target: Target,
+    drafter: AnyDrafter,
+    recording: Recording,
+    general: TokenShards,
+    settings: AdaptSettings,
+    folder: Path,
+) -> Adaptation:
     answers = list(recording.answers())
     if len(answers) < FEWEST_ANSWERS:
         raise InvalidRequestError(
