@@ -106,6 +106,17 @@ def test_a_folder_with_a_drafter_of_another_command_is_refused_and_keeps_it(answ
     assert (start / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["recorded", "held-out"])
+def test_recorded_answers_where_their_copies_would_be_written_are_refused_and_stay(
+    answers, general, tmp_path, mlxspec_command, name
+):
+    recording = shutil.copytree(answers / "recorded", tmp_path / name)
+    outcome = adapt(mlxspec_command, answers, general, tmp_path, "--recorded", str(recording), "--steps", "1")
+    assert outcome.status == 2
+    assert outcome.err == f"error: {recording} holds recorded answers; use another folder for the results\n"
+    assert len(list(Recording(recording).answers())) == 12
+
+
 def test_only_one_process_adapts_in_a_folder(answers, general, tmp_path, mlxspec_command):
     with locked(tmp_path):
         outcome = adapt(mlxspec_command, answers, general, tmp_path, "--steps", "1")
