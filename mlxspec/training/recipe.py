@@ -28,13 +28,13 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.settings import key_of, option
 from mlxspec.training import stages
 from mlxspec.training.corpus import corpus_files
-from mlxspec.training.drafter_folders import load_drafter
+from mlxspec.training.drafter_folders import load_drafter, trained_steps
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
-from mlxspec.training.run_folder import Metrics, check_record, is_complete, locked_for_all
+from mlxspec.training.run_folder import Metrics, check_record, has_results, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
 from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
@@ -329,8 +329,16 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
     trainings = []
     if recipe.pretrain:
         trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), UNIFORM, NO_RETENTION, recipe.pretrain[1]))]
-    for name, stage in [*trainings, *zip(recipe.finetune_names, recipe.finetune, strict=True)]:
+    trainings += zip(recipe.finetune_names, recipe.finetune, strict=True)
+    for number, (name, stage) in enumerate(trainings, 1):
         assert drafter
+        later = next((folder / other for other, _ in trainings[number:] if has_results(folder / other)), None)
+        steps = trained_steps(folder / name / "drafter")
+        if later and steps and stage.training.steps > steps:
+            raise TrainingError(
+                f"{later} was trained from the drafter of {folder / name} with steps = {steps}, but this recipe has "
+                f"steps = {stage.training.steps}; use {steps} again, or delete the folders of all later stages"
+            )
         stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)
         stage.retention.check_text(recipe.pretrain is not None)
         corpus_files(stage.retention.remember)

@@ -45,7 +45,7 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
         inputs: Everything that the stage's result depends on, as JSON. Fingerprints come last, since a setting says
             more to the user.
         changeable: Inputs that may change while the stage is unfinished. ``steps`` may always grow, which makes a
-            finished stage unfinished.
+            finished stage unfinished. While it is unfinished, ``steps`` may also shrink, down to the last checkpoint.
 
     Returns:
         Whether the stage still has to be run or resumed.
@@ -79,8 +79,14 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
         raise TrainingError(f"{record} cannot be read; delete {folder} and repeat the command") from None
     longer = is_longer(before, inputs)
     finished = finished and not longer
+    reached = max((int(path.name[-8:]) for path in folder.glob(CHECKPOINTS)), default=0)
     for name in names:
-        if name == "steps" and longer:
+        if name == "steps" and not finished and type(steps := inputs.get(name)) is int:
+            if steps < reached:
+                raise TrainingError(
+                    f"{folder} has a checkpoint of step {reached}, but this run has steps = {steps}; use at least "
+                    f"{reached}, or another folder"
+                )
             continue
         if before.get(name) != inputs.get(name) and (finished or name not in changeable):
             raise TrainingError(

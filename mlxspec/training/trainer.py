@@ -217,8 +217,9 @@ class Trainer:
             for best in self.folder.glob(BEST_DRAFTERS):
                 remove_leftovers(best)
             truncate_metrics(self.folder, start)
-        if self.scorer and not comparable:
-            self._score(start, self.scorer)  # so that a drafter of this evaluation can be kept
+        # The checkpoint may have no score of this evaluation, and no step may follow if the run was shortened.
+        if self.scorer and (not comparable or start == self.settings.steps):
+            self._score(start, self.scorer)
         for step in range(start, self.settings.steps):
             metrics, done = self._train_step(step), step + 1
             self.report(done, metrics)

@@ -24,6 +24,7 @@ from mlxspec.training.recipe import TABLES, Recipe
 from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target
+from mlxspec.training.trainer import Trainer
 
 RECIPE = f"""
 target = "{DEMO / "target"}"
@@ -210,6 +211,56 @@ def test_a_finished_run_is_lengthened_and_says_from_where(recipe, mlxspec_comman
         in outcome.err
     )
     assert mlxspec_command("train", "run", str(recipe)).err == ""
+
+
+def test_a_finished_stage_that_was_lengthened_by_mistake_is_finished_again_with_the_old_number_of_steps(
+    recipe, mlxspec_command, monkeypatch
+):
+    short = recipe.read_text().split("[distill]")[0]
+    recipe.write_text(short)
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    drafter = recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors"
+    before = mx.load(str(drafter))
+    recipe.write_text(short.replace("steps = 6", "steps = 60"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        assert mlxspec_command("train", "run", str(recipe)).status == 130
+    recipe.write_text(short)
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
+    assert same_weights(before, mx.load(str(drafter)))
+    assert mlxspec_command("train", "run", str(recipe)).err == ""
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_stage_is_not_lengthened_under_the_results_of_a_later_one(recipe, mlxspec_command):
+    short = recipe.read_text()
+    folder = recipe.with_suffix("")
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    record = folder / "pretrain" / "stage.json"
+    for complete in (True, False):  # False: lengthened by an earlier version, and interrupted
+        record.write_text(json.dumps({**json.loads(record.read_text()), "complete": complete}))
+        recipe.write_text(short.replace("steps = 6", "steps = 9"))
+        before = record.read_text()
+        for options in ([], ["--dry-run"]):
+            outcome = mlxspec_command("train", "run", str(recipe), *options)
+            assert outcome.status == 2
+            assert outcome.err == (
+                f"error: {folder / 'finetune-1'} was trained from the drafter of {folder / 'pretrain'} with steps = 6, "
+                "but this recipe has steps = 9; use 6 again, or delete the folders of all later stages\n"
+            )
+        assert record.read_text() == before
+        recipe.write_text(short)
+        outcome = mlxspec_command("train", "run", str(recipe))
+        assert outcome.status == 0, outcome.err
+        assert "finetune" not in outcome.err
+    for name in ("finetune-1", "finetune-2"):
+        shutil.rmtree(folder / name)
+    recipe.write_text(short.replace("steps = 6", "steps = 9"))
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
 
 
 def test_the_help_of_run_shows_every_key_of_a_recipe_with_its_default(mlxspec_command):

@@ -153,6 +153,22 @@ def test_the_best_drafter_is_what_remains(shards, tmp_path):
     assert not all(np.array_equal(kept[name], seen[6][name]) for name in kept)
 
 
+def test_a_run_that_is_shortened_to_its_last_checkpoint_scores_it(shards, tmp_path):
+    seen = []
+
+    def scorer(drafter):
+        seen.append(weights(drafter))
+        return {"block_efficiency": 2.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(shards, tmp_path, steps=8, scorer=scorer, report=interrupt_after(5))
+    assert not seen
+    kept = weights(trained(shards, tmp_path, steps=4, scorer=scorer))
+    (scored,) = seen
+    assert all(np.array_equal(kept[name], scored[name]) for name in kept)
+    assert [line["step"] for line in metrics(tmp_path) if "block_efficiency" in line] == [4]
+
+
 def test_copies_of_checkpoints_and_best_drafters_stay_and_are_not_resumed_from(shards, tmp_path):
     def train(steps: int, best: float) -> Drafter:
         return trained(shards, tmp_path, scorer=lambda drafter: {"block_efficiency": best}, steps=steps)
