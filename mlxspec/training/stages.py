@@ -237,9 +237,12 @@ def train(
         "tokenizer": target.tokenizer_fingerprint,
         "target": target.fingerprint if loss.needs_target or evaluation else None,
     }
+    # A loss that ignores the target depends on it through the evaluation alone, which may change.
+    changeable = CHANGEABLE if loss.needs_target else (*CHANGEABLE, "target")
+    scored_on = {**evaluation.inputs, "target": target.fingerprint} if evaluation else None
     out = folder / "drafter"
     with locked_for_all(folder):
-        if not start_stage(folder, inputs, CHANGEABLE):
+        if not start_stage(folder, inputs, changeable):
             return read_drafter(out, target), read_json(folder / "stage.json")["result"]
         what = f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
         if done := last_step(folder):
@@ -276,7 +279,7 @@ def train(
             evaluation.scorer if evaluation else None,
             teacher,
             partial(target.listener.step, settings.steps),
-            evaluation.inputs if evaluation else None,
+            scored_on,
             new_weighting(robust, batches, target.vocab_size, loss),
             memory,
         )

@@ -236,6 +236,41 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
+def test_an_interrupted_pretraining_is_resumed_with_and_without_an_evaluation_and_with_another_target(
+    recipe, mlxspec_command, monkeypatch, tmp_path
+):
+    """Only the evaluation runs the target. A score that another target gave is measured again."""
+    other = shutil.copytree(DEMO / "target", tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    mx.save_safetensors(str(other / "model.safetensors"), weights, metadata={"format": "pt"})
+    out, prompt = recipe.parent / "out", recipe.parent / "prompt.jsonl"
+    prompt.write_text('{"text": "A dog"}')
+    shape = ("--hidden-size=16", "--intermediate-size=32", "--num-hidden-layers=1", "--num-attention-heads=2")
+    small = ("--data", str(recipe.parent / "stories.jsonl"), "--out", str(out), "--batch=2", "--length=16")
+    common = ("train", "pretrain", *shape, *small, "--steps=8", "--checkpoint-every=2", "--log-every=1")
+    original = Trainer._save
+
+    def save_and_stop(self, done):
+        original(self, done)
+        raise KeyboardInterrupt
+
+    def scored() -> list[int]:
+        lines = map(json.loads, (out / "pretrain" / "metrics.jsonl").read_text().splitlines())
+        return [line["step"] for line in lines if "block_efficiency" in line]
+
+    monkeypatch.setattr(Trainer, "_save", save_and_stop)
+    for target, every, expected in ((DEMO / "target", 0, []), (DEMO / "target", 3, [2, 3]), (other, 5, [2, 3, 4, 5])):
+        prompts = ("--prompts", str(prompt)) if every else ()
+        options = ("--target", str(target), f"--evaluate-every={every}", *prompts)
+        outcome = mlxspec_command(*common, *options)
+        assert outcome.status == 130, outcome.err
+        assert scored() == expected
+    monkeypatch.setattr(Trainer, "_save", original)
+    outcome = mlxspec_command(*common, "--target", str(DEMO / "target"))
+    assert outcome.status == 0, outcome.err
+
+
 def test_a_stage_is_not_lengthened_under_the_results_of_a_later_one(recipe, mlxspec_command):
     short = recipe.read_text()
     folder = recipe.with_suffix("")
