@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint_files, read_json
+from mlxspec.models.attention import position_table
 from mlxspec.models.eagle import EAGLE1, Eagle, fitting_parts
 from mlxspec.models.quantizing import check_divisible
 from mlxspec.settings import key_of
@@ -163,10 +164,12 @@ def distillation_groups(
         The groups, a message about prompts that are not answered (empty if all are), and the lines that were skipped.
 
     Raises:
-        TrainingError: The prompts cannot be read.
+        TrainingError: The prompts cannot be read, or the target's context has no room for an answer.
     """
     if not prompts:
-        return bos_groups(target.tokenizer.bos_token_id, settings), "", BadLines()
+        groups = bos_groups(target.tokenizer.bos_token_id, settings)
+        split_prompts(groups[0].prompts, 0, settings.max_tokens, target.context)  # or an error
+        return groups, "", BadLines()
     read, bad = read_prompts(prompts, target.tokenizer, system)
     training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
     left_out = ""
@@ -301,7 +304,8 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
         top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
 
     Raises:
-        MlxspecError: The drafter has another vocabulary than the target, or the settings contradict each other.
+        MlxspecError: The drafter has another vocabulary than the target, the target has too few positions, or the
+            settings contradict each other.
     """
     if drafter.args.vocab_size != target.vocab_size:
         raise TrainingError(
@@ -318,6 +322,13 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
             raise InvalidRequestError(
                 f"an EAGLE head reads the target's hidden states, so it cannot be trained with loss {loss.name}; use a "
                 "loss such as kld or tvd++, and no pretraining"
+            )
+    if loss.needs_target and settings.length > (target.context or 0):  # else the target need not be read
+        positions = position_table(target.model)
+        if positions and settings.length > positions:
+            raise InvalidRequestError(
+                f"length is {settings.length}, but {target.name} has a table of {positions} positions; use a length of "
+                f"at most {positions}"
             )
     if top_k and loss.needs_target:
         check_top_k(top_k, target.vocab_size)
