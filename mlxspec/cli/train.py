@@ -332,16 +332,13 @@ def finetune(
     check_prompts(prompts, settings)
     with Bars() as bars:
         model = open_target(target, divide_target, bars.listener)
-        sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
-        if text:
-            known = TokenShards(text / "tokens", verify=True)
-            sources = [(sources[0][0], 1 - data.mix), (known, data.mix)]
-        evaluation = evaluation_on(model, prompts, settings)
-        start = load_drafter(drafter, model)
+        start, evaluation = load_drafter(drafter, model), evaluation_on(model, prompts, settings)
+        answered = TokenShards(answers / "tokens", verify=True)
+        known = TokenShards(text / "tokens", verify=True) if text else None
         _, result = stages.train(
             model,
             start,
-            sources,
+            data.sources(answered, known),
             loss,
             settings,
             out,

@@ -36,6 +36,7 @@ from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.run_folder import Metrics, check_record, has_results, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
+from mlxspec.training.shards import TokenShards
 from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
@@ -76,6 +77,17 @@ class FinetuneData:
             raise InvalidRequestError(f"mix is {self.mix}; use a number in [0, 1)")
         if self.teacher_top_k < 0:
             raise InvalidRequestError(f"teacher_top_k is {self.teacher_top_k}; use 0 or more")
+
+    def sources(self, answers: TokenShards, text: TokenShards | None) -> list[tuple[TokenShards, float]]:
+        """Return the data of the stage, each with its share: the answers, and the pretraining text if it is mixed in.
+
+        Args:
+            answers: The target's answers.
+            text: The pretraining text, if there is any.
+        """
+        if text is None or not self.mix:
+            return [(answers, 1.0)]
+        return [(answers, 1 - self.mix), (text, self.mix)]
 
 
 @dataclass(frozen=True)
@@ -277,15 +289,12 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
     for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
         assert drafter
         assert answers
-        sources = [(answers, 1.0)]
-        if text and stage.data.mix:
-            sources = [(answers, 1 - stage.data.mix), (text, stage.data.mix)]
         stage_folder = folder / name
         scored = evaluation if stage.training.evaluate_every else None
         drafter, result = stages.train(
             target,
             drafter,
-            sources,
+            stage.data.sources(answers, text),
             stage.loss,
             stage.training,
             stage_folder,

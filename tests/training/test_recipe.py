@@ -386,6 +386,26 @@ def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command)
     assert same_weights(by_hand, by_recipe)
 
 
+@pytest.mark.parametrize("mix", ["0", "0.25"])
+def test_finetune_trains_on_what_the_recipe_trains_on_with_any_share_of_text(recipe, mlxspec_command, mix):
+    head, *parts = re.split(r"(?=^\[\[finetune\]\]$)", recipe.read_text(), flags=re.M)
+    recipe.write_text(head + parts[0].replace("[[finetune]]", f'[[finetune]]\nmix = {mix}\nrobust = "groups"'))
+    (recipe.parent / "prompts.jsonl").write_text('{"prompt": "A dog", "task": "dogs"}\n{"prompt": "A cat"}\n' * 6)
+    recipe.write_text(recipe.read_text().replace('prompts = ["stories.jsonl"]', 'prompts = ["prompts.jsonl"]'))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
+    made, out = recipe.with_suffix(""), recipe.parent / "out"
+    sources = ("--answers", str(made / "answers"), "--text", str(made / "text"), f"--mix={mix}")
+    start = ("--target", str(DEMO / "target"), "--drafter", str(made / "pretrain" / "drafter"))
+    small = ("--robust=groups", "--loss=kld", "--steps=4", "--batch=4", "--length=16")
+    outcome = mlxspec_command("train", "finetune", *start, *sources, *small, "--out", str(out))
+    assert outcome.status == 0, outcome.err
+    single, whole = (json.loads((folder / "stage.json").read_text()) for folder in (out, made / "finetune"))
+    assert single == whole
+    weights = [mx.load(str(folder / "drafter" / "model.safetensors")) for folder in (out, made / "finetune")]
+    assert same_weights(*weights)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
