@@ -333,6 +333,43 @@ def test_prompts_for_an_evaluation_that_never_takes_place_are_one_line(mlxspec_c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "nothing.jsonl", "--evaluate-every=2"), "nothing.jsonl: no such file, folder or pattern"),
+        (("--drafter", "nothing"), "no such folder: nothing"),
+        (("--hidden-size=30", "--num-attention-heads=4"), "hidden_size"),
+        (("--batch=5", "--accumulate=2"), "use a divisor of batch"),
+        (("--batch=1000000000",), "a step needs about"),
+        (("--drafter", "narrow"), "the drafter has a vocabulary of 64"),
+    ],
+)
+def test_pretrain_refuses_what_it_can_before_it_reads_the_corpus(recipe, mlxspec_command, tmp_path, options, message):
+    """A line of the corpus is bad, which is what a command that reads it says."""
+    Drafter(DrafterConfig(64, 16, 32, 1, 2)).save(tmp_path / "narrow")
+    (tmp_path / "a.jsonl").write_text("{")
+    options = [str(tmp_path / "narrow") if option == "narrow" else option for option in options]
+    common = ("--target", str(DEMO / "target"), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"))
+    assert "1 of 1 lines are bad" in mlxspec_command("train", "pretrain", *common).err
+    shutil.rmtree(tmp_path / "out")
+    outcome = mlxspec_command("train", "pretrain", *common, *options)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "lines are bad" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_pretrain_by_two_processes_refuses_a_batch_that_they_cannot_share_before_it_reads_the_corpus(recipe, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{")
+    pretrain = [*command(recipe)[:1], "train", "pretrain", "--target", str(DEMO / "target"), "--batch=3", "--data",
+                str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]  # fmt: skip
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
+    outcome = subprocess.run([*launch, *pretrain], capture_output=True, text=True, timeout=100)
+    assert "batch is 3; use a multiple of 2" in outcome.stderr
+    assert "lines are bad" not in outcome.stderr
+
+
 def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
     recipe.write_text(recipe.read_text().split("[distill]")[0])
     assert mlxspec_command("train", "run", str(recipe)).status == 0
