@@ -102,7 +102,9 @@ def check_record(folder: Path) -> None:
     """Raise TrainingError if a folder holds results that no stage has recorded, such as a drafter from elsewhere."""
     found = next((path for name in RESULTS for path in folder.glob(name)), None)
     if found and not (folder / "stage.json").exists():
-        raise TrainingError(f"{folder} has no stage.json, so {found} is not of this stage; use another folder or move it")
+        raise TrainingError(
+            f"{folder} has no stage.json, so {found} is not of this stage; use another folder or move it"
+        )
 
 
 def is_longer(before: dict[str, Any], inputs: dict[str, Any]) -> bool:

@@ -97,7 +97,9 @@ def test_a_drafter_that_forgets_is_not_kept(answers, general, tmp_path, mlxspec_
     assert not (tmp_path / "drafter").exists()
 
 
-def test_a_folder_with_a_drafter_of_another_command_is_refused_and_keeps_it(answers, general, tmp_path, mlxspec_command):
+def test_a_folder_with_a_drafter_of_another_command_is_refused_and_keeps_it(
+    answers, general, tmp_path, mlxspec_command
+):
     start = shutil.copytree(answers / "start", tmp_path / "start") / "drafter"
     command = (mlxspec_command, answers, general, start.parent, "--drafter", str(start), "--steps", "1")
     outcome = adapt(*command, "--learning-rate", "1e-9", "--tolerance", "0")  # it would not be kept

@@ -106,7 +106,9 @@ def test_batches_keep_their_shares_and_use_every_row_before_any_twice(tmp_path):
     assert sorted([row for which, row in chosen if which == 0][:count]) == list(range(count))
 
 
-@pytest.mark.parametrize("shares", [[1.0], [0.9, 0.1], [1 - 0.1, 0.1], [1, 0], [0, 1], [1, 2], [0.3, 0.7], [1 / 3, 0.5]])
+@pytest.mark.parametrize(
+    "shares", [[1.0], [0.9, 0.1], [1 - 0.1, 0.1], [1, 0], [0, 1], [1, 2], [0.3, 0.7], [1 / 3, 0.5]]
+)
 def test_rows_of_one_or_two_sources_are_those_of_differences_of_floors(tmp_path, shares):
     """Runs that began with that arithmetic are resumed. It is wrong for three sources."""
 

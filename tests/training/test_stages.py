@@ -19,8 +19,8 @@ POSITIONS, V = 64, 2064  # transformers adds a token to the 2048 of the demo's t
 def gpt2(tmp_path_factory) -> Path:
     """A folder with a target that has a table of 64 positions, and a drafter for it."""
     folder = tmp_path_factory.mktemp("gpt2")
-    config = {"model_type": "gpt2", "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "n_ctx": POSITIONS,
-              "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": POSITIONS, "layer_norm_epsilon": 1e-5}  # fmt: skip
+    config = {"model_type": "gpt2", "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "n_positions": POSITIONS,
+              "n_ctx": POSITIONS, "n_embd": 32, "n_head": 4, "n_layer": 2, "layer_norm_epsilon": 1e-5}  # fmt: skip
     target = folder / "target"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(config))
