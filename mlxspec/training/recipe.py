@@ -19,6 +19,7 @@ Every key is a field of one of the settings classes below. Paths are relative to
 """
 
 import difflib
+import os
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -196,7 +197,7 @@ class Recipe:
                 f"{path} cannot be read ({error.strerror}); use the path of a recipe, a TOML file, or one of "
                 f"{', '.join(included_recipes())}"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TrainingError(f"{path} is not valid TOML: {error}; fix this line") from None
         return cls._parse(content, path, home)
 
@@ -348,7 +349,9 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
                 f"{later} was trained from the drafter of {folder / name} with steps = {steps}, but this recipe has "
                 f"steps = {stage.training.steps}; use {steps} again, or delete the folders of all later stages"
             )
-        stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)
+        stages.check_training(
+            target, drafter, stage.loss, stage.training, stage.data.teacher_top_k, stage.data.draft_steps
+        )
         stage.retention.check_text(recipe.pretrain is not None)
         corpus_files(stage.retention.remember)
         if not is_complete(folder / name):
@@ -479,7 +482,7 @@ def check_keys(table: dict[str, Any], known: list[str], where: str) -> None:
 
 def relative_paths(home: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     """Resolve paths that are relative to the recipe's folder."""
-    return tuple(str(home / Path(name).expanduser()) for name in names)
+    return tuple(str(home / os.path.expanduser(name)) for name in names)
 
 
 def path_or_name(home: Path, name: str) -> str:

@@ -219,7 +219,7 @@ def train(
     """
     for shards, _ in sources:
         check_tokenizer(shards.index, target, shards.folder)
-    check_training(target, drafter, loss, settings, teacher_top_k)
+    check_training(target, drafter, loss, settings, teacher_top_k, draft_steps)
     robust.check_tasks({task for shards, _ in sources for task in shards.tasks})
     retention.check_text(text is not None)
     if retention.needs_fisher and retention.remember:
@@ -293,7 +293,14 @@ def train(
         return drafter, result
 
 
-def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: TrainingSettings, top_k: int) -> None:
+def check_training(
+    target: Target,
+    drafter: AnyDrafter,
+    loss: Loss,
+    settings: TrainingSettings,
+    top_k: int,
+    draft_steps: int = DRAFT_STEPS,
+) -> None:
     """Check that a stage can train a drafter, whatever its data are.
 
     Args:
@@ -302,6 +309,7 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
         loss: The loss.
         settings: The settings.
         top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
+        draft_steps: Number of tokens that an EAGLE head drafts from each position.
 
     Raises:
         MlxspecError: The drafter has another vocabulary than the target, the target has too few positions, or the
@@ -322,6 +330,10 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
             raise InvalidRequestError(
                 f"an EAGLE head reads the target's hidden states, so it cannot be trained with loss {loss.name}; use a "
                 "loss such as kld or tvd++, and no pretraining"
+            )
+        if settings.length <= draft_steps:
+            raise InvalidRequestError(
+                f"length is {settings.length}, but an EAGLE head takes {draft_steps} draft steps; use a larger length"
             )
     if loss.needs_target and settings.length > (target.context or 0):  # else the target need not be read
         positions = position_table(target.model)

@@ -99,6 +99,8 @@ class TrainingSettings:
         for name in ("warmup", "final_rate", "weight_decay", "seed", "evaluate_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if self.seed >= 2**64:
+            raise InvalidRequestError(f"seed is {self.seed}; use a number in [0, 2**64)")
         if self.batch % self.accumulate:
             raise InvalidRequestError(f"accumulate is {self.accumulate}; use a divisor of batch, {self.batch}")
         if self.precision not in PRECISIONS:

@@ -526,6 +526,23 @@ def test_single_commands_do_not_write_over_what_they_have_not_made(mlxspec_comma
         assert {path: path.read_bytes() for path in foreign.iterdir()} == before
 
 
+def test_a_recipe_that_is_nested_too_deeply_is_one_line(mlxspec_command, tmp_path):
+    (tmp_path / "deep.toml").write_text("target = " + "[" * 9000)
+    outcome = mlxspec_command("train", "run", str(tmp_path / "deep.toml"))
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: {tmp_path / 'deep.toml'} is not valid TOML: ")
+
+
+def test_a_record_that_is_nested_too_deeply_is_one_line(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    record = recipe.with_suffix("") / "pretrain" / "stage.json"
+    record.write_text("[" * 9000)
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert f"{record} cannot be read; delete " in outcome.err
+
+
 def test_what_was_refused_can_be_put_right_in_the_same_folder(recipe, mlxspec_command):
     good = recipe.read_text()
     recipe.write_text(good.replace("max_tokens = 12", "max_tokens = 4000"))

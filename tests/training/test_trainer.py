@@ -254,6 +254,8 @@ def test_the_learning_rate_rises_then_falls_to_its_last_share():
     [
         ({"steps": 0}, "steps is 0; use 1 or more"),
         ({"steps": 10**8}, r"steps is 100000000; use a number below 10\*\*8"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616; use a number in \[0, 2\*\*64\)"),
+        ({"seed": -1}, "seed is -1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"accumulate": 3}, "accumulate is 3; use a divisor of batch, 16"),
