@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import explain_write_errors, locked, read_json, write_atomically, write_json
+from mlxspec.files import explain_write_errors, locked, parse_json, read_json, write_atomically, write_json
 from mlxspec.models import sharding
 from mlxspec.models.sharding import Value, agree, is_first, launched_processes
 
@@ -154,8 +154,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl``, except those that are damaged or still being written."""
     lines = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with suppress(ValueError, RecursionError):
-            entry = json.loads(line) if line.endswith("\n") else None
+        with suppress(ValueError):
+            entry = parse_json(line) if line.endswith("\n") else None
             if isinstance(entry, dict) and type(entry.get("step")) is int:
                 lines.append(entry)
     return lines
