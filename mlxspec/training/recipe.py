@@ -322,7 +322,9 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
     Raises:
         MlxspecError: A stage cannot be run.
     """
-    for name in ("answers", "start", "text", "pretrain", *recipe.finetune_names):
+    new = drafter is not None and not isinstance(recipe.drafter, str)
+    makes = {"answers": recipe.distill, "start": new, "text": recipe.pretrain, "pretrain": recipe.pretrain}
+    for name in [*(name for name, made in makes.items() if made), *recipe.finetune_names]:
         check_record(folder / name)
     if recipe.pretrain:
         corpus_files(recipe.pretrain[0].data)
