@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def run(line: str, conversation: Conversation) -> bool:
     elif command == "/stats":
         click.echo(detailed(conversation.decoder), err=True)
     elif command == "/save" and argument:
-        save(conversation, Path(argument).expanduser())
+        save(conversation, Path(os.path.expanduser(argument)))
     else:
         click.echo(HELP, err=True)
     return True

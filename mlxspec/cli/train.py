@@ -25,12 +25,12 @@ from mlxspec.training.corpus import Prompt
 from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
-from mlxspec.training.recipe import FinetuneData, Recipe
+from mlxspec.training.recipe import FinetuneData, PretrainData, Recipe
 from mlxspec.training.recording import Recording, delete_recording
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
 from mlxspec.training.retention import Retention
 from mlxspec.training.robust import Robust
-from mlxspec.training.run_folder import Metrics, is_first_process, locked_for_all
+from mlxspec.training.run_folder import Metrics, is_first_process
 from mlxspec.training.scoring import Evaluation, EvaluationSettings, new_evaluation
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Listener, Target
@@ -249,16 +249,12 @@ def pretrain(
     """Train a drafter to predict the next token of text."""
     settings, shape = take_settings(TrainingSettings, options), take_settings(DrafterShape, options)
     check_prompts(prompts, settings)
-    with Bars() as bars, locked_for_all(out):
+    stage = PretrainData(data), settings
+    recipe = Recipe(target, drafter or shape, stage, None, [], EvaluationSettings(prompts), divide_target)
+    with Bars() as bars:
         model = open_target(target, divide_target, bars.listener)
-        text = stages.pretraining_shards(model, data, out / "text")
-        if drafter:
-            start = load_drafter(drafter, model)
-        else:
-            start, _ = stages.start_drafter(model, shape, None, out / "start", settings.seed)
-        evaluation = evaluation_on(model, prompts, settings)
-        _, result = stages.train(model, start, [(text, 1.0)], Loss("ce"), settings, out / "pretrain", evaluation)
-    print_result(out / "pretrain" / "drafter", result, out / "pretrain")
+        trained, result = recipes.run(recipe, out, model, new_scorer)
+    print_result(trained, result, out / "pretrain")
 
 
 @train.command()
@@ -334,16 +330,13 @@ def finetune(
     check_prompts(prompts, settings)
     with Bars() as bars:
         model = open_target(target, divide_target, bars.listener)
-        sources, known = [(TokenShards(answers / "tokens", verify=True), 1.0)], None
-        if text:
-            known = TokenShards(text / "tokens", verify=True)
-            sources = [(sources[0][0], 1 - data.mix), (known, data.mix)]
-        evaluation = evaluation_on(model, prompts, settings)
-        start = load_drafter(drafter, model)
+        start, evaluation = load_drafter(drafter, model), evaluation_on(model, prompts, settings)
+        answered = TokenShards(answers / "tokens", verify=True)
+        known = TokenShards(text / "tokens", verify=True) if text else None
         _, result = stages.train(
             model,
             start,
-            sources,
+            data.sources(answered, known),
             loss,
             settings,
             out,
@@ -385,11 +378,11 @@ def adapt(
     Every fifth recorded answer is held out. The new drafter is kept if its acceptance rate on those answers is higher,
     and if its acceptance rate on the general answers falls by no more than the tolerance.
     """
-    settings = take_settings(AdaptSettings, options)
-    recording, answers = Recording(recorded), TokenShards(general / "tokens", verify=True)
+    settings, recording = take_settings(AdaptSettings, options), Recording(recorded)
     with Bars() as bars:
         model = open_target(target, divide_target, bars.listener)
-        result = adapting.adapt(model, load_drafter(drafter, model), recording, answers, settings, out)
+        start, answers = load_drafter(drafter, model), TokenShards(general / "tokens", verify=True)
+        result = adapting.adapt(model, start, recording, answers, settings, out)
     for name, (before, after) in (("recorded", result.recorded), ("general", result.general)):
         click.echo(f"acceptance rate on {name} answers: {before:.4f} before, {after:.4f} after")
     click.echo(f"{out / 'drafter'}" if result.kept else "the drafter was not kept, since it is not better")

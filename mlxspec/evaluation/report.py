@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mlxspec.evaluation.curves import can_draw, new_figure
 from mlxspec.evaluation.engines import OURS, PEER, PLAIN
 from mlxspec.evaluation.profile import PARTS
 from mlxspec.evaluation.rounds import Spread
-from mlxspec.files import write_atomically
+from mlxspec.files import read_json, write_atomically
 
 CAPTIONS = {
     "tasks": "Tokens per second by task, prefill included. Medians over interleaved rounds in one process.",
@@ -41,7 +40,7 @@ PART_COLORS = {"drafting": "#e0a458", "verification": "#2f6f9f", "acceptance": "
 def read_record(file: Path) -> Record:
     """Read a record that ``mlxspec bench`` wrote. Raises InvalidRequestError for any other file."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         summaries(record)
         described(record)
         if record["format"] != FORMAT:

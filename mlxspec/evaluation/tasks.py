@@ -6,6 +6,7 @@ values are quoted from memory, and the wording of the prompts is our own. Both a
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,8 +110,8 @@ def named(name: str) -> Iterator[tuple[str, Iterable[Content], dict[str, Any]]]:
     elif name in HUB_TASKS:
         source, text_of, sampling = HUB_TASKS[name]
         yield name, hub_contents(source, text_of), sampling
-    elif Path(name).expanduser().is_file():
-        for title, contents in file_contents(Path(name).expanduser()).items():
+    elif (file := Path(os.path.expanduser(name))).is_file():
+        for title, contents in file_contents(file).items():
             yield title, contents, {}
     else:
         raise InvalidRequestError(

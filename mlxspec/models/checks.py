@@ -72,7 +72,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains an object. Raises ModelLoadError if it cannot be read or is something else."""
     try:
         content = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} does not contain a JSON object; copy or download it again")

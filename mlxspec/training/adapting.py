@@ -25,7 +25,7 @@ from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import write_drafter
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import AnyDrafter, Batch, objective_for, weighted_sums
-from mlxspec.training.recording import RecordedAnswer, Recording
+from mlxspec.training.recording import RecordedAnswer, Recording, answer_files
 from mlxspec.training.retention import Retention
 from mlxspec.training.run_folder import broadcast, complete_stage, is_first_process, locked_for_all, start_stage
 from mlxspec.training.shards import ShardWriter, TokenShards
@@ -114,8 +114,28 @@ def adapt(
 
     Raises:
         TrainingError: The folder was created with other inputs.
-        InvalidRequestError: There are too few recorded answers, they are another target's, or the drafter does not fit.
+        InvalidRequestError: There are too few recorded answers, they are another target's, the drafter does not fit,
+            another process uses the folder, or it holds a drafter or answers that are not of an earlier call.
     """
+    with locked_for_all(folder):
+        if (folder / "drafter").exists() and not (folder / "training" / "stage.json").exists():
+            raise InvalidRequestError(
+                f"{folder / 'drafter'} is not of this command; use another folder for the results"
+            )
+        for copies in (folder / "recorded", folder / "held-out"):
+            if answer_files(copies):
+                raise InvalidRequestError(f"{copies} holds recorded answers; use another folder for the results")
+        return _adapt(target, drafter, recording, general, settings, folder)
+
+
+def _adapt(
+    target: Target,
+    drafter: AnyDrafter,
+    recording: Recording,
+    general: TokenShards,
+    settings: AdaptSettings,
+    folder: Path,
+) -> Adaptation:
     answers = list(recording.answers())
     if len(answers) < FEWEST_ANSWERS:
         raise InvalidRequestError(

@@ -44,7 +44,9 @@ class Batches:
         single: bool = False,
     ):
         self.shards, self.length, self.batch, self.seed, self.single = list(shards), length, batch, seed, single
-        self._ends = np.cumsum(shares) / np.sum(shares)
+        self._shares = np.array(shares, float) / np.sum(shares)
+        left = np.cumsum(shares[::-1], dtype=float)[::-1]  # the share of each source and those after it
+        self._shares_of_left = np.divide(shares, left, out=np.ones(len(left)), where=left > 0)
         self.tasks = list(dict.fromkeys(task for source in self.shards for task in source.tasks))
         numbers = {task: number for number, task in enumerate(self.tasks)}
         self._task_numbers = [np.array([numbers[task] for task in source.tasks]) for source in self.shards]
@@ -78,20 +80,22 @@ class Batches:
         for number, source in enumerate(self.shards):
             learned = [int(document.mask.sum()) for document in source.documents()]
             tokens = np.bincount(self._task_numbers[number][source.document_tasks], learned, len(found))
-            rows = self.batch * np.diff(self._ends, prepend=0)[number]
-            found += rows * tokens / self.count_rows(number)
+            found += self.batch * self._shares[number] * tokens / self.count_rows(number)
         return found
 
     def _row_number(self, number: int) -> tuple[int, int]:
-        """Return the ``number``-th row of training. After n rows, each source has supplied n times its share, ± 1."""
-        start = 0.0
-        for source, end in enumerate(self._ends):
-            used, used_after = (rows_below(number + i, end) - rows_below(number + i, start) for i in (0, 1))
+        """Return the ``number``-th row of training.
+
+        Each source takes its share of the rows that the sources before it leave. After n rows, a source has supplied n
+        times its share, to within one row for each other source.
+        """
+        for source, share in enumerate(self._shares_of_left):
+            used, used_after = (rows_below(number + i, share) for i in (0, 1))
             if used_after > used:
                 epoch, place = divmod(used, count := self.count_rows(source))
                 return source, permuted(place, count, seed=(self.seed, source, epoch))
-            start = end
-        raise AssertionError("the last share ends at 1")
+            number -= used
+        raise AssertionError("the last source takes all rows that are left")
 
 
 class StepDocuments:
@@ -165,7 +169,7 @@ class StepDocuments:
 
 
 def rows_below(rows: int, share: float) -> int:
-    """Return how many of the first ``rows`` rows belong to the sources up to a cumulative share."""
+    """Return how many of the first ``rows`` rows belong to a source with a share of them."""
     return int(np.floor(rows * share + 1e-9))
 
 

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxspec.errors import TrainingError, in_one_line
 from mlxspec.files import load_arrays, read_json, remove_leftovers, replacing, write_json
 from mlxspec.training.robust import Weighting
+from mlxspec.training.run_folder import CHECKPOINTS
 
 KEPT = 2  # number of checkpoints that are not deleted
 
@@ -138,4 +139,4 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders of all checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob(CHECKPOINTS))

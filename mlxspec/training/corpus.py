@@ -17,7 +17,7 @@ A line is bad if a part of its content would be left out. Files are read line by
 import glob
 import gzip
 import io
-import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
+from mlxspec.files import parse_json
 from mlxspec.models.tokens import (
     Message,
     encode_conversation,
@@ -124,7 +125,7 @@ def corpus_files(sources: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))  # the method raises RuntimeError for an unknown user
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         elif path.exists():
@@ -228,7 +229,7 @@ def line_task(line: bytes) -> str | None:
     """Return the task that a well-formed line names, or None."""
     if not any(name.encode() in line for name in TASK_FIELDS):
         return None
-    tasks = map(json.loads(line).get, TASK_FIELDS)
+    tasks = map(parse_json(line.decode("utf-8")).get, TASK_FIELDS)
     return next((task for task in tasks if isinstance(task, str) and task), None)
 
 
@@ -238,7 +239,7 @@ def parse_line(line: bytes, prompts: bool = False) -> str | list[Message]:
     Raises:
         ValueError: The line is malformed, or has content that would be left out. The message states the reason.
     """
-    entry = json.loads(line.decode("utf-8"))
+    entry = parse_json(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     names = [name for name in CONTENT if name in entry and (entry[name] or name in ("text", "prompt", "messages"))]
@@ -262,6 +263,7 @@ def parse_line(line: bytes, prompts: bool = False) -> str | list[Message]:
             raise ValueError('a message lacks "role" or "content"')
         if unused := next((name for name in MESSAGE_CONTENT if message.get(name)), None):
             raise ValueError(f'a message has "{unused}", which would be left out')
+        (message["role"] + message["content"]).encode()  # raises for half a surrogate pair
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

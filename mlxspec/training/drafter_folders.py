@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxspec.errors import InvalidRequestError
-from mlxspec.files import fingerprint, replacing, write_json
+from mlxspec.files import fingerprint, read_json, replacing, write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.models.eagle import Eagle
 from mlxspec.models.quantizing import COPIED
@@ -65,6 +65,15 @@ def write_drafter(drafter: AnyDrafter, out: Path, target: Target, inputs: dict[s
             if (target.folder / name).exists():
                 shutil.copyfile(target.folder / name, aside / name)
         write_json(aside / "training.json", {"inputs": inputs, "result": result})
+
+
+def trained_steps(drafter: Path) -> int | None:
+    """Return the number of steps after which a stage wrote its drafter, or None if no stage did."""
+    try:
+        steps = read_json(drafter / "training.json")["inputs"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def describe(drafter: AnyDrafter, coverage: float | None) -> str:

@@ -19,6 +19,7 @@ Every key is a field of one of the settings classes below. Paths are relative to
 """
 
 import difflib
+import os
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,14 +29,15 @@ from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.settings import key_of, option
 from mlxspec.training import stages
 from mlxspec.training.corpus import corpus_files
-from mlxspec.training.drafter_folders import load_drafter
+from mlxspec.training.drafter_folders import load_drafter, trained_steps
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
-from mlxspec.training.run_folder import Metrics, is_complete, locked_for_all
+from mlxspec.training.run_folder import Metrics, check_record, has_results, is_complete, locked_for_all
 from mlxspec.training.scoring import EvaluationSettings, ScorerFactory, new_evaluation
+from mlxspec.training.shards import TokenShards
 from mlxspec.training.step_memory import check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
 from mlxspec.training.trainer import TrainingSettings
@@ -76,6 +78,17 @@ class FinetuneData:
             raise InvalidRequestError(f"mix is {self.mix}; use a number in [0, 1)")
         if self.teacher_top_k < 0:
             raise InvalidRequestError(f"teacher_top_k is {self.teacher_top_k}; use 0 or more")
+
+    def sources(self, answers: TokenShards, text: TokenShards | None) -> list[tuple[TokenShards, float]]:
+        """Return the data of the stage, each with its share: the answers, and the pretraining text if it is mixed in.
+
+        Args:
+            answers: The target's answers.
+            text: The pretraining text, if there is any.
+        """
+        if text is None or not self.mix:
+            return [(answers, 1.0)]
+        return [(answers, 1 - self.mix), (text, self.mix)]
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,7 @@ class Recipe:
                 f"{path} cannot be read ({error.strerror}); use the path of a recipe, a TOML file, or one of "
                 f"{', '.join(included_recipes())}"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TrainingError(f"{path} is not valid TOML: {error}; fix this line") from None
         return cls._parse(content, path, home)
 
@@ -277,15 +290,12 @@ def _run(recipe: Recipe, folder: Path, target: Target, scorer_factory: ScorerFac
     for name, stage in zip(recipe.finetune_names, recipe.finetune, strict=True):
         assert drafter
         assert answers
-        sources = [(answers, 1.0)]
-        if text and stage.data.mix:
-            sources = [(answers, 1 - stage.data.mix), (text, stage.data.mix)]
         stage_folder = folder / name
         scored = evaluation if stage.training.evaluate_every else None
         drafter, result = stages.train(
             target,
             drafter,
-            sources,
+            stage.data.sources(answers, text),
             stage.loss,
             stage.training,
             stage_folder,
@@ -312,6 +322,10 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
     Raises:
         MlxspecError: A stage cannot be run.
     """
+    new = drafter is not None and not isinstance(recipe.drafter, str)
+    makes = {"answers": recipe.distill, "start": new, "text": recipe.pretrain, "pretrain": recipe.pretrain}
+    for name in [*(name for name, made in makes.items() if made), *recipe.finetune_names]:
+        check_record(folder / name)
     if recipe.pretrain:
         corpus_files(recipe.pretrain[0].data)
     if recipe.distill:
@@ -327,9 +341,19 @@ def check(recipe: Recipe, folder: Path, target: Target, drafter: AnyDrafter | No
     trainings = []
     if recipe.pretrain:
         trainings = [("pretrain", Finetune(FinetuneData(), Loss("ce"), UNIFORM, NO_RETENTION, recipe.pretrain[1]))]
-    for name, stage in [*trainings, *zip(recipe.finetune_names, recipe.finetune, strict=True)]:
+    trainings += zip(recipe.finetune_names, recipe.finetune, strict=True)
+    for number, (name, stage) in enumerate(trainings, 1):
         assert drafter
-        stages.check_training(target, drafter, stage.loss, stage.training, stage.data.teacher_top_k)
+        later = next((folder / other for other, _ in trainings[number:] if has_results(folder / other)), None)
+        steps = trained_steps(folder / name / "drafter")
+        if later and steps and stage.training.steps > steps:
+            raise TrainingError(
+                f"{later} was trained from the drafter of {folder / name} with steps = {steps}, but this recipe has "
+                f"steps = {stage.training.steps}; use {steps} again, or delete the folders of all later stages"
+            )
+        stages.check_training(
+            target, drafter, stage.loss, stage.training, stage.data.teacher_top_k, stage.data.draft_steps
+        )
         stage.retention.check_text(recipe.pretrain is not None)
         corpus_files(stage.retention.remember)
         if not is_complete(folder / name):
@@ -460,7 +484,7 @@ def check_keys(table: dict[str, Any], known: list[str], where: str) -> None:
 
 def relative_paths(home: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     """Resolve paths that are relative to the recipe's folder."""
-    return tuple(str(home / Path(name).expanduser()) for name in names)
+    return tuple(str(home / os.path.expanduser(name)) for name in names)
 
 
 def path_or_name(home: Path, name: str) -> str:

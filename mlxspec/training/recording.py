@@ -188,7 +188,7 @@ def stored_target(record: Path) -> str:
     try:
         content = read_json(record)
         version, target = content["format"], str(content["target"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InvalidRequestError(f"{record} is damaged; record into a new folder") from None
     if version != FORMAT:
         raise InvalidRequestError(f"{record.parent} has another format; record into a new folder")

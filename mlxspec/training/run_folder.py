@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mlxspec.errors import InvalidRequestError, TrainingError
-from mlxspec.files import explain_write_errors, locked, read_json, write_atomically, write_json
+from mlxspec.files import explain_write_errors, locked, parse_json, read_json, write_atomically, write_json
 from mlxspec.models import sharding
 from mlxspec.models.sharding import Value, agree, is_first, launched_processes
 
 Metrics = dict[str, float]
+
+# Names of checkpoints and best drafters, as glob patterns. A copy that a user made has another name.
+CHECKPOINTS, BEST_DRAFTERS = (f"{name}-{'[0-9]' * 8}" for name in ("step", "best"))
+RESULTS = ("drafter", "tokens", CHECKPOINTS, BEST_DRAFTERS, "metrics.jsonl")  # what a stage writes or deletes
 
 
 @contextmanager
@@ -41,13 +45,14 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
         inputs: Everything that the stage's result depends on, as JSON. Fingerprints come last, since a setting says
             more to the user.
         changeable: Inputs that may change while the stage is unfinished. ``steps`` may always grow, which makes a
-            finished stage unfinished.
+            finished stage unfinished. While it is unfinished, ``steps`` may also shrink, down to the last checkpoint.
 
     Returns:
         Whether the stage still has to be run or resumed.
 
     Raises:
-        TrainingError: The folder was created with other inputs. The message names the first difference.
+        TrainingError: The folder was created with other inputs. The message names the first difference. Or the folder
+            holds results and has no record.
         DisagreementError: Another process of ``mlx.launch`` has other inputs.
     """
     as_stored = json.loads(json.dumps(inputs))
@@ -58,6 +63,7 @@ def start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str] 
 
 
 def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]) -> bool:
+    check_record(folder)
     record = folder / "stage.json"
     # While a folder holds no results, its record may be replaced. The inputs in it may have been rejected.
     if not record.exists() or not has_results(folder):
@@ -73,8 +79,14 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
         raise TrainingError(f"{record} cannot be read; delete {folder} and repeat the command") from None
     longer = is_longer(before, inputs)
     finished = finished and not longer
+    reached = max((int(path.name[-8:]) for path in folder.glob(CHECKPOINTS)), default=0)
     for name in names:
-        if name == "steps" and longer:
+        if name == "steps" and not finished and type(steps := inputs.get(name)) is int:
+            if steps < reached:
+                raise TrainingError(
+                    f"{folder} has a checkpoint of step {reached}, but this run has steps = {steps}; use at least "
+                    f"{reached}, or another folder"
+                )
             continue
         if before.get(name) != inputs.get(name) and (finished or name not in changeable):
             raise TrainingError(
@@ -84,6 +96,15 @@ def _start_stage(folder: Path, inputs: dict[str, Any], changeable: Sequence[str]
     if not finished and before != inputs:
         write_json(record, {"complete": False, "inputs": inputs})
     return not finished
+
+
+def check_record(folder: Path) -> None:
+    """Raise TrainingError if a folder holds results that no stage has recorded, such as a drafter from elsewhere."""
+    found = next((path for name in RESULTS for path in folder.glob(name)), None)
+    if found and not (folder / "stage.json").exists():
+        raise TrainingError(
+            f"{folder} has no stage.json, so {found} is not of this stage; use another folder or move it"
+        )
 
 
 def is_longer(before: dict[str, Any], inputs: dict[str, Any]) -> bool:
@@ -110,7 +131,7 @@ def is_complete(folder: Path) -> bool:
 
 def has_results(folder: Path) -> bool:
     """Return whether a stage has produced anything that a resumed run would use."""
-    return is_complete(folder) or any(folder.glob("step-*")) or (folder / "tokens" / "index.json").exists()
+    return is_complete(folder) or any(folder.glob(CHECKPOINTS)) or (folder / "tokens" / "index.json").exists()
 
 
 def log_metrics(folder: Path, step: int, metrics: Metrics) -> None:
@@ -133,8 +154,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl``, except those that are damaged or still being written."""
     lines = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with suppress(ValueError, RecursionError):
-            entry = json.loads(line) if line.endswith("\n") else None
+        with suppress(ValueError):
+            entry = parse_json(line) if line.endswith("\n") else None
             if isinstance(entry, dict) and type(entry.get("step")) is int:
                 lines.append(entry)
     return lines

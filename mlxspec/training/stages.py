@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint_files, read_json
+from mlxspec.models.attention import position_table
 from mlxspec.models.eagle import EAGLE1, Eagle, fitting_parts
 from mlxspec.models.quantizing import check_divisible
 from mlxspec.settings import key_of
@@ -165,10 +166,12 @@ def distillation_groups(
         The groups, a message about prompts that are not answered (empty if all are), and the lines that were skipped.
 
     Raises:
-        TrainingError: The prompts cannot be read.
+        TrainingError: The prompts cannot be read, or the target's context has no room for an answer.
     """
     if not prompts:
-        return bos_groups(target.tokenizer.bos_token_id, settings), "", BadLines()
+        groups = bos_groups(target.tokenizer.bos_token_id, settings)
+        split_prompts(groups[0].prompts, 0, settings.max_tokens, target.context)  # or an error
+        return groups, "", BadLines()
     read, bad = read_prompts(prompts, target.tokenizer, system)
     training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
     left_out = ""
@@ -218,7 +221,7 @@ def train(
     """
     for shards, _ in sources:
         check_tokenizer(shards.index, target, shards.folder)
-    check_training(target, drafter, loss, settings, teacher_top_k)
+    check_training(target, drafter, loss, settings, teacher_top_k, draft_steps)
     robust.check_tasks({task for shards, _ in sources for task in shards.tasks})
     retention.check_text(text is not None)
     if retention.needs_fisher and retention.remember:
@@ -239,9 +242,12 @@ def train(
         "tokenizer": target.tokenizer_fingerprint,
         "target": target.fingerprint if loss.needs_target or evaluation else None,
     }
+    # A loss that ignores the target depends on it through the evaluation alone, which may change.
+    changeable = CHANGEABLE if loss.needs_target else (*CHANGEABLE, "target")
+    scored_on = {**evaluation.inputs, "target": target.fingerprint} if evaluation else None
     out = folder / "drafter"
     with locked_for_all(folder):
-        if not start_stage(folder, inputs, CHANGEABLE):
+        if not start_stage(folder, inputs, changeable):
             return read_drafter(out, target), read_json(folder / "stage.json")["result"]
         what = f"{settings.steps} steps of {settings.batch * settings.length} positions, {loss.name}"
         if done := last_step(folder):
@@ -278,7 +284,7 @@ def train(
             evaluation.scorer if evaluation else None,
             teacher,
             partial(target.listener.step, settings.steps),
-            evaluation.inputs if evaluation else None,
+            scored_on,
             new_weighting(robust, batches, target.vocab_size, loss),
             memory,
         )
@@ -289,7 +295,14 @@ def train(
         return drafter, result
 
 
-def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: TrainingSettings, top_k: int) -> None:
+def check_training(
+    target: Target,
+    drafter: AnyDrafter,
+    loss: Loss,
+    settings: TrainingSettings,
+    top_k: int,
+    draft_steps: int = DRAFT_STEPS,
+) -> None:
     """Check that a stage can train a drafter, whatever its data are.
 
     Args:
@@ -298,9 +311,11 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
         loss: The loss.
         settings: The settings.
         top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
+        draft_steps: Number of tokens that an EAGLE head drafts from each position.
 
     Raises:
-        MlxspecError: The drafter has another vocabulary than the target, or the settings contradict each other.
+        MlxspecError: The drafter has another vocabulary than the target, the target has too few positions, or the
+            settings contradict each other.
     """
     if drafter.args.vocab_size != target.vocab_size:
         raise TrainingError(
@@ -317,6 +332,17 @@ def check_training(target: Target, drafter: AnyDrafter, loss: Loss, settings: Tr
             raise InvalidRequestError(
                 f"an EAGLE head reads the target's hidden states, so it cannot be trained with loss {loss.name}; use a "
                 "loss such as kld or tvd++, and no pretraining"
+            )
+        if settings.length <= draft_steps:
+            raise InvalidRequestError(
+                f"length is {settings.length}, but an EAGLE head takes {draft_steps} draft steps; use a larger length"
+            )
+    if loss.needs_target and settings.length > (target.context or 0):  # else the target need not be read
+        positions = position_table(target.model)
+        if positions and settings.length > positions:
+            raise InvalidRequestError(
+                f"length is {settings.length}, but {target.name} has a table of {positions} positions; use a length of "
+                f"at most {positions}"
             )
     if top_k and loss.needs_target:
         check_top_k(top_k, target.vocab_size)

@@ -35,7 +35,15 @@ from mlxspec.training.checkpoint import (
 from mlxspec.training.objectives import AnyDrafter, Batch, Objective
 from mlxspec.training.retention import CoNatural, Protection
 from mlxspec.training.robust import Weighting
-from mlxspec.training.run_folder import Metrics, barrier, broadcast, is_first_process, log_metrics, truncate_metrics
+from mlxspec.training.run_folder import (
+    BEST_DRAFTERS,
+    Metrics,
+    barrier,
+    broadcast,
+    is_first_process,
+    log_metrics,
+    truncate_metrics,
+)
 from mlxspec.training.teachers import Teacher
 
 LARGEST_TEMPERATURE = 10.0
@@ -83,12 +91,16 @@ class TrainingSettings:
         for name in ("steps", "batch", "length", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.steps >= 10**8:  # the name of a checkpoint has eight digits
+            raise InvalidRequestError(f"steps is {self.steps}; use a number below 10**8")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use a positive number")
         for name in ("warmup", "final_rate", "weight_decay", "seed", "evaluate_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if self.seed >= 2**64:
+            raise InvalidRequestError(f"seed is {self.seed}; use a number in [0, 2**64)")
         if self.batch % self.accumulate:
             raise InvalidRequestError(f"accumulate is {self.accumulate}; use a divisor of batch, {self.batch}")
         if self.precision not in PRECISIONS:
@@ -204,11 +216,12 @@ class Trainer:
         self._compile()
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_first_process():
-            for best in self.folder.glob("best-*"):
+            for best in self.folder.glob(BEST_DRAFTERS):
                 remove_leftovers(best)
             truncate_metrics(self.folder, start)
-        if self.scorer and not comparable:
-            self._score(start, self.scorer)  # so that a drafter of this evaluation can be kept
+        # The checkpoint may have no score of this evaluation, and no step may follow if the run was shortened.
+        if self.scorer and (not comparable or start == self.settings.steps):
+            self._score(start, self.scorer)
         for step in range(start, self.settings.steps):
             metrics, done = self._train_step(step), step + 1
             self.report(done, metrics)
@@ -409,7 +422,7 @@ class Trainer:
             state = {"best": self.best, "evaluation": self.evaluation}
             save_checkpoint(self.folder, done, self.drafter, self.optimizer, state, self.weighting)
             steps = [read_state(path)["best"].get("step") for path in checkpoints(self.folder)]
-            for best in {*self.folder.glob("best-*")} - {self._best_folder(int(step)) for step in steps if step}:
+            for best in {*self.folder.glob(BEST_DRAFTERS)} - {self._best_folder(int(step)) for step in steps if step}:
                 shutil.rmtree(best, ignore_errors=True)
         barrier()
 

@@ -51,10 +51,10 @@ def test_commands_reset_and_explain(mlxspec_command, chat_model):
 
 
 def test_a_line_that_cannot_be_answered_does_not_end_the_chat(mlxspec_command, chat_model):
-    lines = typed("word " * 2000, "/save /no/such/folder/file", "Once upon a time")
+    lines = typed("word " * 2000, "/save /no/such/folder/file", "/save ~nosuchuser/a", "Once upon a time")
     outcome = mlxspec_command("chat", "--target", chat_model, "--max-tokens", "12", stdin=lines)
     assert outcome.status == 0
-    assert outcome.err.count("error: ") == 2
+    assert outcome.err.count("error: ") == 3
     assert outcome.out.strip()
 
 

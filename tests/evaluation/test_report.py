@@ -75,7 +75,9 @@ def test_pictures_without_matplotlib_say_what_to_install(record, monkeypatch):
         pictures(record)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 2, "results": [{}]}', '{"format": 9, "results": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "[" * 9000, '{"format": 2, "results": [{}]}', '{"format": 9, "results": []}']
+)
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(InvalidRequestError, match=r"x.json was not written by this version's `mlxspec bench`"):

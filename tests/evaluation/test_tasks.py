@@ -99,6 +99,8 @@ def test_lines_end_where_the_file_says_and_not_where_unicode_does(tokenizer, lin
 def test_unknown_names_and_names_given_twice_are_refused(tokenizer, lines):
     with pytest.raises(InvalidRequestError, match="there is no task and no file named sotries; use a"):
         read_tasks(["sotries"], tokenizer, 1)
+    with pytest.raises(InvalidRequestError, match="there is no task and no file named ~nosuchuser/a; use a"):
+        read_tasks(["~nosuchuser/a"], tokenizer, 1)
     with pytest.raises(InvalidRequestError, match="two tasks are named stories"):
         read_tasks(["stories", lines({"prompt": "a"}, name="stories.jsonl")], tokenizer, 1)
 

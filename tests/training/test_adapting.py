@@ -1,11 +1,14 @@
 """Adapting a drafter to recorded answers: what it trains on, what it decides, and what an interruption leaves."""
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import mlxspec
 from mlxspec.errors import InvalidRequestError
+from mlxspec.files import locked
 from mlxspec.models.loading import DEMO
 from mlxspec.training import stages
 from mlxspec.training.adapting import AdaptSettings, acceptance_rate, check_answers, recorded_shards, store_recorded
@@ -125,6 +128,35 @@ def test_a_drafter_that_forgets_is_not_kept(answers, general, tmp_path, mlxspec_
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1] == "the drafter was not kept, since it is not better"
     assert not (tmp_path / "drafter").exists()
+
+
+def test_a_folder_with_a_drafter_of_another_command_is_refused_and_keeps_it(
+    answers, general, tmp_path, mlxspec_command
+):
+    start = shutil.copytree(answers / "start", tmp_path / "start") / "drafter"
+    command = (mlxspec_command, answers, general, start.parent, "--drafter", str(start), "--steps", "1")
+    outcome = adapt(*command, "--learning-rate", "1e-9", "--tolerance", "0")  # it would not be kept
+    assert outcome.status == 2
+    assert outcome.err == f"error: {start} is not of this command; use another folder for the results\n"
+    assert (start / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["recorded", "held-out"])
+def test_recorded_answers_where_their_copies_would_be_written_are_refused_and_stay(
+    answers, general, tmp_path, mlxspec_command, name
+):
+    recording = shutil.copytree(answers / "recorded", tmp_path / name)
+    outcome = adapt(mlxspec_command, answers, general, tmp_path, "--recorded", str(recording), "--steps", "1")
+    assert outcome.status == 2
+    assert outcome.err == f"error: {recording} holds recorded answers; use another folder for the results\n"
+    assert len(list(Recording(recording).answers())) == 12
+
+
+def test_only_one_process_adapts_in_a_folder(answers, general, tmp_path, mlxspec_command):
+    with locked(tmp_path):
+        outcome = adapt(mlxspec_command, answers, general, tmp_path, "--steps", "1")
+    assert outcome.status == 2
+    assert f"{tmp_path} is in use by process" in outcome.err
 
 
 @pytest.mark.slow

@@ -247,3 +247,41 @@ def test_the_task_of_a_document_is_that_of_its_line_or_the_name_of_its_file(tmp_
     assert {document.content: document.task for document in found} == {
         "a": "sums", "b": "songs", "c": "mixed", "d": "mixed", "the task": "mixed", "once": "stories", "e": "news",
     }  # fmt: skip
+
+
+NESTED = '{"text": "a", "id": ' + "[" * 9000 + "]" * 9000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (NESTED, "its brackets are nested too deeply"),
+        (r'{"messages": [{"role": "\ud800", "content": "a"}]}', "surrogates not allowed"),
+        (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "surrogates not allowed"),
+        (r'{"text": "\ud800"}', "surrogates not allowed"),
+    ],
+    ids=["nested", "role", "content", "text"],
+)
+def test_a_line_that_json_or_unicode_cannot_hold_is_bad(tmp_path, mlxspec_command, line, reason):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10 + line)
+    target = ("--target", str(DEMO / "target"))
+    for command in (("pretrain", "--data"), ("distill", "--prompts")):
+        options = (*target, command[1], str(tmp_path / "a.jsonl"), "--out", str(tmp_path / command[0]))
+        outcome = mlxspec_command("train", command[0], *options)
+        assert outcome.status == 2
+        assert f"1 of 11 lines are bad, more than 1 %; the first is {tmp_path / 'a.jsonl'}:11: " in outcome.err
+        assert reason in outcome.err
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_file_or_is_not_found(tmp_path, mlxspec_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainingError, match="~nosuchuser/x: no such file, folder or pattern"):
+        corpus_files(["~nosuchuser/x"])
+    (tmp_path / "~notes.txt").write_text("A dog.")
+    assert contents(*corpus_files(["~notes.txt"])) == ["A dog."]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert corpus_files(["~/*.txt"]) == [tmp_path / "~notes.txt"]
+    (tmp_path / "a.toml").write_text(f'target = "{DEMO / "target"}"\n[pretrain]\ndata = ["~nosuchuser/x"]')
+    outcome = mlxspec_command("train", "run", "a.toml")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "~nosuchuser/x: no such file, folder or pattern" in outcome.err

@@ -239,6 +239,9 @@ def test_a_head_that_was_interrupted_in_training_ends_with_the_same_weights(reci
         ('kind = "eagle"', 'kind = "eagle"\nread_layers = [1, 2, 4]', "reads layer 4, and the target has 4 layers"),
         ('loss = "kld"', 'loss = "ce"', "cannot be trained with loss ce"),
         ('loss = "kld"', 'loss = "kld"\ndraft_steps = 0', "draft_steps is 0; use 1 to 8"),
+        ("length = 32", "length = 1", "length is 1, but an EAGLE head takes 3 draft steps; use a larger length"),
+        ("length = 32", "length = 3", "length is 3, but an EAGLE head takes 3 draft steps; use a larger length"),
+        ("length = 32", "length = 8\ndraft_steps = 8", "length is 8, but an EAGLE head takes 8 draft steps"),
     ],
 )
 def test_a_wrong_recipe_of_a_head_is_one_line_before_any_stage(recipe, mlxspec_command, old, new, words):
@@ -247,6 +250,13 @@ def test_a_wrong_recipe_of_a_head_is_one_line_before_any_stage(recipe, mlxspec_c
     assert outcome.status == 2
     assert words in outcome.err.splitlines()[-1]
     assert not (recipe.with_suffix("") / "answers" / "tokens").exists()
+
+
+def test_a_head_is_trained_on_rows_one_longer_than_its_draft_steps(recipe, mlxspec_command):
+    short = RECIPE.split("[[finetune]]")
+    recipe.write_text(short[0] + "[[finetune]]" + short[1].replace("length = 32", "length = 4"))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
 
 
 def test_an_eagle_1_head_is_not_trained(recipe, tmp_path, mlxspec_command):

@@ -266,6 +266,91 @@ def test_a_finished_run_is_lengthened_and_says_from_where(recipe, mlxspec_comman
     assert mlxspec_command("train", "run", str(recipe)).err == ""
 
 
+def test_a_finished_stage_that_was_lengthened_by_mistake_is_finished_again_with_the_old_number_of_steps(
+    recipe, mlxspec_command, monkeypatch
+):
+    short = recipe.read_text().split("[distill]")[0]
+    recipe.write_text(short)
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    drafter = recipe.with_suffix("") / "pretrain" / "drafter" / "model.safetensors"
+    before = mx.load(str(drafter))
+    recipe.write_text(short.replace("steps = 6", "steps = 60"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        assert mlxspec_command("train", "run", str(recipe)).status == 130
+    recipe.write_text(short)
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
+    assert same_weights(before, mx.load(str(drafter)))
+    assert mlxspec_command("train", "run", str(recipe)).err == ""
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_pretraining_is_resumed_with_and_without_an_evaluation_and_with_another_target(
+    recipe, mlxspec_command, monkeypatch, tmp_path
+):
+    """Only the evaluation runs the target. A score that another target gave is measured again."""
+    other = shutil.copytree(DEMO / "target", tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    mx.save_safetensors(str(other / "model.safetensors"), weights, metadata={"format": "pt"})
+    out, prompt = recipe.parent / "out", recipe.parent / "prompt.jsonl"
+    prompt.write_text('{"text": "A dog"}')
+    shape = ("--hidden-size=16", "--intermediate-size=32", "--num-hidden-layers=1", "--num-attention-heads=2")
+    small = ("--data", str(recipe.parent / "stories.jsonl"), "--out", str(out), "--batch=2", "--length=16")
+    common = ("train", "pretrain", *shape, *small, "--steps=8", "--checkpoint-every=2", "--log-every=1")
+    original = Trainer._save
+
+    def save_and_stop(self, done):
+        original(self, done)
+        raise KeyboardInterrupt
+
+    def scored() -> list[int]:
+        lines = map(json.loads, (out / "pretrain" / "metrics.jsonl").read_text().splitlines())
+        return [line["step"] for line in lines if "block_efficiency" in line]
+
+    monkeypatch.setattr(Trainer, "_save", save_and_stop)
+    for target, every, expected in ((DEMO / "target", 0, []), (DEMO / "target", 3, [2, 3]), (other, 5, [2, 3, 4, 5])):
+        prompts = ("--prompts", str(prompt)) if every else ()
+        options = ("--target", str(target), f"--evaluate-every={every}", *prompts)
+        outcome = mlxspec_command(*common, *options)
+        assert outcome.status == 130, outcome.err
+        assert scored() == expected
+    monkeypatch.setattr(Trainer, "_save", original)
+    outcome = mlxspec_command(*common, "--target", str(DEMO / "target"))
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_stage_is_not_lengthened_under_the_results_of_a_later_one(recipe, mlxspec_command):
+    short = recipe.read_text()
+    folder = recipe.with_suffix("")
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    record = folder / "pretrain" / "stage.json"
+    for complete in (True, False):  # False: lengthened by an earlier version, and interrupted
+        record.write_text(json.dumps({**json.loads(record.read_text()), "complete": complete}))
+        recipe.write_text(short.replace("steps = 6", "steps = 9"))
+        before = record.read_text()
+        for options in ([], ["--dry-run"]):
+            outcome = mlxspec_command("train", "run", str(recipe), *options)
+            assert outcome.status == 2
+            assert outcome.err == (
+                f"error: {folder / 'finetune-1'} was trained from the drafter of {folder / 'pretrain'} with steps = 6, "
+                "but this recipe has steps = 9; use 6 again, or delete the folders of all later stages\n"
+            )
+        assert record.read_text() == before
+        recipe.write_text(short)
+        outcome = mlxspec_command("train", "run", str(recipe))
+        assert outcome.status == 0, outcome.err
+        assert "finetune" not in outcome.err
+    for name in ("finetune-1", "finetune-2"):
+        shutil.rmtree(folder / name)
+    recipe.write_text(short.replace("steps = 6", "steps = 9"))
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+
+
 def test_the_help_of_run_shows_every_key_of_a_recipe_with_its_default(mlxspec_command):
     shown = mlxspec_command("train", "run", "--help").out
     parts = re.findall(r"^ *\[+(\w+)\]+( with \w+)?.*?:\n(.*?)(?=^ *\[|\Z)", shown, flags=re.M | re.S)
@@ -299,6 +384,43 @@ def test_prompts_for_an_evaluation_that_never_takes_place_are_one_line(mlxspec_c
     outcome = mlxspec_command("train", *command, "--target", "x", "--prompts", "x", "--out", str(tmp_path / "out"))
     assert outcome.err == "error: --prompts needs --evaluate-every, such as --evaluate-every 500; add it\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "nothing.jsonl", "--evaluate-every=2"), "nothing.jsonl: no such file, folder or pattern"),
+        (("--drafter", "nothing"), "no such folder: nothing"),
+        (("--hidden-size=30", "--num-attention-heads=4"), "hidden_size"),
+        (("--batch=5", "--accumulate=2"), "use a divisor of batch"),
+        (("--batch=1000000000",), "a step needs about"),
+        (("--drafter", "narrow"), "the drafter has a vocabulary of 64"),
+    ],
+)
+def test_pretrain_refuses_what_it_can_before_it_reads_the_corpus(recipe, mlxspec_command, tmp_path, options, message):
+    """A line of the corpus is bad, which is what a command that reads it says."""
+    Drafter(DrafterConfig(64, 16, 32, 1, 2)).save(tmp_path / "narrow")
+    (tmp_path / "a.jsonl").write_text("{")
+    options = [str(tmp_path / "narrow") if option == "narrow" else option for option in options]
+    common = ("--target", str(DEMO / "target"), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"))
+    assert "1 of 1 lines are bad" in mlxspec_command("train", "pretrain", *common).err
+    shutil.rmtree(tmp_path / "out")
+    outcome = mlxspec_command("train", "pretrain", *common, *options)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "lines are bad" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_pretrain_by_two_processes_refuses_a_batch_that_they_cannot_share_before_it_reads_the_corpus(recipe, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{")
+    pretrain = [*command(recipe)[:1], "train", "pretrain", "--target", str(DEMO / "target"), "--batch=3", "--data",
+                str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]  # fmt: skip
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
+    outcome = subprocess.run([*launch, *pretrain], capture_output=True, text=True, timeout=100)
+    assert "batch is 3; use a multiple of 2" in outcome.stderr
+    assert "lines are bad" not in outcome.stderr
 
 
 def test_a_run_leaves_a_picture_of_its_stages(recipe, mlxspec_command):
@@ -366,6 +488,26 @@ def test_the_single_commands_make_what_the_recipe_makes(recipe, mlxspec_command)
     assert same_weights(by_hand, by_recipe)
 
 
+@pytest.mark.parametrize("mix", ["0", "0.25"])
+def test_finetune_trains_on_what_the_recipe_trains_on_with_any_share_of_text(recipe, mlxspec_command, mix):
+    head, *parts = re.split(r"(?=^\[\[finetune\]\]$)", recipe.read_text(), flags=re.M)
+    recipe.write_text(head + parts[0].replace("[[finetune]]", f'[[finetune]]\nmix = {mix}\nrobust = "groups"'))
+    (recipe.parent / "prompts.jsonl").write_text('{"prompt": "A dog", "task": "dogs"}\n{"prompt": "A cat"}\n' * 6)
+    recipe.write_text(recipe.read_text().replace('prompts = ["stories.jsonl"]', 'prompts = ["prompts.jsonl"]'))
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 0, outcome.err
+    made, out = recipe.with_suffix(""), recipe.parent / "out"
+    sources = ("--answers", str(made / "answers"), "--text", str(made / "text"), f"--mix={mix}")
+    start = ("--target", str(DEMO / "target"), "--drafter", str(made / "pretrain" / "drafter"))
+    small = ("--robust=groups", "--loss=kld", "--steps=4", "--batch=4", "--length=16")
+    outcome = mlxspec_command("train", "finetune", *start, *sources, *small, "--out", str(out))
+    assert outcome.status == 0, outcome.err
+    single, whole = (json.loads((folder / "stage.json").read_text()) for folder in (out, made / "finetune"))
+    assert single == whole
+    weights = [mx.load(str(folder / "drafter" / "model.safetensors")) for folder in (out, made / "finetune")]
+    assert same_weights(*weights)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
@@ -408,6 +550,62 @@ def test_a_wrong_recipe_ends_in_one_line(recipe, mlxspec_command, old, new, comp
     assert complaint in outcome.err
     assert outcome.err.count("error: ") == 1
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("stage", ["answers/tokens", "start/drafter", "text/tokens", "pretrain/drafter",
+                                   "finetune-2/drafter"])  # fmt: skip
+def test_a_recipe_does_not_write_over_what_it_has_not_made(recipe, mlxspec_command, stage):
+    foreign = recipe.with_suffix("") / stage
+    shutil.copytree(DEMO / "drafter", foreign)
+    for options in ([], ["--dry-run"]):
+        outcome = mlxspec_command("train", "run", str(recipe), *options)
+        assert outcome.status == 2
+        assert outcome.err == (
+            f"error: {foreign.parent} has no stage.json, so {foreign} is not of this stage; use another folder or "
+            "move it\n"
+        )
+    assert not list(recipe.with_suffix("").rglob("stage.json"))
+
+
+def test_single_commands_do_not_write_over_what_they_have_not_made(mlxspec_command, tmp_path):
+    target = ("--target", str(DEMO / "target"))
+    answers = ("--samples", "2", "--temperatures", "1", "--max-tokens", "8", "--out", str(tmp_path / "answers"))
+    assert mlxspec_command("train", "distill", *target, *answers).status == 0
+    (tmp_path / "a.txt").write_text("A dog.")
+    small = ("--steps", "1", "--batch", "1", "--length", "16")
+    commands = {
+        "finetune": ("--drafter", "drafter", "--answers", str(tmp_path / "answers"), *small),
+        "init": ("--layers", "0"),
+        "pretrain": ("--data", str(tmp_path / "a.txt"), "--drafter", "drafter", *small),
+        "distill": answers[:-2],
+    }
+    made = {"finetune": "drafter", "init": "drafter", "pretrain": "pretrain/drafter", "distill": "tokens"}
+    for command, options in commands.items():
+        out = tmp_path / command
+        foreign = shutil.copytree(DEMO / "drafter", out / made[command])
+        before = {path: path.read_bytes() for path in foreign.iterdir()}
+        options = [str(foreign) if option == "drafter" else option for option in options]
+        outcome = mlxspec_command("train", command, *target, *options, "--out", str(out))
+        assert outcome.status == 2, command
+        assert f"{foreign} is not of this stage; use another folder or move it" in outcome.err
+        assert {path: path.read_bytes() for path in foreign.iterdir()} == before
+
+
+def test_a_recipe_that_is_nested_too_deeply_is_one_line(mlxspec_command, tmp_path):
+    (tmp_path / "deep.toml").write_text("target = " + "[" * 9000)
+    outcome = mlxspec_command("train", "run", str(tmp_path / "deep.toml"))
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: {tmp_path / 'deep.toml'} is not valid TOML: ")
+
+
+def test_a_record_that_is_nested_too_deeply_is_one_line(recipe, mlxspec_command):
+    recipe.write_text(recipe.read_text().split("[distill]")[0])
+    assert mlxspec_command("train", "run", str(recipe)).status == 0
+    record = recipe.with_suffix("") / "pretrain" / "stage.json"
+    record.write_text("[" * 9000)
+    outcome = mlxspec_command("train", "run", str(recipe))
+    assert outcome.status == 2
+    assert f"{record} cannot be read; delete " in outcome.err
 
 
 def test_what_was_refused_can_be_put_right_in_the_same_folder(recipe, mlxspec_command):

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxspec import Drafter, DrafterConfig
+from mlxspec.errors import TrainingError
 from mlxspec.training import run_folder
 from mlxspec.training.batches import Batches
 from mlxspec.training.losses import Loss
@@ -135,3 +136,17 @@ def test_a_finished_stage_accepts_more_steps_and_nothing_else(tmp_path):
             start_stage(tmp_path, {**inputs, **other})
     assert not start_stage(tmp_path, inputs)
     assert start_stage(tmp_path, {**inputs, "steps": 8})
+
+
+def test_an_unfinished_stage_accepts_as_few_steps_as_its_last_checkpoint_has(tmp_path):
+    assert start_stage(tmp_path, {"steps": 8, "batch": 2})
+    for step in (2, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert start_stage(tmp_path, {"steps": 80, "batch": 2})
+    assert start_stage(tmp_path, {"steps": 4, "batch": 2})
+    with pytest.raises(TrainingError, match="has a checkpoint of step 4, but this run has steps = 3; use at least 4"):
+        start_stage(tmp_path, {"steps": 3, "batch": 2})
+    with pytest.raises(TrainingError, match="was created with batch = 2"):
+        start_stage(tmp_path, {"steps": 4, "batch": 3})
+    with pytest.raises(TrainingError, match="was created with steps = 4, but this run has steps = None"):
+        start_stage(tmp_path, {"batch": 2})

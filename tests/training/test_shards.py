@@ -1,6 +1,7 @@
 """Token ids on disk: what was committed is there, and the order is a function of seed and step."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,6 +103,48 @@ def test_batches_keep_their_shares_and_use_every_row_before_any_twice(tmp_path):
     assert Counter(which for which, _ in chosen) == {0: 180, 1: 20}
     count = shards[0].count_rows(16)
     assert sorted([row for which, row in chosen if which == 0][:count]) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    "shares", [[1.0], [0.9, 0.1], [1 - 0.1, 0.1], [1, 0], [0, 1], [1, 2], [0.3, 0.7], [1 / 3, 0.5]]
+)
+def test_rows_of_one_or_two_sources_are_those_of_differences_of_floors(tmp_path, shares):
+    """Runs that began with that arithmetic are resumed. It is wrong for three sources."""
+
+    def rows_below(rows: int, share: float) -> int:
+        return int(np.floor(rows * share + 1e-9))
+
+    sources = [written(tmp_path / str(number), documents()) for number in range(len(shares))]
+    batches = Batches(sources, shares, length=16, batch=7, seed=3)
+    ends = [0.0, *(np.cumsum(shares) / np.sum(shares))]
+    expected = []
+    for number in range(7 * 300):
+        for source, (start, end) in enumerate(pairwise(ends)):
+            used, after = (rows_below(number + i, end) - rows_below(number + i, start) for i in (0, 1))
+            if after > used:
+                epoch, place = divmod(used, count := sources[source].count_rows(16))
+                expected.append((source, permuted(place, count, (3, source, epoch))))
+                break
+    assert [row for step in range(300) for row in batches.row_numbers(step)] == expected
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [1, 1, 1], [3, 0, 2, 5], [0.4, 0.6, 0], [1 / n for n in range(1, 10)]]
+)
+def test_each_of_several_sources_has_its_share_and_uses_every_row_before_any_twice(tmp_path, shares):
+    sources = [written(tmp_path / str(number), documents()) for number in range(len(shares))]
+    batches = Batches(sources, shares, length=16, batch=10, seed=3)
+    chosen = [row for step in range(100) for row in batches.row_numbers(step)]
+    for source, share in enumerate(shares):
+        expected = share / sum(shares)
+        used = np.cumsum([other == source for other, _ in chosen])
+        assert np.abs(used - expected * np.arange(1, 1001)).max() <= len(shares) - 1
+        count, rows = sources[source].count_rows(16), [row for other, row in chosen if other == source]
+        for start in range(0, len(rows), count):
+            epoch = rows[start : start + count]
+            assert len(set(epoch)) == len(epoch)
+    if shares == [0.5, 0.2, 0.3]:
+        assert Counter(source for source, _ in chosen[:10]) == {0: 5, 1: 2, 2: 3}
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path):

@@ -153,6 +153,36 @@ def test_the_best_drafter_is_what_remains(shards, tmp_path):
     assert not all(np.array_equal(kept[name], seen[6][name]) for name in kept)
 
 
+def test_a_run_that_is_shortened_to_its_last_checkpoint_scores_it(shards, tmp_path):
+    seen = []
+
+    def scorer(drafter):
+        seen.append(weights(drafter))
+        return {"block_efficiency": 2.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(shards, tmp_path, steps=8, scorer=scorer, report=interrupt_after(5))
+    assert not seen
+    kept = weights(trained(shards, tmp_path, steps=4, scorer=scorer))
+    (scored,) = seen
+    assert all(np.array_equal(kept[name], scored[name]) for name in kept)
+    assert [line["step"] for line in metrics(tmp_path) if "block_efficiency" in line] == [4]
+
+
+def test_copies_of_checkpoints_and_best_drafters_stay_and_are_not_resumed_from(shards, tmp_path):
+    def train(steps: int, best: float) -> Drafter:
+        return trained(shards, tmp_path, scorer=lambda drafter: {"block_efficiency": best}, steps=steps)
+
+    train(2, best=1.5)
+    copies = [f"{name}-00000002{end}" for name in ("step", "best") for end in ("-mine", " copy", ".bak")]
+    for copy in copies:
+        shutil.copytree(tmp_path / copy[:13], tmp_path / copy)
+    train(8, best=2.5)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "step-00000006", "step-00000008", "best-00000002", "best-00000008", *copies,
+    }  # fmt: skip
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(shards, tmp_path):
     good = trained(shards, tmp_path, steps=4)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / "before")
@@ -223,6 +253,9 @@ def test_the_learning_rate_rises_then_falls_to_its_last_share():
     ("given", "complaint"),
     [
         ({"steps": 0}, "steps is 0; use 1 or more"),
+        ({"steps": 10**8}, r"steps is 100000000; use a number below 10\*\*8"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616; use a number in \[0, 2\*\*64\)"),
+        ({"seed": -1}, "seed is -1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"accumulate": 3}, "accumulate is 3; use a divisor of batch, 16"),
