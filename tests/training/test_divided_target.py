@@ -223,6 +223,7 @@ def test_two_processes_that_divide_the_target_start_pretrain_and_adapt_as_one_do
 ):
     folder, target = recipe.parent, ("--target", str(stories_folder))
     (folder / "text.txt").write_text("Once upon a time there was a dog. It saw a cat, and they were friends.\n\n" * 40)
+    (folder / "one.jsonl").write_text((folder / "stories.jsonl").read_text().splitlines()[0])
     decoder = mlxspec.SpeculativeDecoder(mlxspec.load(stories_folder, "none"), mlxspec.Sampling(1.0), keep_top_k=8)
     recording = Recording(folder / "recorded", decoder.pair.target)
     for seed in range(11):
@@ -239,7 +240,7 @@ def test_two_processes_that_divide_the_target_start_pretrain_and_adapt_as_one_do
             ("init", *target, "--layers", "0", "--vocabulary-size", "128", "--answers", general, "--out",
              str(out / "start")),
             ("pretrain", *target, *start, "--data", str(folder / "text.txt"), "--prompts",
-             str(folder / "stories.jsonl"), "--evaluate-every", "2", *steps, "--out", str(out / "text")),
+             str(folder / "one.jsonl"), "--evaluate-every", "4", *steps, "--out", str(out / "text")),
             ("adapt", *target, *start, "--recorded", str(folder / "recorded"), "--general", general, *steps,
              "--tolerance", "0.9", "--out", str(out / "adapted")),
         ]  # fmt: skip
