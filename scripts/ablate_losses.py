@@ -22,9 +22,9 @@ from mlxspec.files import write_json
 from mlxspec.models.drafter import Drafter
 from mlxspec.training import stages
 from mlxspec.training.batches import Batches
-from mlxspec.training.corpus import read_prompts
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective, weighted_sums
+from mlxspec.training.prompts import read_prompts
 from mlxspec.training.responses import AnswerSettings
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import DrafterShape, Target

@@ -40,7 +40,6 @@ from mlxspec.models.reading import read_config, read_lazily
 from mlxspec.training import stages
 from mlxspec.training.batched_answers import sample_answers
 from mlxspec.training.batches import Batches
-from mlxspec.training.corpus import read_prompts
 from mlxspec.training.documents import document_masks
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
@@ -55,6 +54,7 @@ from mlxspec.training.objectives import (
     objective,
     weighted_sums,
 )
+from mlxspec.training.prompts import read_prompts
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.target import Target
 from mlxspec.training.teachers import CachedTeacher, OnlineTeacher

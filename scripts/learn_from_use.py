@@ -21,8 +21,8 @@ from robust_drafters import answered, block_efficiency
 
 from mlxspec import Sampling, SpeculativeDecoder
 from mlxspec.training.adapting import AdaptSettings, adapt
-from mlxspec.training.corpus import read_prompts
 from mlxspec.training.drafter_folders import load_drafter
+from mlxspec.training.prompts import read_prompts
 from mlxspec.training.recording import RECORDED_TOP_K, Recording
 from mlxspec.training.shards import TokenShards
 from mlxspec.training.target import Target

@@ -12,7 +12,7 @@ import click
 
 import mlxspec
 from mlxspec.evaluation.metrics import served_block_efficiency
-from mlxspec.training.corpus import read_prompts
+from mlxspec.training.prompts import read_prompts
 
 
 @click.command()

@@ -27,9 +27,9 @@ from chat_drafters import expected_blocks
 from mlxspec.files import read_json, write_json
 from mlxspec.training import stages
 from mlxspec.training.batched_answers import sample_answers
-from mlxspec.training.corpus import read_prompts
 from mlxspec.training.drafter_folders import load_drafter
 from mlxspec.training.losses import Loss
+from mlxspec.training.prompts import read_prompts
 from mlxspec.training.retention import NO_RETENTION, Retention
 from mlxspec.training.robust import UNIFORM, Robust
 from mlxspec.training.shards import ShardWriter, TokenShards

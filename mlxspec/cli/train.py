@@ -18,13 +18,13 @@ from mlxspec.evaluation.metrics import served_block_efficiency
 from mlxspec.models.memory import gigabytes
 from mlxspec.models.sharding import agree, launched_processes
 from mlxspec.settings import key_of
-from mlxspec.training import adapting, stages
+from mlxspec.training import adapting, pipeline, stages
 from mlxspec.training import recipe as recipes
 from mlxspec.training.adapting import AdaptSettings
-from mlxspec.training.corpus import Prompt
 from mlxspec.training.drafter_folders import describe, load_drafter
 from mlxspec.training.estimate import estimate, format_duration
 from mlxspec.training.losses import Loss
+from mlxspec.training.prompts import Prompt
 from mlxspec.training.recipe import FinetuneData, PretrainData, Recipe
 from mlxspec.training.recording import Recording, delete_recording
 from mlxspec.training.responses import AnswerSettings, DistillData, answer_counts
@@ -159,7 +159,7 @@ def run(recipe: Path, out: Path | None, dry_run: bool) -> None:
         if dry_run:
             print_estimate(parsed, folder, target)
             return
-        drafter, result = recipes.run(parsed, folder, target, new_scorer)
+        drafter, result = pipeline.run(parsed, folder, target, new_scorer)
     print_result(drafter, result, folder)
 
 
@@ -210,7 +210,7 @@ def open_target(name: str, divide: bool, listener: Listener, recipe: Recipe | No
 def print_estimate(recipe: Recipe, folder: Path, target: Target) -> None:
     """Print what each stage of a recipe will cost."""
     drafter = recipe.first_drafter(target) if recipe.trainings else None
-    recipes.check(recipe, folder, target, drafter)
+    pipeline.check(recipe, folder, target, drafter)
     click.echo(f"target     {recipe.target}, vocabulary of {target.vocab_size}")
     if drafter:
         click.echo(f"drafter    {drafter.num_parameters:,} parameters")
@@ -253,7 +253,7 @@ def pretrain(
     recipe = Recipe(target, drafter or shape, stage, None, [], EvaluationSettings(prompts), divide_target)
     with Bars() as bars:
         model = open_target(target, divide_target, bars.listener)
-        trained, result = recipes.run(recipe, out, model, new_scorer)
+        trained, result = pipeline.run(recipe, out, model, new_scorer)
     print_result(trained, result, out / "pretrain")
 
 

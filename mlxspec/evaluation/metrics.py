@@ -14,7 +14,7 @@ from mlxspec.decoding.verification import DEFAULT_RULE
 from mlxspec.models.pair import ModelPair
 from mlxspec.models.sharding import Group
 from mlxspec.training.batches import MOST_TASKS
-from mlxspec.training.corpus import Prompt
+from mlxspec.training.prompts import Prompt
 
 
 def served_block_efficiency(

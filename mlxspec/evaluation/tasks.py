@@ -18,7 +18,8 @@ import huggingface_hub
 
 from mlxspec.errors import InvalidRequestError, MlxspecError, in_one_line
 from mlxspec.models.tokens import Message, encode_conversation, encode_prompt
-from mlxspec.training.corpus import BadLines, Document, corpus_files, parse_line, prompt_of, read_documents
+from mlxspec.training.corpus import BadLines, Document, corpus_files, parse_line, read_documents
+from mlxspec.training.prompts import prompt_of
 
 OWN = Path(__file__).parent / "prompts"
 MOST_SKIPPED = 1000  # a task is rejected after this many prompts that do not fit

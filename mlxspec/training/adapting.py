@@ -21,6 +21,7 @@ from mlxspec.models.sharding import agree
 from mlxspec.settings import option
 from mlxspec.training import stages
 from mlxspec.training.batches import Batches
+from mlxspec.training.checks import check_tokenizer, check_training
 from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import write_drafter
 from mlxspec.training.losses import Loss
@@ -144,8 +145,8 @@ def _adapt(
     if target.group is not None:  # before all of them run it on what they have
         agree(target.group, {"recorded answers": answers_fingerprint(answers), "general answers": general.fingerprint})
     check_answers(answers, target, recording.folder)
-    stages.check_tokenizer(general.index, target, general.folder)
-    stages.check_training(target, drafter, Loss(settings.loss), settings.training, answers[0].ids.shape[1])
+    check_tokenizer(general.index, target, general.folder)
+    check_training(target, drafter, Loss(settings.loss), settings.training, answers[0].ids.shape[1])
     held_out = answers[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     learned = [answer for number, answer in enumerate(answers, 1) if number % HELD_OUT_EVERY]
     top_k = answers[0].ids.shape[1]

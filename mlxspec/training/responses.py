@@ -21,7 +21,7 @@ from mlxspec.errors import InvalidRequestError, NumericalError
 from mlxspec.models.sharding import gathered, launched_processes
 from mlxspec.settings import option
 from mlxspec.training.batched_answers import BatchSteps, sample_answers
-from mlxspec.training.corpus import Prompt
+from mlxspec.training.prompts import Prompt
 from mlxspec.training.run_folder import barrier, broadcast, is_first_process
 from mlxspec.training.shards import Index, ShardWriter, TokenShards
 

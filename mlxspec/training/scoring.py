@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint
 from mlxspec.settings import option
-from mlxspec.training.corpus import Prompt, read_prompts, split_prompts
+from mlxspec.training.prompts import Prompt, read_prompts, split_prompts
 from mlxspec.training.responses import AnswerSettings, DistillData
 from mlxspec.training.target import Target
 from mlxspec.training.trainer import LARGEST_TEMPERATURE, Scorer

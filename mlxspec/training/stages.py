@@ -11,21 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlxspec.errors import InvalidRequestError, TrainingError
 from mlxspec.files import fingerprint_files, read_json
-from mlxspec.models.attention import position_table
-from mlxspec.models.eagle import EAGLE1, Eagle, fitting_parts
-from mlxspec.models.quantizing import check_divisible
+from mlxspec.models.eagle import Eagle
 from mlxspec.settings import key_of
 from mlxspec.training.batches import Batches
 from mlxspec.training.checkpoint import last_step
-from mlxspec.training.corpus import BadLines, corpus_files, read_prompts, split_prompts, tokenize_corpus
+from mlxspec.training.checks import check_tokenizer, check_training
+from mlxspec.training.corpus import BadLines, corpus_files, tokenize_corpus
 from mlxspec.training.documents import keeps_documents_apart
 from mlxspec.training.drafter_folders import describe, read_drafter, weights_fingerprint, write_drafter
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import DRAFT_STEPS, AnyDrafter, layers_read, objective_for
+from mlxspec.training.prompts import read_prompts, split_prompts
 from mlxspec.training.responses import (
     AnswerSettings,
     Group,
@@ -45,11 +42,11 @@ from mlxspec.training.run_folder import (
     start_stage,
 )
 from mlxspec.training.scoring import Evaluation
-from mlxspec.training.shards import Index, TokenShards
+from mlxspec.training.shards import TokenShards
 from mlxspec.training.step_memory import check_answers_fit, check_fits, step_bytes
 from mlxspec.training.target import DrafterShape, Target
-from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher, check_top_k
-from mlxspec.training.trainer import Trainer, TrainingSettings, check_batch
+from mlxspec.training.teachers import CachedTeacher, OnlineTeacher, Teacher
+from mlxspec.training.trainer import Trainer, TrainingSettings
 from mlxspec.training.warm_start import EagleStart, WarmStart, warm_start
 
 NOT_INPUTS = ("checkpoint_every", "log_every", "recompute")  # settings that do not change the result
@@ -295,87 +292,6 @@ def train(
         return drafter, result
 
 
-def check_training(
-    target: Target,
-    drafter: AnyDrafter,
-    loss: Loss,
-    settings: TrainingSettings,
-    top_k: int,
-    draft_steps: int = DRAFT_STEPS,
-) -> None:
-    """Check that a stage can train a drafter, whatever its data are.
-
-    Args:
-        target: The target.
-        drafter: The drafter to start from.
-        loss: The loss.
-        settings: The settings.
-        top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
-        draft_steps: Number of tokens that an EAGLE head drafts from each position.
-
-    Raises:
-        MlxspecError: The drafter has another vocabulary than the target, the target has too few positions, or the
-            settings contradict each other.
-    """
-    if drafter.args.vocab_size != target.vocab_size:
-        raise TrainingError(
-            f"the drafter has a vocabulary of {drafter.args.vocab_size} but {target.name} has {target.vocab_size}; "
-            "start from a drafter made for this target"
-        )
-    if isinstance(drafter, Eagle):
-        fitting_parts(drafter, target.model)
-        if drafter.layout == EAGLE1:
-            raise InvalidRequestError(
-                "the drafter is an EAGLE-1 head; only EAGLE-3 heads can be trained, use one of those"
-            )
-        if not loss.needs_target:
-            raise InvalidRequestError(
-                f"an EAGLE head reads the target's hidden states, so it cannot be trained with loss {loss.name}; use a "
-                "loss such as kld or tvd++, and no pretraining"
-            )
-        if settings.length <= draft_steps:
-            raise InvalidRequestError(
-                f"length is {settings.length}, but an EAGLE head takes {draft_steps} draft steps; use a larger length"
-            )
-    if loss.needs_target and settings.length > (target.context or 0):  # else the target need not be read
-        positions = position_table(target.model)
-        if positions and settings.length > positions:
-            raise InvalidRequestError(
-                f"length is {settings.length}, but {target.name} has a table of {positions} positions; use a length of "
-                f"at most {positions}"
-            )
-    if top_k and loss.needs_target:
-        check_top_k(top_k, target.vocab_size)
-    if settings.fake_quantize:
-        check_divisible(drafter, settings.fake_quantize)
-    check_loss(loss, settings, top_k)
-    check_batch(settings)
-
-
-def check_loss(loss: Loss, settings: TrainingSettings, top_k: int) -> None:
-    """Check that loss, settings and teacher do not contradict each other.
-
-    Args:
-        loss: The loss.
-        settings: The settings.
-        top_k: Number of stored tokens of a cached teacher. 0 for an online teacher.
-
-    Raises:
-        InvalidRequestError: They contradict each other.
-    """
-    if loss.needs_target and top_k and len(settings.temperatures) > 1:
-        raise InvalidRequestError(
-            f"temperatures are {settings.temperatures} with teacher_top_k {top_k}, which stores one temperature; use "
-            "one temperature, or teacher_top_k 0"
-        )
-    parts = settings.accumulate * mx.distributed.init().size()
-    if loss.needs_batch_statistics and parts > 1:
-        raise InvalidRequestError(
-            f"statistics is batch, but the batch is computed in {parts} parts; use statistics position, or one process "
-            "and accumulate 1"
-        )
-
-
 def new_teacher(
     target: Target, drafter: AnyDrafter, batches: Batches, settings: TrainingSettings, top_k: int
 ) -> Teacher:
@@ -399,24 +315,6 @@ def new_teacher(
     return CachedTeacher(
         target.model, batches, target.vocab_size, top_k, temperature, target.fingerprint, apart, layers, target.group
     )
-
-
-def check_tokenizer(index: Index, target: Target, folder: Path) -> None:
-    """Check that shards were made with the target's tokenizer.
-
-    Args:
-        index: The index of the shards.
-        target: The target.
-        folder: The folder of the shards, for the message.
-
-    Raises:
-        TrainingError: They were made with another tokenizer.
-    """
-    if index.tokenizer != target.tokenizer_fingerprint or index.vocab_size != target.vocab_size:
-        raise TrainingError(
-            f"{folder} was made with another tokenizer (vocabulary of {index.vocab_size}) than {target.name}'s "
-            f"({target.vocab_size}); create the shards again with this target"
-        )
 
 
 def start_drafter(

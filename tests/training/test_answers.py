@@ -6,7 +6,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlxspec.errors import MlxspecError, NumericalError
 from mlxspec.models.loading import DEMO, load
-from mlxspec.training.corpus import Prompt
+from mlxspec.training.prompts import Prompt
 from mlxspec.training.responses import AnswerSettings, Group, answer_counts, answer_group, write_answers
 from mlxspec.training.shards import TokenShards
 

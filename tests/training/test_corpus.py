@@ -13,7 +13,8 @@ from mlxspec.models.loading import DEMO
 from mlxspec.models.reading import read_tokenizer
 from mlxspec.models.tokens import encode_prompt
 from mlxspec.training import corpus
-from mlxspec.training.corpus import BadLines, corpus_files, read_documents, read_prompts, tokenize_corpus
+from mlxspec.training.corpus import BadLines, corpus_files, read_documents, tokenize_corpus
+from mlxspec.training.prompts import read_prompts
 from mlxspec.training.shards import TokenShards
 from tests.conftest import shared
 

@@ -22,7 +22,7 @@ from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 from mlxspec.models.loading import DEMO
 from mlxspec.settings import key_of
 from mlxspec.training import estimate
-from mlxspec.training.corpus import read_prompts, split_prompts
+from mlxspec.training.prompts import read_prompts, split_prompts
 from mlxspec.training.recipe import TABLES, Recipe
 from mlxspec.training.responses import AnswerSettings, answer_counts, prompt_groups
 from mlxspec.training.shards import Index, ShardWriter, TokenShards

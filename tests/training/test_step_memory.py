@@ -14,9 +14,9 @@ from mlxspec.models.loading import DEMO
 from mlxspec.training import step_memory
 from mlxspec.training.batched_answers import BatchSteps
 from mlxspec.training.batches import Batches
-from mlxspec.training.corpus import Prompt
 from mlxspec.training.losses import Loss
 from mlxspec.training.objectives import Batch, objective
+from mlxspec.training.prompts import Prompt
 from mlxspec.training.responses import AnswerSettings, Group
 from mlxspec.training.shards import ShardWriter, TokenShards
 from mlxspec.training.step_memory import check_answers_fit, check_fits, training_bytes
