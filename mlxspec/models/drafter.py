@@ -66,8 +66,8 @@ class DrafterConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in (f.name for f in fields(self) if f.type in (int, int | None)):
             value = getattr(self, name)
-            if value is not None and value < (0 if name.endswith("token_id") else 1):
-                raise InvalidRequestError(f"drafter config: {name} is {value}; use a positive number")
+            if value is not None and not (0 if name.endswith("token_id") else 1) <= value < 2**31:
+                raise InvalidRequestError(f"drafter config: {name} is {value}; use a positive number below 2**31")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InvalidRequestError(
                 f"drafter config: hidden_size is {self.hidden_size}; use an even multiple of "

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlxspec.errors import InvalidRequestError, TrainingError, in_one_line
 from mlxspec.files import remove_leftovers
@@ -202,7 +202,7 @@ class Trainer:
             The scores of the drafter that is kept. Empty without a scorer.
 
         Raises:
-            TrainingError: The loss or its gradient is not finite, or a checkpoint cannot be read.
+            TrainingError: The loss, its gradient or a weight is not finite, or a checkpoint cannot be read.
             WriteError: A file cannot be written.
         """
         self.drafter.set_dtype(mx.float32)
@@ -227,6 +227,8 @@ class Trainer:
             self.report(done, metrics)
             if self._due(done, self.settings.log_every):
                 self._log(done, metrics)
+            if self._due(done, self.settings.checkpoint_every):
+                self._check_weights(done)
             if self.scorer and self._due(done, self.settings.evaluate_every):
                 self._score(done, self.scorer)
             if self._due(done, self.settings.checkpoint_every):
@@ -341,6 +343,15 @@ class Trainer:
             metrics |= self.weighting.update(documents, sums)
         return metrics
 
+    def _check_weights(self, done: int) -> None:
+        """Raise TrainingError if a weight is not finite. After the last step, no loss would show it."""
+        weights: dict[str, mx.array] = dict(tree_flatten(self.drafter.trainable_parameters()))
+        if not mx.stack([mx.isfinite(weight).all() for weight in weights.values()]).all().item():
+            raise TrainingError(
+                f"step {done}: the weights are not finite; {self._last_checkpoint()}; use a lower learning_rate or "
+                "clip and repeat the command to continue from there"
+            )
+
     def _document_sums(self, documents: StepDocuments, found: list[mx.array]) -> np.ndarray:
         """Return the weighted sums of the loss and the rates over each document of the step, [D, 1 + rates].
 
@@ -366,6 +377,9 @@ class Trainer:
         barrier()
         if is_first_process():
             shutil.rmtree(self.folder / checkpoint_name(step), ignore_errors=True)
+        return self._last_checkpoint()
+
+    def _last_checkpoint(self) -> str:
         found = checkpoints(self.folder)
         return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 

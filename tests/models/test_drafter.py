@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, load_model
 
 import mlxspec
-from mlxspec import Drafter, DrafterConfig
+from mlxspec import Drafter, DrafterConfig, InvalidRequestError
 
 TINY = DrafterConfig(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -40,6 +40,12 @@ def test_a_saved_drafter_is_a_llama_that_mlx_lm_loads_with_the_same_logits(tmp_p
 def test_a_public_llama_loads_as_a_drafter_with_the_same_logits(stories, stories_folder):
     tokens = mx.array([[1, 403, 407, 261]])
     assert mx.allclose(Drafter.load(stories_folder)(tokens), stories(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 10**20])
+def test_a_size_that_no_model_can_have_is_named(size):
+    with pytest.raises(InvalidRequestError, match=f"hidden_size is {size}; use a positive number below"):
+        DrafterConfig(8, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
 
 
 def test_a_config_that_does_not_say_is_untied_as_in_hugging_face():

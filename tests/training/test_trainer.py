@@ -200,6 +200,13 @@ def test_a_checkpoint_of_weights_that_were_destroyed_is_not_kept_as_the_last_goo
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000004"]
 
 
+def test_weights_that_the_last_step_destroyed_are_not_written(shards, tmp_path):
+    trained(shards, tmp_path, steps=4)
+    with pytest.raises(TrainingError, match=r"step 5: the weights are not finite; .*step-00000004; use a lower"):
+        trained(shards, tmp_path, steps=5, learning_rate=1e308, clip=1e30, warmup=0)
+    assert checkpoint.checkpoints(tmp_path)[-1].name == "step-00000004"
+
+
 def test_a_damaged_line_of_metrics_does_not_stop_a_resumed_run(shards, tmp_path):
     trained(shards, tmp_path, steps=2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
