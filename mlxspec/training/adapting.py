@@ -121,7 +121,7 @@ def adapt(
     with locked_for_all(folder):
         if (folder / "drafter").exists() and not (folder / "training" / "stage.json").exists():
             raise InvalidRequestError(
-                f"{folder / 'drafter'} is not of this command; use another folder for the results"
+                f"{folder / 'drafter'} was not made by train adapt; use another folder for the results"
             )
         for copies in (folder / "recorded", folder / "held-out"):
             if answer_files(copies):

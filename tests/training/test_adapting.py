@@ -137,7 +137,7 @@ def test_a_folder_with_a_drafter_of_another_command_is_refused_and_keeps_it(
     command = (mlxspec_command, answers, general, start.parent, "--drafter", str(start), "--steps", "1")
     outcome = adapt(*command, "--learning-rate", "1e-9", "--tolerance", "0")  # it would not be kept
     assert outcome.status == 2
-    assert outcome.err == f"error: {start} is not of this command; use another folder for the results\n"
+    assert outcome.err == f"error: {start} was not made by train adapt; use another folder for the results\n"
     assert (start / "model.safetensors").exists()
 
 
