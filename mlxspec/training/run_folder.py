@@ -103,7 +103,7 @@ def check_record(folder: Path) -> None:
     found = next((path for name in RESULTS for path in folder.glob(name)), None)
     if found and not (folder / "stage.json").exists():
         raise TrainingError(
-            f"{folder} has no stage.json, so {found} is not of this stage; use another folder or move it"
+            f"{found} was not made by this stage, since {folder} has no stage.json; use another folder or move it"
         )
 
 

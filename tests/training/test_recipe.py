@@ -555,14 +555,14 @@ def test_a_wrong_recipe_ends_in_one_line(recipe, mlxspec_command, old, new, comp
 @pytest.mark.parametrize("stage", ["answers/tokens", "start/drafter", "text/tokens", "pretrain/drafter",
                                    "finetune-2/drafter"])  # fmt: skip
 def test_a_recipe_does_not_write_over_what_it_has_not_made(recipe, mlxspec_command, stage):
-    foreign = recipe.with_suffix("") / stage
-    shutil.copytree(DEMO / "drafter", foreign)
+    existing = recipe.with_suffix("") / stage
+    shutil.copytree(DEMO / "drafter", existing)
     for options in ([], ["--dry-run"]):
         outcome = mlxspec_command("train", "run", str(recipe), *options)
         assert outcome.status == 2
         assert outcome.err == (
-            f"error: {foreign.parent} has no stage.json, so {foreign} is not of this stage; use another folder or "
-            "move it\n"
+            f"error: {existing} was not made by this stage, since {existing.parent} has no stage.json; use another "
+            "folder or move it\n"
         )
     assert not list(recipe.with_suffix("").rglob("stage.json"))
 
@@ -582,13 +582,13 @@ def test_single_commands_do_not_write_over_what_they_have_not_made(mlxspec_comma
     made = {"finetune": "drafter", "init": "drafter", "pretrain": "pretrain/drafter", "distill": "tokens"}
     for command, options in commands.items():
         out = tmp_path / command
-        foreign = shutil.copytree(DEMO / "drafter", out / made[command])
-        before = {path: path.read_bytes() for path in foreign.iterdir()}
-        options = [str(foreign) if option == "drafter" else option for option in options]
+        existing = shutil.copytree(DEMO / "drafter", out / made[command])
+        before = {path: path.read_bytes() for path in existing.iterdir()}
+        options = [str(existing) if option == "drafter" else option for option in options]
         outcome = mlxspec_command("train", command, *target, *options, "--out", str(out))
         assert outcome.status == 2, command
-        assert f"{foreign} is not of this stage; use another folder or move it" in outcome.err
-        assert {path: path.read_bytes() for path in foreign.iterdir()} == before
+        assert f"{existing} was not made by this stage, since " in outcome.err
+        assert {path: path.read_bytes() for path in existing.iterdir()} == before
 
 
 def test_a_recipe_that_is_nested_too_deeply_is_one_line(mlxspec_command, tmp_path):
