@@ -13,6 +13,7 @@ from mlxspec.cli.generate import Answer, check_max_tokens
 from mlxspec.cli.options import AnswerRecord, calibrate, decoder_from, decoder_options, prefill_bar
 from mlxspec.cli.statistics import detailed
 from mlxspec.files import write_atomically
+from mlxspec.models.sharding import launched_processes
 
 HELP = """\
 /reset         start a new conversation
@@ -34,6 +35,8 @@ QUOTES = '"' * 3
 def chat(max_tokens, system, **decoder_settings):
     """Talk to a chat model. Type /help for the commands."""
     check_max_tokens(max_tokens)
+    if launched_processes() is not None:
+        raise InvalidRequestError("chat runs in one process; under mlx.launch, use generate")
     conversation = Conversation(decoder_from(max_tokens if max_tokens > 0 else None, **decoder_settings), system)
     record = AnswerRecord(conversation.decoder, decoder_settings["record"])
     calibrate(conversation.decoder)

@@ -197,6 +197,13 @@ def test_another_target_in_one_process_is_one_line(stories_folder, drafter_folde
 
 
 @pytest.mark.slow
+def test_a_chat_in_several_processes_is_refused(stories_folder):
+    outcome = launched(*[word.replace("generate", "chat") for word in COMMAND], "--target", str(stories_folder))
+    errors = {line for line in outcome.stderr.splitlines() if line.startswith("error: ")}
+    assert errors == {"error: chat runs in one process; under mlx.launch, use generate"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_one_line(stories_folder, tmp_path, killed):
     command = [*COMMAND, "--target", str(stories_folder), "--draft-length", "2", "--max-tokens", "500", "Once upon a"]
