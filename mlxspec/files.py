@@ -112,20 +112,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def put(aside: Path, path: Path, scratch: Path) -> None:
     """Rename ``aside`` to ``path``. A folder that is there is moved to ``scratch``, and back if the rename fails."""
-    old = scratch / "old"
+    old = path
     try:
         for attempt in count():
             try:
                 os.replace(aside, path)
                 return
             except OSError as error:  # a rename cannot replace a folder that has files in it
-                if not aside.is_dir() or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                full = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                if not aside.is_dir() or not (full or path.is_symlink()):
                     raise
             old = scratch / f"old {attempt}"
             with suppress(FileNotFoundError):  # another process was faster
                 os.replace(path, old)
     except BaseException:
-        if old.exists() and not path.exists():
+        if not path.exists() and old.exists():
             os.replace(old, path)
         raise
 

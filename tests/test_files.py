@@ -70,6 +70,17 @@ def test_a_folder_replaces_the_old_folder_and_its_files(folder):
     assert names(folder / "model") == ["new"]
 
 
+def test_a_link_to_a_folder_is_replaced_and_the_folder_stays(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "old").touch()
+    (folder / "model").symlink_to(folder / "elsewhere")
+    with replacing(folder / "model") as aside:
+        aside.mkdir()
+        (aside / "new").touch()
+    assert names(folder / "model") == ["new"]
+    assert names(folder / "elsewhere") == ["old"]
+
+
 @pytest.mark.parametrize("kind", ["a file over a folder", "a folder over a file"])
 def test_what_is_of_the_other_kind_is_kept(folder, kind):
     path = folder / "mine"

@@ -101,6 +101,8 @@ def read_prompt(prompt: str | None) -> str:
         return prompt
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise InvalidRequestError('no prompt; give one, as in: mlxspec generate "Once upon a time"')
+    if launched_processes() is not None:
+        raise InvalidRequestError("mlx.launch passes no standard input on; give the prompt as an argument")
     try:
         # A shell ends what it pipes with a newline, which is not part of the prompt.
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")

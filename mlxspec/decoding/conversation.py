@@ -58,6 +58,12 @@ class Conversation:
             raise InvalidRequestError("the message is empty; say something")
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt, tokens = self._encoded(messages)
+        context = self.decoder.pair.context_length
+        if self.messages and context and len(tokens) >= context:
+            raise InvalidRequestError(
+                f"the conversation would have {len(tokens)} tokens and the target's context holds {context}; send a "
+                "shorter message, or start a new conversation (/reset in mlxspec chat)"
+            )
         segments = self.decoder.stream(tokens, max_tokens, progress=progress)
         answer: Message = {"role": "assistant", "content": ""}
         self.messages, self._prompt, self._tokens = [*messages, answer], prompt, list(tokens)

@@ -380,9 +380,13 @@ class Drafter(nn.Module):
         drafter = cls(DrafterConfig.from_dict(content))
         if "quantization" in content:
             nn.quantize(drafter, **content["quantization"], class_predicate=lambda path, _: f"{path}.scales" in weights)
+        if drafter.config.shared_embedding:
+            try:
+                drafter.share(embedding)
+            except ValueError as error:
+                raise ModelLoadError(f"{folder}: {error}; use it with the target that it was made for") from None
         try:
             if drafter.config.shared_embedding:
-                drafter.share(embedding)
                 weights = {**weights, **drafter.embedding_weights}
             drafter.load_weights(list(weights.items()))
             if drafter.config.draft_vocab_size:

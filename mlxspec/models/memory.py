@@ -45,7 +45,7 @@ def check_memory(
     parts = [processes, *(1 for _ in models[1:])]
     weights = sum(weight_bytes(*model, dtype, widen, part) for model, part in zip(models, parts, strict=True))
     tokens = context or DEFAULT_CONTEXT
-    tokens = min(tokens, declared_context(models[0][1]) or tokens)  # a drafter stops before the target at most
+    tokens = min(tokens, declared_context(models[0][1]) or tokens)  # no text is longer than that
     caches = sum(cache_bytes_per_token(config, dtype) * min(tokens, declared_context(config) or tokens) // part
                  for (_, config), part in zip(models, parts, strict=True))  # fmt: skip
     caches += sum(state_bytes_per_token(config, dtype) * tokens for _, config in models[1:])

@@ -14,19 +14,20 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlxspec.errors import DisagreementError, ProcessError, UnsupportedModelError, in_one_line
+from mlxspec.errors import DisagreementError, ProcessError, UnsupportedModelError, in_one_line, is_out_of_memory
 from mlxspec.models.attention import model_type
 
 Group = mx.distributed.Group
 Value = TypeVar("Value")
-BACK_ENDS = ("[ring]", "[jaccl]", "[mpi]")  # how the messages of MLX's collective operations start
+# How messages start when a collective operation fails. On a GPU, the wait for another process may time out.
+BACK_ENDS = ("[ring]", "[jaccl]", "[mpi]", "NCCL", "[METAL]")
 
 
 def launched_processes() -> Group | None:
     """Return the processes of ``mlx.launch``, or None if this is the only one. Raises ProcessError if they fail."""
     try:
         group = mx.distributed.init()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"the processes of mlx.launch cannot be connected ({in_one_line(error)}); check its hosts and its back end"
         ) from None
@@ -69,7 +70,7 @@ def broadcast(value: Value, group: Group | None) -> Value:
 
 def lost(error: RuntimeError) -> Exception:
     """Return the error to raise for a RuntimeError of MLX: it may be one of a collective operation, or any other."""
-    if not str(error).startswith(BACK_ENDS):
+    if is_out_of_memory(error) or not str(error).startswith(BACK_ENDS):
         return error
     return ProcessError(
         f"another process of mlx.launch has stopped or cannot be reached ({in_one_line(error)}); see its own message, "

@@ -37,6 +37,7 @@ from mlxspec.training.run_folder import (
     Metrics,
     broadcast,
     complete_stage,
+    has_results,
     is_first_process,
     locked_for_all,
     start_stage,
@@ -130,7 +131,8 @@ def distill(
             together = batches_like_single(target.model, groups)
             if not together:
                 target.listener.stage(folder.name, "mlx-lm's batches change this target's logits; one prompt at a time")
-            check_answers_fit(target, groups, settings, together)
+            if not has_results(folder):
+                check_answers_fit(target, groups, settings, together)
             write_answers(
                 target.model,
                 target.tokenizer,
@@ -167,7 +169,7 @@ def distillation_groups(
     """
     if not prompts:
         groups = bos_groups(target.tokenizer.bos_token_id, settings)
-        split_prompts(groups[0].prompts, 0, settings.max_tokens, target.context)  # or an error
+        split_prompts(groups[0].prompts, 0, settings.max_tokens - 1, target.context)  # or an error
         return groups, "", BadLines()
     read, bad = read_prompts(prompts, target.tokenizer, system)
     training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
@@ -241,7 +243,9 @@ def train(
     }
     # A loss that ignores the target depends on it through the evaluation alone, which may change.
     changeable = CHANGEABLE if loss.needs_target else (*CHANGEABLE, "target")
-    scored_on = {**evaluation.inputs, "target": target.fingerprint} if evaluation else None
+    scored_on = evaluation.inputs if evaluation else None
+    if scored_on and not loss.needs_target:
+        scored_on = {**scored_on, "target": target.fingerprint}
     out = folder / "drafter"
     with locked_for_all(folder):
         if not start_stage(folder, inputs, changeable):

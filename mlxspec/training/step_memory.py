@@ -154,7 +154,9 @@ def check_fits(
 
 
 def check_answers_fit(target: Target, groups: list[Group], settings: AnswerSettings, together: bool) -> int:
-    """Return the bytes of the target and of its KV caches for the largest group, in this process.
+    """Return the most bytes of the target and of its KV caches for the largest group, in this process.
+
+    Caches of sliding windows and answers that end early take less.
 
     Args:
         target: The target.

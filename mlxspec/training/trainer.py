@@ -222,6 +222,8 @@ class Trainer:
         # The checkpoint may have no score of this evaluation, and no step may follow if the run was shortened.
         if self.scorer and (not comparable or start == self.settings.steps):
             self._score(start, self.scorer)
+            if start == self.settings.steps:
+                self._save(start)  # with the score; else the next checkpoint has it
         for step in range(start, self.settings.steps):
             metrics, done = self._train_step(step), step + 1
             self.report(done, metrics)

@@ -197,10 +197,17 @@ def test_another_target_in_one_process_is_one_line(stories_folder, drafter_folde
 
 
 @pytest.mark.slow
-def test_a_chat_in_several_processes_is_refused(stories_folder):
-    outcome = launched(*[word.replace("generate", "chat") for word in COMMAND], "--target", str(stories_folder))
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("chat", "chat runs in one process; under mlx.launch, use generate"),
+        ("generate", "mlx.launch passes no standard input on; give the prompt as an argument"),
+    ],
+)
+def test_what_reads_standard_input_in_several_processes_is_refused(stories_folder, verb, message):
+    outcome = launched(*[word.replace("generate", verb) for word in COMMAND], "--target", str(stories_folder))
     errors = {line for line in outcome.stderr.splitlines() if line.startswith("error: ")}
-    assert errors == {"error: chat runs in one process; under mlx.launch, use generate"}
+    assert errors == {f"error: {message}"}
 
 
 @pytest.mark.slow

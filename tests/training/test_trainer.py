@@ -167,6 +167,8 @@ def test_a_run_that_is_shortened_to_its_last_checkpoint_scores_it(shards, tmp_pa
     (scored,) = seen
     assert all(np.array_equal(kept[name], scored[name]) for name in kept)
     assert [line["step"] for line in metrics(tmp_path) if "block_efficiency" in line] == [4]
+    longer = weights(trained(shards, tmp_path, steps=8, scorer=lambda drafter: {"block_efficiency": 1.0}))
+    assert all(np.array_equal(kept[name], longer[name]) for name in kept)  # the better one is not forgotten
 
 
 def test_copies_of_checkpoints_and_best_drafters_stay_and_are_not_resumed_from(shards, tmp_path):
