@@ -169,7 +169,7 @@ def distillation_groups(
     """
     if not prompts:
         groups = bos_groups(target.tokenizer.bos_token_id, settings)
-        split_prompts(groups[0].prompts, 0, settings.max_tokens - 1, target.context)  # or an error
+        split_prompts(groups[0].prompts, 0, settings.max_tokens, target.context)  # or an error
         return groups, "", BadLines()
     read, bad = read_prompts(prompts, target.tokenizer, system)
     training, unseen = split_prompts(read, held_out, settings.max_tokens, target.context)
