@@ -80,7 +80,7 @@ def test_a_reset_in_the_middle_of_an_answer_is_not_undone_by_the_rest_of_it(deco
     assert said(conversation, "Hello there") == first
 
 
-def test_an_answer_that_nobody_read_is_an_empty_answer(decoder):
+def test_an_answer_that_was_never_read_is_an_empty_answer(decoder):
     conversation = Conversation(decoder)
     conversation.say("Hello there")
     said(conversation, "And then?")
